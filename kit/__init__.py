@@ -1,0 +1,67 @@
+"""Fine-tuning you can check: load → LoRA → format → SFT → stream → save, merge, GGUF.
+
+The public names load on first use, so that `import kit` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+_HOMES = {
+    "KitError": "errors",
+    "GateError": "errors",
+    "Recipe": "recipe",
+    "Run": "runs",
+    "Table": "show",
+    "Tokens": "show",
+    "add_lora": "model",
+    "answer": "infer",
+    "check_gguf": "gguf",
+    "effective": "train",
+    "export_gguf": "gguf",
+    "free_memory": "model",
+    "load_data": "data",
+    "load_model": "model",
+    "machine": "platforms",
+    "make_trainer": "train",
+    "merge": "export",
+    "model_label": "platforms",
+    "preflight": "preflight",
+    "reload": "model",
+    "resolved": "model",
+    "same_answers": "infer",
+    "save_adapter": "export",
+    "score": "score",
+    "scores": "show",
+    "show": "show",
+    "side_by_side": "show",
+    "size": "show",
+    "smoke_test": "gguf",
+    "stream": "infer",
+    "template_kwargs": "prompts",
+    "train": "train",
+    "trainable_share": "model",
+    "write_modelfile": "modelfile",
+}
+
+__all__ = sorted(_HOMES)
+
+
+class _Kit(ModuleType):
+    """Keeps `kit.train` the function: importing the module of that name would put itself in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Kit
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kit.{_HOMES[name]}"), name)

@@ -1,0 +1,134 @@
+"""A recipe's whole run without a person: papermill over the notebook, or its cells in this process."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import traceback
+from typing import Any
+
+from kit.errors import KitError
+from kit.preflight import preflight
+from kit.recipe import PROJECT, Recipe
+from kit.runs import Run, clear, close_dead, read_result
+
+NOTEBOOK = PROJECT / "notebooks" / "01_finetune.py"
+
+
+def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
+    """Validate, then execute the notebook into runs/<name>/notebook.ipynb. Returns the exit code.
+
+    0 only when the run marked itself finished: an exception, a killed kernel and an early exit are 1.
+    """
+    import papermill
+    from papermill.exceptions import PapermillException
+
+    from kit import papermill_engine
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every field not named in the notebook
+
+    run = _validated(source, overrides, overwrite)
+    papermill_engine.register()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    output = run.folder / "notebook.ipynb"
+    _interrupt_on_sigterm()
+    reason = "the kernel ended before the last cell"
+    try:
+        papermill.execute_notebook(str(NOTEBOOK.with_suffix(".ipynb")), str(output),
+                                   parameters={"recipe": source, **overrides}, engine_name="kit",
+                                   kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
+                                   stderr_file=sys.stderr)
+    except KeyboardInterrupt:
+        return _ended(run, "interrupted", 130)
+    except PapermillException as error:
+        reason = str(getattr(error, "evalue", "")) or str(error).strip().splitlines()[-1]
+    except Exception as error:  # a dead kernel surfaces as one of several types
+        reason = f"{type(error).__name__}: {error}"
+    return _ended(run, reason, 1)
+
+
+def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
+    """The same cells in this process, no kernel. Returns the exit code."""
+    run = _validated(source, overrides, overwrite)
+    _interrupt_on_sigterm()
+    # A module of its own, so that objects made in cells can be pickled and found.
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    reason = "the notebook ended early"
+    try:
+        for number, (title, cell) in enumerate(_cells(source, overrides), 1):
+            if title:
+                print(f"\n── {title} ──", flush=True)
+            exec(compile(cell, f"{NOTEBOOK.name}[cell {number}]", "exec"), namespace)
+    except KeyboardInterrupt:
+        return _ended(run, "interrupted", 130)
+    except KitError as error:
+        print(f"kit: {error}", file=sys.stderr)
+        _fail(namespace, f"{type(error).__name__}: {error}")
+        return _ended(run, str(error), error.exit_code)
+    except SystemExit as stop:
+        reason = f"a cell called exit({stop.code})"
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+    _fail(namespace, reason)
+    return _ended(run, reason, 1)
+
+
+def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Run:
+    recipe = Recipe.load(source, **overrides)
+    run = Run.of(recipe)
+    if overwrite and read_result(run.folder).get("status") in ("finished", "failed", "stopped"):
+        # The old run goes only after everything else about the new one is known to be right.
+        preflight(recipe.model_copy(update={"run_name": recipe.run_name + ".new"}))
+        clear(run)
+    preflight(recipe)
+    return run
+
+
+def _fail(namespace: dict[str, Any], reason: str) -> None:
+    run = namespace.get("run")
+    if isinstance(run, Run) and run.result.get("status") == "running":
+        run.fail(reason)
+
+
+def _ended(run: Run, reason: str, code: int) -> int:
+    """Say how the run ended; 0 when it marked itself finished."""
+    result = close_dead(run.folder, reason)
+    if result.get("status") == "finished":
+        print(f"\nfinished: {run.folder}")
+        return 0
+    print(f"\nkit: the run stopped at {result.get('stage', 'the start')!r}: {result.get('reason', reason)}\n"
+          f"  → what it made so far: {run.folder}", file=sys.stderr)
+    return code
+
+
+def _interrupt_on_sigterm() -> None:
+    """SIGTERM ends a run as Ctrl-C does, so that the kernel is not left behind."""
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _cells(source: str, overrides: dict[str, Any]) -> list[tuple[str, str]]:
+    """[(heading above the cell or '', code), …] of the notebook, its parameters set as papermill sets them."""
+    import jupytext
+    from papermill.translators import translate_parameters
+
+    cells, title = [], ""
+    for cell in jupytext.read(NOTEBOOK).cells:
+        if cell.cell_type == "markdown":
+            title = heading(cell.source) or title
+            continue
+        cells.append((title, cell.source))
+        title = ""
+        if "parameters" in cell.metadata.get("tags", []):
+            cells.append(("", translate_parameters("python3", "python", {"recipe": source, **overrides}, "Parameters")))
+    return cells
+
+
+def heading(markdown: str) -> str:
+    """The first heading's text, or ''."""
+    lines = [line.lstrip("#").strip() for line in markdown.splitlines() if line.startswith("#")]
+    return lines[0] if lines else ""

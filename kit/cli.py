@@ -1,0 +1,95 @@
+"""The `kit` command. Exit code 0 all well, 1 a run or a check failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kit.errors import KitError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Fine-tune, export and check: what you ship is what you trained.")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/quickstart.yaml")]
+Fields = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Recipe fields set on top")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a finished run of that name")]
+
+
+@app.command()
+def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
+    """Run a recipe: the notebook with papermill, into runs/<name>/."""
+    from kit.batch import run_notebook
+    from kit.recipe import parse_overrides
+
+    raise typer.Exit(run_notebook(recipe, parse_overrides(fields or []), overwrite))
+
+
+@app.command()
+def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
+    """The same run without a kernel: the notebook's cells in this process."""
+    from kit.batch import run_cells
+    from kit.recipe import parse_overrides
+
+    raise typer.Exit(run_cells(recipe, parse_overrides(fields or []), overwrite))
+
+
+@app.command()
+def ask(
+    what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
+    prompt: Annotated[str | None, typer.Argument(help="The question; without it, a conversation")] = None,
+    engine: Annotated[str | None, typer.Option(
+        help="gguf, merged, adapter or base; by default the lightest that is there")] = None,
+) -> None:
+    """Ask a run's model a question; the answer is streamed."""
+    from kit.ask import answers
+
+    ask_one = answers(what, engine)
+    if prompt is not None:
+        _say(ask_one([{"role": "user", "content": prompt}]))
+        return
+    history = []
+    while (question := _read_question()) is not None:
+        history.append({"role": "user", "content": question})
+        history.append({"role": "assistant", "content": _say(ask_one(history))})
+
+
+def _say(pieces: object) -> str:
+    text = ""
+    for piece in pieces:  # type: ignore[attr-defined]
+        text += piece
+        print(piece, end="", flush=True)
+    print()
+    return text
+
+
+def _read_question() -> str | None:
+    """The next line that is not empty; None at the end of the input."""
+    while True:
+        if sys.stdin.isatty():
+            print("› ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if line.strip():
+            return line.strip()
+
+
+def main() -> None:
+    """What the `kit` script calls: a user's mistake is told in two lines, without a traceback."""
+    try:
+        app()
+    except KitError as error:
+        print(f"kit: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("kit: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""One error type for everything a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KitError(Exception):
+    """A mistake the user can mend: `message` says what is wrong and where, `hint` what to change.
+
+    The command line prints both without a traceback and exits with `exit_code`
+    (2 for bad input, 1 for a check that failed).
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+class GateError(KitError):
+    """A check that failed: the input was fine, what came out of it is not."""
+
+    exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """' (did you mean …?)' with the closest known name, or '' when none is close."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,0 +1,309 @@
+"""GGUF files: converted by llama.cpp's own converter, quantised, checked, and made to answer in a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kit.errors import GateError, KitError, nearest
+from kit.llama_child import LlamaChild, child_command, child_environment, how_it_ended, last_trouble
+from kit.modelfile import around_difference
+
+QUANTIZATIONS: dict[str, str] = {
+    "f16": "16 bits per weight: exact for nearly every trained weight; the reference when sizes are compared",
+    "bf16": "16 bits per weight: exact for a bfloat16 model, runs best on hardware that has bfloat16",
+    "q8_0": "8.5 bits per weight: answers as the 16-bit file does; the safe choice where it fits",
+    "q5_k_m": "about 5.7 bits per weight: a little better than q4_k_m for a fifth more room",
+    "q4_k_m": "about 4.9 bits per weight: the usual choice for a small machine; small models lose most by it",
+}
+# llama.cpp's numbers for them, enum llama_ftype in llama.h.
+FILE_TYPES = {"f16": 1, "bf16": 32, "q8_0": 7, "q5_k_m": 17, "q4_k_m": 15}
+# Upper bounds for the disk check: narrow models fall back to larger types for most k-quant tensors.
+BITS = {"f16": 16.1, "bf16": 16.1, "q8_0": 8.6, "q5_k_m": 7.2, "q4_k_m": 6.6}
+VOCABULARY_BYTES = 16 * 2**20
+# The 16-bit GGUF that holds a safetensors dtype with the least loss. float32 goes to f16: trained weights lie
+# within its range, and it keeps three bits more than bf16.
+LOSSLESS: dict[str, str] = {"BF16": "bf16", "F16": "f16", "F32": "f16"}
+
+
+def check_quantizations(names: Sequence[str]) -> None:
+    """Raise KitError for a quantisation that does not exist, listing those that do."""
+    for name in names:
+        if name not in QUANTIZATIONS:
+            raise KitError(f"gguf: no quantisation {name!r}{nearest(str(name), QUANTIZATIONS)}",
+                           f"choose from {', '.join(QUANTIZATIONS)}; gguf=[] makes none")
+
+
+def needed_bytes(parameters: int, names: Sequence[str]) -> int:
+    """Disk room in bytes for these GGUFs of a model with `parameters` weights, a temporary 16-bit file included."""
+    check_quantizations(names)
+    made = list(dict.fromkeys(names))
+    if made and not {"f16", "bf16"} & set(made):
+        made.append("bf16")
+    return sum(int(parameters * BITS[name] / 8) + VOCABULARY_BYTES for name in made)
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise KitError if the disk of `folder` (which need not exist yet) has less than `needed_bytes` free."""
+    existing = Path(folder).resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise KitError(f"too little disk for the export: {needed_bytes / 1e9:.2f} GB needed, "
+                       f"{free / 1e9:.2f} GB free at {existing}",
+                       "free some room, ask for fewer or smaller quantisations, or put the run on another disk")
+
+
+def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: str) -> list[Path]:
+    """Write `folder/<name>-<quant>.gguf` for each quantisation from the merged 16-bit model; return the paths.
+
+    The converter runs once, and q8_0 and the k-quants are made from its 16-bit file. A file appears under its name
+    only when whole; a failure (GateError) leaves an earlier export of that name as it was, and no partial file.
+    """
+    check_quantizations(quantizations)
+    names = list(dict.fromkeys(quantizations))
+    merged, folder = Path(merged), Path(folder)
+    if not names:
+        return []
+    parameters, dtype = merged_weights(merged)
+    best: str = LOSSLESS.get(dtype, "f16")
+    # bf16 weights survive f16 (3 bits more, overflow only above 65504), but f16 weights do not survive bf16.
+    source_type = best if best in names or "f16" not in names else "f16"
+    smaller = [quant for quant in names if quant not in ("f16", "bf16")]
+    check_disk(folder, needed_bytes(parameters, [*names, source_type] if smaller else names))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    made = {quant: folder / f"{name}-{quant}.gguf" for quant in names}
+    temporary = folder / f"{name}-{source_type}.source.partial"
+    try:
+        for quant in (q for q in names if q not in smaller):
+            with _whole(made[quant]) as partial:
+                _convert(merged, partial, quant)
+        source = made.get(source_type, temporary)
+        if smaller and source is temporary:
+            _convert(merged, temporary, source_type)
+        for quant in smaller:
+            with _whole(made[quant]) as partial:
+                _run(child_command("quantize", str(source), str(partial), str(FILE_TYPES[quant])),
+                     f"making {made[quant].name}")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return [made[quant] for quant in names]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """The `.partial` to write; it takes the name `path` only when complete, and its size and seconds are printed."""
+    partial = path.with_name(path.name + ".partial")
+    start = time.monotonic()
+    try:
+        yield partial
+        check_gguf(partial)
+        os.replace(partial, path)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", flush=True)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def merged_weights(merged: Path) -> tuple[int, str]:
+    """(number of weights, most used dtype such as 'BF16') of a Hugging Face folder, from its safetensors headers.
+
+    A safetensors file starts with its header's length (u64, little endian) and the header as JSON.
+    Raises KitError if the folder holds no model.
+    """
+    files = sorted(merged.glob("*.safetensors"))
+    if not files or not (merged / "config.json").is_file():
+        raise KitError(f"no merged model at {merged} (config.json and *.safetensors are looked for)",
+                       "merge first: save_merged=16bit")
+    counts: dict[str, int] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        for key, tensor in header.items():
+            if key != "__metadata__":
+                size = 1
+                for length in tensor["shape"]:
+                    size *= length
+                counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + size
+    return sum(counts.values()), max(counts, key=lambda dtype: counts[dtype])
+
+
+def _convert(merged: Path, target: Path, file_type: str) -> None:
+    from kit.llama_cpp_setup import converter_dir
+
+    script = converter_dir() / "convert_hf_to_gguf.py"
+    _run([sys.executable, str(script), str(merged), "--outfile", str(target), "--outtype", file_type],
+         f"converting {merged} to {file_type}")
+
+
+def _run(command: list[str], what: str) -> None:
+    """Run a child to its end; its last error line becomes the GateError's reason. Ctrl-C ends it too."""
+    with tempfile.TemporaryFile() as log:
+        # HF_HUB_OFFLINE: an export reads the merged folder and nothing else.
+        done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=log,
+                              stderr=subprocess.STDOUT, env={**child_environment(), "HF_HUB_OFFLINE": "1"})
+        log.seek(0)
+        said = log.read().decode("utf-8", "replace")
+    if done.returncode:
+        raise GateError(f"{what} failed ({how_it_ended(done.returncode)}): {last_trouble(said)}",
+                        "mend the cause and export again; nothing has to be trained again")
+
+
+# GGUF version 3, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: little endian; "GGUF", u32 version,
+# u64 tensors, u64 key-value pairs; each pair is a string (u64 length, bytes), a u32 type and the value; each tensor
+# is a string, u32 dimensions, u64 per dimension, u32 type, u64 offset; then padding to general.alignment (32 if it
+# is not given), then the tensors.
+SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING, ARRAY = 8, 9
+# ggml tensor type: (weights per block, bytes per block).
+BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
+          11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 30: (1, 2)}
+
+
+def check_gguf(path: Path) -> int:
+    """Raise KitError if `path` is no GGUF or is shorter than its header says; return the expected bytes.
+
+    Reads only the header. The expected size ends with the last tensor whose type is known here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise KitError(f"no GGUF at {path}", "export one first (gguf=[q8_0]), or give its path")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            expected = _expected_bytes(file)
+    except (struct.error, EOFError):
+        raise KitError(f"{path} is cut short: its {size} bytes end inside the header",
+                       "copy it again or run the export again") from None
+    if size < expected:
+        raise KitError(f"{path} is cut short: {expected - size} of {expected} bytes are missing",
+                       "copy it again or run the export again")
+    return expected
+
+
+def _expected_bytes(file: BinaryIO) -> int:
+    if file.read(4) != b"GGUF":
+        raise KitError(f"{file.name} is no GGUF: it does not begin with 'GGUF'", "give the path of a .gguf file")
+    version, tensors, pairs = _unpack(file, "<IQQ")
+    if version not in (2, 3):
+        raise KitError(f"{file.name}: GGUF version {version} is not known here (2 and 3 are)", "export it again")
+    alignment = 32
+    for _ in range(pairs):
+        key = _string(file)
+        (kind,) = _unpack(file, "<I")
+        if key == b"general.alignment" and kind == 4:
+            (alignment,) = _unpack(file, "<I")
+        else:
+            _skip(file, kind)
+    ends = [0]
+    for _ in range(tensors):
+        _string(file)
+        (dimensions,) = _unpack(file, "<I")
+        shape = _unpack(file, f"<{dimensions}Q")
+        kind, offset = _unpack(file, "<IQ")
+        weights, block = BLOCKS.get(kind, (1, 0))
+        count = 1
+        for length in shape:
+            count *= length
+        ends.append(offset + count // weights * block)
+    return -(-file.tell() // alignment) * alignment + max(ends)
+
+
+def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))
+
+
+def _string(file: BinaryIO) -> bytes:
+    (length,) = _unpack(file, "<Q")
+    text = file.read(length)
+    if len(text) < length:
+        raise EOFError
+    return text
+
+
+def _skip(file: BinaryIO, kind: int) -> None:
+    if kind == STRING:
+        _string(file)
+    elif kind == ARRAY:
+        kind, count = _unpack(file, "<IQ")
+        if kind in SCALAR_BYTES:
+            file.seek(count * SCALAR_BYTES[kind], os.SEEK_CUR)
+        else:
+            for _ in range(count):
+                _skip(file, kind)
+    elif kind in SCALAR_BYTES:
+        file.seek(SCALAR_BYTES[kind], os.SEEK_CUR)
+    else:
+        raise KitError(f"{file.name}: value type {kind} is no GGUF type", "the file is damaged: export it again")
+
+
+def smoke_test(gguf: Path, tokenizer: Any, conversation: list[dict[str, str]], max_new_tokens: int,
+               seconds: float = 120, template_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Load the GGUF in a child, compare prompt and token ids with the trainer's tokenizer, and let it answer.
+
+    `conversation` ends with a user's turn; an assistant's turn after it (the expected answer) is compared in tokens
+    too, but not shown to the model. Raises GateError for a differing prompt or token, an answer that does not stop
+    by itself within `max_new_tokens`, or a child that dies or is silent for `seconds`. Returns gguf, answer,
+    finish_reason, prompt_tokens, load_seconds and tokens_per_second.
+    """
+    check_gguf(gguf)
+    options = template_kwargs or {}
+    prompt = conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+    whole_ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+    start = time.monotonic()
+    with LlamaChild(gguf, n_ctx=max(len(ids), len(whole_ids)) + max_new_tokens + 8, seconds=seconds,
+                    template_kwargs=options) as child:
+        load_seconds = time.monotonic() - start
+        _same_text(text, child.render(prompt), Path(gguf).name)
+        _same_ids(tokenizer, ids, child.prompt_ids(prompt), Path(gguf).name)
+        _same_ids(tokenizer, whole_ids, child.tokenize(whole), Path(gguf).name)
+        answer, times = "", []
+        for piece in child.stream(prompt, max_new_tokens):
+            answer += piece
+            times.append(time.monotonic())
+        reason = child.finish_reason
+    if reason != "stop":
+        raise GateError(f"{Path(gguf).name} did not stop by itself within {max_new_tokens} tokens; it ended with "
+                        f"{answer[-80:]!r}",
+                        "train longer, allow more max_new_tokens, or check that the template's stop token is trained")
+    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0  # reading the prompt left out
+    return {"gguf": str(gguf), "answer": answer, "finish_reason": reason, "prompt_tokens": len(ids),
+            "load_seconds": round(load_seconds, 2), "tokens_per_second": round(speed, 1)}
+
+
+def _same_text(trained: str, shipped: str, name: str) -> None:
+    if trained != shipped:
+        expected, found = around_difference(trained, shipped)
+        raise GateError(f"{name}: its chat template makes another prompt than the trained one: "
+                        f"trained {expected!r}, GGUF {found!r}",
+                        "export again from the folder whose tokenizer holds the trained template")
+
+
+def _same_ids(tokenizer: Any, trained: list[int], shipped: list[int], name: str) -> None:
+    if trained != shipped:
+        at = next((i for i, (a, b) in enumerate(zip(trained, shipped, strict=False)) if a != b),
+                  min(len(trained), len(shipped)))
+        before = tokenizer.decode(trained[max(0, at - 8):at])
+        raise GateError(f"{name} splits text into other tokens than the trainer's tokenizer: after {before!r} "
+                        f"(token {at}) the trainer has {_tokens(tokenizer, trained[at:at + 5])}, "
+                        f"the GGUF {_tokens(tokenizer, shipped[at:at + 5])}",
+                        "the converter took the tokenizer for another kind: check the merged tokenizer.json")
+
+
+def _tokens(tokenizer: Any, ids: list[int]) -> str:
+    return f"{ids} {tokenizer.convert_ids_to_tokens(ids)}"

@@ -1,0 +1,165 @@
+"""Answers, streamed or in batches, from a model in memory or from a GGUF file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kit.errors import GateError
+from kit.prompts import Message, prompt_ids, template_kwargs, with_system
+from kit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Reply(NamedTuple):
+    """An answer, and whether the model stopped by itself (not cut off at max_new_tokens)."""
+
+    text: str
+    stopped: bool
+
+
+def _messages(prompt: str | list[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def sampling(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's inference fields as `generate` takes them; greedy at temperature 0."""
+    wish: dict[str, Any] = {"max_new_tokens": recipe.max_new_tokens, "do_sample": recipe.temperature > 0}
+    if recipe.repetition_penalty != 1:
+        wish["repetition_penalty"] = recipe.repetition_penalty
+    if recipe.temperature > 0:
+        wish |= {"temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": recipe.top_k}
+        if recipe.min_p:
+            wish["min_p"] = recipe.min_p
+    else:
+        # A model's own generation_config may carry these; greedy decoding has no use for them.
+        wish |= {"temperature": None, "top_p": None, "top_k": None}
+    return wish
+
+
+def gguf_sampling(recipe: Recipe) -> dict[str, Any]:
+    """The same fields under llama-cpp-python's names."""
+    return {"max_new_tokens": recipe.max_new_tokens, "temperature": recipe.temperature, "top_p": recipe.top_p,
+            "top_k": recipe.top_k, "min_p": recipe.min_p, "repeat_penalty": recipe.repetition_penalty}
+
+
+def stream(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompt: str | list[Message],
+           recipe: Recipe | None = None) -> Iterator[str]:
+    """The answer token by token. `model` is a model in memory, or the path of a GGUF file (tokenizer None).
+
+    `prompt` is a question or a list of messages; the recipe brings template settings and sampling.
+    """
+    recipe = recipe or Recipe.load({})
+    if isinstance(model, (str, Path)):
+        from kit.llama_child import LlamaChild
+
+        with LlamaChild(Path(model), n_ctx=recipe.num_ctx or recipe.max_seq_length,
+                        template_kwargs=template_kwargs(recipe)) as child:
+            yield from child.stream(with_system(_messages(prompt), recipe), **gguf_sampling(recipe))
+        return
+    assert tokenizer is not None
+    yield from _stream_in_memory(model, tokenizer, _messages(prompt), recipe)
+
+
+def _stream_in_memory(model: Any, tokenizer: Any, messages: list[Message], recipe: Recipe) -> Iterator[str]:
+    import threading
+
+    import torch
+    from transformers import TextIteratorStreamer
+
+    _for_inference(model)
+    ids = torch.tensor([prompt_ids(tokenizer, messages, recipe)], device=model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.no_grad():
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
+                               pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                               **sampling(recipe))
+        except BaseException as error:  # handed to the reader, who would wait for ever otherwise
+            failed.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    for piece in streamer:
+        if piece:
+            yield piece
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[list[Message]],
+           recipe: Recipe, batch_size: int = 20) -> list[Reply]:
+    """Answers in the order of `prompts`, with a progress bar; batches are of like length, padded on the left."""
+    if isinstance(model, (str, Path)):
+        return _answer_gguf(Path(model), prompts, recipe)
+    assert tokenizer is not None
+    import torch
+
+    _for_inference(model)
+    rows = [prompt_ids(tokenizer, messages, recipe) for messages in prompts]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    replies: dict[int, Reply] = {}
+    with _bar(len(rows), "answering") as bar, torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start:start + batch_size]
+            width = max(len(rows[i]) for i in batch)
+            pad = [[tokenizer.pad_token_id] * (width - len(rows[i])) for i in batch]
+            ids = torch.tensor([p + rows[i] for p, i in zip(pad, batch, strict=True)], device=model.device)
+            mask = torch.tensor([[0] * len(p) + [1] * (width - len(p)) for p in pad], device=model.device)
+            out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id,
+                                 eos_token_id=tokenizer.eos_token_id, **sampling(recipe))
+            for i, new in zip(batch, out[:, width:].tolist(), strict=True):
+                stopped = tokenizer.eos_token_id in new
+                if stopped:
+                    new = new[: new.index(tokenizer.eos_token_id)]
+                replies[i] = Reply(tokenizer.decode(new, skip_special_tokens=True), stopped)
+            bar.update(len(batch))
+    return [replies[i] for i in range(len(rows))]
+
+
+def same_answers(before: list[Reply], after: list[Reply], what: str) -> None:
+    """Print that `what` answers as before; GateError with the first answer that differs (greedy decoding only)."""
+    for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
+        if old != new:
+            raise GateError(f"{what} does not answer like the model in memory; answer {number}: "
+                            f"{old.text[:80]!r} became {new.text[:80]!r}",
+                            "the saved files are not what was trained: don't ship them, train again")
+    print(f"{what}: loaded again, {len(after)} of {len(after)} answers are the same")
+
+
+def _answer_gguf(path: Path, prompts: list[list[Message]], recipe: Recipe) -> list[Reply]:
+    from kit.llama_child import LlamaChild
+
+    replies = []
+    with LlamaChild(path, n_ctx=recipe.num_ctx or recipe.max_seq_length,
+                    template_kwargs=template_kwargs(recipe)) as child, \
+            _bar(len(prompts), f"answering with {path.name}") as bar:
+        for messages in prompts:
+            text = "".join(child.stream(with_system(messages, recipe), **gguf_sampling(recipe)))
+            replies.append(Reply(text, child.finish_reason == "stop"))
+            bar.update()
+    return replies
+
+
+def _for_inference(model: Any) -> None:
+    """Unsloth's switch where the model has it (KV cache on, dropout off)."""
+    if hasattr(model, "for_inference"):
+        model.for_inference()
+    else:
+        model.eval()
+
+
+def _bar(total: int, what: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit="row", file=sys.stderr, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 5)

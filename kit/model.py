@@ -1,0 +1,165 @@
+"""Load a base model, add LoRA, load a saved adapter again. The one module that imports unsloth."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from kit.errors import GateError, KitError
+from kit.platforms import Settings, cache_dir, hub_hint, machine, model_folder, settings
+from kit.prompts import prepare_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kit.recipe import Recipe
+
+
+def import_unsloth() -> ModuleType:
+    """`import unsloth`, with its compiled files in the cache and nothing installed behind the user's back."""
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))
+    os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import unsloth
+
+    return unsloth
+
+
+def resolved(recipe: Recipe) -> Settings:
+    """What the recipe becomes on this machine, with reasons."""
+    import_unsloth()
+    return settings(recipe, machine(Path(recipe.output_dir)))
+
+
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in the recipe's precision, and its tokenizer with the recipe's template.
+
+    Raises KitError when the model can't be found or read, GateError when the layers are not in the
+    precision asked for.
+    """
+    model, tokenizer = _load(model_folder(recipe), recipe)
+    return model, prepare_tokenizer(tokenizer, recipe)
+
+
+def _load(name: str, recipe: Recipe) -> tuple[Any, Any]:
+    import torch
+    from safetensors import SafetensorError
+
+    unsloth = import_unsloth()
+    there = machine(Path(recipe.output_dir))
+    chosen = settings(recipe, there)
+    dtype = getattr(torch, chosen.dtype)
+    common = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code,
+              "local_files_only": recipe.local_files_only}
+    if recipe.trust_remote_code:
+        print(f"trust_remote_code: Python code that comes with {name} will run")
+    try:
+        if recipe.load_in_8bit and there.device == "cpu":
+            model, tokenizer = _load_8bit(name, dtype, common)
+        else:
+            model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+                model_name=name, max_seq_length=recipe.max_seq_length, dtype=dtype,
+                load_in_4bit=recipe.load_in_4bit, load_in_8bit=recipe.load_in_8bit,
+                full_finetuning=recipe.full_finetuning,
+                use_gradient_checkpointing=recipe.use_gradient_checkpointing, **common)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise
+        reason = str(error).strip().split("\n")[0][:300]
+        hint = "check the folder's files, or fetch the model again" if Path(name).is_dir() else hub_hint()
+        raise KitError(f"model_name: {recipe.model_name} could not be loaded: {reason}", hint) from error
+    _check_precision(model, recipe)
+    return model, tokenizer
+
+
+def _load_8bit(name: str, dtype: Any, common: dict[str, Any]) -> tuple[Any, Any]:
+    """8-bit on a CPU, where Unsloth has no path: transformers with bitsandbytes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, device_map="cpu", quantization_config=BitsAndBytesConfig(load_in_8bit=True), **common)
+    return model, AutoTokenizer.from_pretrained(name, **common)
+
+
+def _check_precision(model: Any, recipe: Recipe) -> None:
+    """The quantised layers really are what was asked for."""
+    kinds = [type(module).__name__ for module in model.modules()]
+    for asked, layer in ((recipe.load_in_4bit, "Linear4bit"), (recipe.load_in_8bit, "Linear8bitLt")):
+        if asked and layer not in kinds:
+            raise GateError(f"{recipe.model_name} was loaded without a single {layer} layer: not the precision "
+                            "the recipe asks for", "set load_in_4bit and load_in_8bit to false, or use another model")
+
+
+def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedModel:
+    """The model with a fresh adapter; with full_finetuning the model as it is."""
+    if recipe.full_finetuning:
+        return model
+    _check_targets(model, recipe)
+    unsloth = import_unsloth()
+    lora = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
+            "target_modules": list(recipe.target_modules), "bias": recipe.bias, "use_rslora": recipe.use_rslora}
+    if recipe.load_in_8bit and not _on_gpu(model):
+        return _add_lora_8bit(model, lora, recipe)
+    if recipe.loftq_config:
+        lora |= {"loftq_config": recipe.loftq_config, "init_lora_weights": "loftq"}
+    return unsloth.FastLanguageModel.get_peft_model(  # type: ignore[no-any-return]
+        model, random_state=recipe.random_state, max_seq_length=recipe.max_seq_length,
+        use_gradient_checkpointing=recipe.use_gradient_checkpointing, **lora)
+
+
+def _add_lora_8bit(model: Any, lora: dict[str, Any], recipe: Recipe) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(recipe.random_state)
+    model = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False})
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def _check_targets(model: Any, recipe: Recipe) -> None:
+    linears = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                      if type(module).__name__.startswith(("Linear", "Bf16StoredLinear"))} - {"lm_head"})
+    unknown = [name for name in recipe.target_modules if name not in linears]
+    if len(unknown) == len(recipe.target_modules):
+        raise KitError(f"target_modules: {', '.join(unknown)}: no such layer in {recipe.model_name}",
+                       f"its linear layers are: {', '.join(linears)}")
+
+
+def _on_gpu(model: Any) -> bool:
+    return next(model.parameters()).device.type == "cuda"
+
+
+def trainable_share(model: Any) -> tuple[int, int]:
+    """(trainable, all) parameters; 4-bit weights are counted unpacked."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()
+        return int(trainable), int(total)
+    total = model.num_parameters()
+    return total, total
+
+
+def reload(saved: Path, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
+    """What `save_adapter` wrote, from disk: the adapter on its base, or fully fine-tuned weights."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    if recipe.load_in_8bit and (saved / "adapter_config.json").is_file():
+        base, _ = _load(model_folder(recipe), recipe)
+        return PeftModel.from_pretrained(base, str(saved)), AutoTokenizer.from_pretrained(saved)
+    return _load(str(saved), recipe.model_copy(update={"revision": None}))
+
+
+def free_memory() -> None:
+    """Give back what deleted models held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

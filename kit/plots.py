@@ -1,0 +1,79 @@
+"""The figures of a run, as matplotlib figures that are also saved as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from matplotlib.figure import Figure
+
+    from kit.train import TrainResult
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
+    """A figure of its own (not pyplot's), so that nothing is shown twice and no window is needed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Figure:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return figure
+
+
+def lengths(rows: Dataset, max_seq_length: int, path: Path) -> Figure:
+    """Histogram of row lengths in tokens, with the trained part apart."""
+    total = [len(ids) for ids in rows["input_ids"]]
+    trained = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+    ordered = sorted(total)
+    p95 = ordered[int(0.95 * (len(ordered) - 1))]
+    figure, axes = _figure(f"{len(total):,} rows: median {ordered[len(ordered) // 2]}, 95 % up to {p95}, "
+                           f"longest {ordered[-1]} of {max_seq_length} tokens", "tokens", "rows")
+    bins = range(0, max(total) + 2, max(1, max(total) // 40))
+    axes.hist(total, bins=bins, alpha=0.6, label="whole row")
+    axes.hist(trained, bins=bins, alpha=0.6, label="trained")
+    axes.legend()
+    return _save(figure, path)
+
+
+def loss(result: TrainResult, path: Path) -> Figure:
+    """The loss of each logged step and its running mean."""
+    steps = [step for step, _ in result.losses]
+    values = [value for _, value in result.losses]
+    window = max(1, len(values) // 10)
+    smooth = [sum(values[max(0, i - window + 1):i + 1]) / len(values[max(0, i - window + 1):i + 1])
+              for i in range(len(values))]
+    figure, axes = _figure(f"loss {values[0]:.3f} → {smooth[-1]:.3f} in {result.steps} steps",
+                           "optimiser step", "loss (nats per trained token)")
+    axes.plot(steps, values, alpha=0.4, label="logged")
+    axes.plot(steps, smooth, label=f"mean of {window}")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return _save(figure, path)
+
+
+def before_after(scores: dict[str, dict[str, float]], path: Path) -> Figure | None:
+    """Bars: the held-out score of each stage, whole answer and every field; None without a score."""
+    scores = {stage: values for stage, values in scores.items() if values}
+    if not scores:
+        return None
+    names = list(dict.fromkeys(name for values in scores.values() for name in values))
+    figure, axes = _figure("held-out score", "", "share of answers that are right")
+    width = 0.8 / len(scores)
+    for k, (stage, values) in enumerate(scores.items()):
+        places = [i + k * width for i in range(len(names))]
+        bars = axes.bar(places, [values.get(name, 0) for name in names], width, label=stage)
+        axes.bar_label(bars, labels=[f"{values.get(name, 0):.0%}" for name in names], fontsize=8)
+    labels = ["whole answer" if name == "exact" else name for name in names]
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], labels)
+    axes.set_ylim(0, 1.15)
+    axes.legend(loc="upper left", ncols=len(scores), fontsize=8)
+    return _save(figure, path)

