@@ -19,7 +19,7 @@ endif
 # The stamp's name holds the content of what was asked for: change a line and set-up runs again.
 STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: help setup demo test test-fast check pair data clean
+.PHONY: help setup demo test test-fast check pair docs data clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,9 @@ check: $(STAMP)  ## ruff and mypy
 
 pair: $(STAMP)  ## write notebooks/*.ipynb from the .py beside them
 	@$(BIN)/jupytext --update --to ipynb notebooks/*.py
+
+docs: $(STAMP)  ## write docs/recipe.md from kit/recipe.py
+	@mkdir -p docs && $(BIN)/python -m kit.recipe > docs/recipe.md
 
 data: $(STAMP)  ## make the starter data set again
 	@$(BIN)/python data/make_tickets.py

@@ -2,7 +2,7 @@
 
     python data/make_tickets.py [FOLDER]
 
-A ticket is one to three sentences: what happened, perhaps the order number, perhaps how much it presses.
+A ticket is one to three sentences: what happened, perhaps the order number, perhaps haste or thanks.
 Training and held-out tickets are filled from different lists of sentences; half of the held-out
 products and all held-out order numbers are new as well. Same seed, same bytes.
 """
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 SEED = 3407
-TRAIN_ROWS, HELDOUT_ROWS = 600, 120
+TRAIN_ROWS, HELDOUT_ROWS = 500, 120
 TRAIN_FILE, HELDOUT_FILE = "tickets-train.jsonl", "tickets-heldout.jsonl"
 INSTRUCTION = "Ticket to JSON: order, product, topic, urgent."
 
@@ -186,7 +186,7 @@ ORDERS = (
     Order no. {o}.
     This is about order {o}.
     I ordered it under number {o}.
-    Order: {o}.
+    The reference is {o}.
     See order #{o}.
     You will find it under {o}.""",
     """My order is {o}.
@@ -202,54 +202,57 @@ URGENT = (
     Please hurry.
     Please help as soon as possible.
     I need it by tomorrow.
-    It has to be solved tonight.
-    Please reply right now.
-    I cannot wait any longer.
-    I leave in {n} hours.
+    It is urgent, I need it today.
+    Please reply immediately.
+    This cannot wait any longer.
+    I only have {n} hours.
     This must be fixed immediately.
     It is very urgent, please call me.
     ASAP please!
-    I need this at once.
+    Hurry up, please.
     My event is tomorrow morning.
-    Please act quickly, time is running out.
+    Urgent, please act quickly.
     I need a solution within {n} hours.
-    Please treat this as an emergency.
-    I must have it before tonight.""",
+    Please answer today, it is urgent.
+    I must have it before tonight.
+    Please fix this fast.""",
     """Please solve this today.
     It is really urgent!
     I need help immediately.
     Please answer as fast as possible.
     I need this fixed by tomorrow morning.
-    There is no time, please hurry up.
+    Please hurry, there is no time.
     I only have {n} hours left.
     This cannot wait.""",
 )
 
 CALM = (
     """Thanks for your help.
-    There is no rush.
-    Take your time.
     Thank you.
     Kind regards.
-    It is not urgent.
     Have a nice day.
-    An answer next week is fine.
-    Whenever you have time.
-    No need to hurry.
-    I like your shop otherwise.
-    I can wait a few days.
+    I like your shop.
     Thank you in advance.
     Please let me know.
     I hope you can help me.
-    I have been a customer for {n} years.""",
+    I have been a customer for {n} years.
+    Greetings from Berlin.
+    Thanks and best regards.
+    Your shop is great otherwise.
+    Many thanks.
+    I am looking forward to your reply.
+    It would be nice to hear from you.
+    What should I do?
+    Can you help me with this?
+    I hope this is the right address.""",
     """Many thanks for your support.
-    This is not in a hurry.
-    Any time next week would be fine.
-    Thanks a lot and best wishes.
-    No rush at all.
+    Best wishes.
+    Thanks a lot for looking into it.
     I look forward to your answer.
-    It can wait.
-    Please tell me what to do.""",
+    Please tell me what to do.
+    Greetings from Madrid.
+    I have bought from you for {n} years.
+    Hope you can help.""",
 )
 
 PRODUCTS = (
@@ -300,13 +303,13 @@ def fill(
 ) -> tuple[str, dict[str, str | int | bool | None]]:
     """One ticket and its answer; the order number is added to `used_orders`."""
     happened = rng.choice(split_list(TOPICS[topic][part]))
-    urgent = rng.random() < 0.4
+    urgent = rng.random() < 0.45
     order = None
     ticket = [happened]
     if rng.random() < 0.75:
-        order = rng.randrange(10_000, 1_000_000)
+        order = rng.randrange(10_000, 100_000)
         while order in used_orders:
-            order = rng.randrange(10_000, 1_000_000)
+            order = rng.randrange(10_000, 100_000)
         used_orders.add(order)
         ticket.insert(rng.randrange(2), rng.choice(split_list(ORDERS[part])))
     if urgent:

@@ -44,6 +44,7 @@ _HOMES = {
     "template_kwargs": "prompts",
     "train": "train",
     "trainable_share": "model",
+    "with_system": "prompts",
     "write_modelfile": "modelfile",
 }
 

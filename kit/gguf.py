@@ -128,8 +128,12 @@ def merged_weights(merged: Path) -> tuple[int, str]:
                        "merge first: save_merged=16bit")
     counts: dict[str, int] = {}
     for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        try:
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        except (ValueError, struct.error, OverflowError, MemoryError):
+            raise KitError(f"{file} is damaged: it has no readable safetensors header",
+                           "fetch or write the model again") from None
         for key, tensor in header.items():
             if key != "__metadata__":
                 size = 1

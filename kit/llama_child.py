@@ -36,7 +36,8 @@ def child_environment() -> dict[str, str]:
     """This process's environment, with the folder that holds `kit` on the child's import path."""
     home = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
+    # Threads that spin while they wait starve each other when the cores are shared: 1 token/s instead of 28.
+    return {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
 
 
 def last_trouble(log: str) -> str:
@@ -166,11 +167,11 @@ class LlamaChild:
         return self._receive(self._send(method, **arguments))["result"]
 
     def _send(self, method: str, **arguments: Any) -> int:
+        pipe = self._running().stdin
+        assert pipe is not None
         self._number += 1
         self._said_before = os.fstat(self._stderr.fileno()).st_size
         line = json.dumps({"id": self._number, "method": method, "arguments": arguments})
-        pipe = self._running().stdin
-        assert pipe is not None
         try:
             pipe.write(line + "\n")
             pipe.flush()

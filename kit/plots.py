@@ -26,6 +26,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
 def _save(figure: Figure, path: Path) -> Figure:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    figure.set_label(f"figure: {path}")
     return figure
 
 

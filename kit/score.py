@@ -17,11 +17,16 @@ def score(answers: list[str], references: list[str], metric: str) -> dict[str, f
         return {"exact": _share([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])}
     pairs = [(_object(a), _object(r)) for a, r in zip(answers, references, strict=True)]
     fields = dict.fromkeys(name for _, reference in pairs for name in reference or {})
-    scores = {"exact": _share([answer is not None and answer == reference for answer, reference in pairs])}
+    scores = {"exact": _share([answer is not None and _same(answer, reference) for answer, reference in pairs])}
     for name in fields:
-        scores[name] = _share([answer is not None and name in answer and answer[name] == (reference or {}).get(name)
+        scores[name] = _share([answer is not None and name in answer and _same(answer[name], (reference or {}).get(name))
                                for answer, reference in pairs])
     return scores
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal as JSON: unlike Python, 1 is not true there; the order of keys does not count."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
 def _object(text: str) -> dict[str, Any] | None:

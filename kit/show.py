@@ -65,13 +65,13 @@ class Tokens:
 
 
 def show(thing: Any) -> None:
-    """Display in a notebook, print elsewhere."""
+    """Display in a notebook, print elsewhere; of a figure, where it was saved."""
     if in_notebook():
         from IPython.display import display
 
         display(thing)
     else:
-        print(thing)
+        print(thing.get_label() if hasattr(thing, "savefig") else thing)
 
 
 def in_notebook() -> bool:

@@ -39,6 +39,7 @@ class TrainResult:
 def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) -> SFTTrainer:
     """TRL's SFTTrainer on rows that are already tokenised and masked (`input_ids`, `labels`)."""
     import_unsloth()
+    from datasets import disable_progress_bars, enable_progress_bars
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from transformers.utils.notebook import NotebookProgressCallback
     from trl import SFTConfig, SFTTrainer
@@ -58,8 +59,10 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
         bf16=chosen.bf16, fp16=chosen.fp16, gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         include_num_input_tokens_seen="non_padding", disable_tqdm=True, **duration, **same)
+    disable_progress_bars()  # TRL walks over the rows twice; on rows that are ready this takes no time
     trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer,
                          train_dataset=data["train"].select_columns(["input_ids", "labels"]))
+    enable_progress_bars()
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_log_callback(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import shutil
@@ -127,7 +128,7 @@ def test_cut_files_say_how_much_is_missing(exported: dict[str, Path], tmp_path: 
     file.write_bytes(whole[:1000])
     with pytest.raises(KitError, match="inside the header"):
         check_gguf(file)
-    with pytest.raises(GateError, match="llama.cpp said"), LlamaChild(file):
+    with pytest.raises(GateError, match=r"llama\.cpp said"), LlamaChild(file):
         pass
 
 
@@ -212,10 +213,7 @@ def as_sentencepiece(whole: bytes) -> bytes:
     """The GGUF with its byte-level tokenizer declared a SentencePiece one, tensors moved to keep their alignment."""
     key = struct.pack("<Q", 20) + b"tokenizer.ggml.model" + struct.pack("<I", 8)
     at = whole.index(key + struct.pack("<Q", 4) + b"gpt2") + len(key)
-    # The header ends where tensors begin: after the last tensor's info, found by its known total size.
     with_longer_name = whole[:at] + struct.pack("<Q", 5) + b"llama" + whole[at + 12:]
-    import io
-
     file = io.BytesIO(whole)
     gguf._expected_bytes(file)
     end = file.tell()
@@ -228,7 +226,7 @@ def test_native_abort_is_an_error_with_its_cause(exported: dict[str, Path], toke
     file = tmp_path / "wrong.gguf"
     file.write_bytes(as_sentencepiece(exported["q8_0"].read_bytes()))
     check_gguf(file)
-    with pytest.raises(GateError, match=r"llama.cpp died \(killed by SIGABRT\); llama.cpp said: .*out_of_range"):
+    with pytest.raises(GateError, match=r"llama.cpp died \(killed by SIGABRT\); llama.cpp said: what\(\): .*"):
         smoke_test(file, tokenizer, QUESTION, 20)
 
 

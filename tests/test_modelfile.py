@@ -119,8 +119,8 @@ def test_started_answer_is_left_open() -> None:
 
 
 def test_default_system_text_only_without_a_system_message() -> None:
-    template = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
-    joints = derive(jinja(template))
+    default = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    joints = derive(jinja(default + CHATML))
     assert fill(joints, turns("a")).count("Be kind.") == 1
     assert "Be kind." not in fill(joints, [{"role": "system", "content": "x"}, *turns("a")])
 
@@ -129,7 +129,7 @@ def test_no_system_role_is_left_out_and_said() -> None:
     render = jinja(NO_SYSTEM)
     joints = derive(render)
     prove(joints, render)
-    assert ("system", "user") not in joints
+    assert ("", "system") not in joints
     assert fill(joints, [{"role": "system", "content": "x"}, *turns("a")]) == render(turns("a"))
 
     class Tokenizer:
@@ -144,6 +144,7 @@ def test_no_system_role_is_left_out_and_said() -> None:
     ("{% for m in messages %}[{{ loop.index }}]{{ m.content }}{% endfor %}", "'[4]'"),
     ("{{ messages[-1].content }}", "repeats, drops or moves"),
     ("{% for m in messages %}{{ m.role + ':' + m.content | replace('\"', '') }}{% endfor %}", "Ollama would write"),
+    ("{% for tool in tools.names %}{{ tool + 1 }}{% endfor %}{{ messages[0].content + 1 }}", "refuses"),
     ("{% if messages | length > 1 %}{{ raise_exception('once') }}{% endif %}{{ messages[0].content }}", "refuses"),
 ])
 def test_what_cannot_be_expressed_is_named(template: str, part: str) -> None:

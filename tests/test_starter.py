@@ -135,7 +135,7 @@ def test_greedy_answers_match_the_gguf(folder: Path, tokenizer: Any, tmp_path: P
         matches = [a == b for a, b in zip(logits.argmax(-1).tolist(), expected, strict=True)]
         same, total = same + sum(matches), total + len(matches)
         leading += matches.index(False) if False in matches else len(matches)
-    print(f"greedy tokens that agree: {same}/{total} = {same / total:.1%}; {leading} before a first difference")
+    print(f"greedy tokens that agree: {same}/{total} = {same / total:.1%}; {leading} before a first miss")
     assert same / total >= 0.93
 
 

@@ -1,0 +1,66 @@
+"""The notebook as people open it: paired, without outputs, short cells, nothing dead."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import jupytext
+import pytest
+
+from kit.recipe import PROJECT, Recipe
+
+SOURCES = sorted((PROJECT / "notebooks").glob("*.py"))
+EACH = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+def code_cells(source: Path) -> list[str]:
+    return [cell.source for cell in jupytext.read(source).cells if cell.cell_type == "code"]
+
+
+@EACH
+def test_py_and_ipynb_have_the_same_cells(source: Path) -> None:
+    def cells(path: Path) -> list[tuple[str, str, list[str]]]:
+        return [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in jupytext.read(path).cells]
+
+    assert cells(source) == cells(source.with_suffix(".ipynb")), "run `make pair`"
+
+
+@EACH
+def test_ipynb_is_published_without_outputs_and_with_a_kernel(source: Path) -> None:
+    notebook = json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+
+
+@EACH
+def test_cells_are_short_and_none_is_dead(source: Path) -> None:
+    for cell in code_cells(source):
+        assert len([line for line in cell.splitlines() if line.strip()]) <= 12, cell
+        for node in ast.walk(ast.parse(cell)):
+            assert not (isinstance(node, ast.If) and isinstance(node.test, ast.Constant)), cell
+    assert not re.search(r"^\s*[%!]", "\n".join(code_cells(source)), re.MULTILINE), "magics don't run as a script"
+
+
+@EACH
+def test_one_parameters_cell_and_no_variable_that_looks_like_a_field(source: Path) -> None:
+    tagged = [c for c in jupytext.read(source).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    names = {node.id for cell in code_cells(source) for node in ast.walk(ast.parse(cell))
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    # A variable named like a field would be read as a parameter when "Run all" is pressed again.
+    assert not names & set(Recipe.model_fields)
+    Recipe.given(dict.fromkeys(names, 1))
+
+
+@EACH
+def test_every_stage_of_the_promise_is_there(source: Path) -> None:
+    text = "\n".join(code_cells(source))
+    order = ["Recipe.load", "kit.machine", "load_model", "add_lora", "load_data", "kit.Tokens", "plots.lengths",
+             "kit.answer", "make_trainer", "kit.train(", "plots.loss", "kit.stream", "after=after", "save_adapter",
+             "kit.reload", "kit.merge", "export_gguf", "smoke_test", "write_modelfile", "run.finish"]
+    places = [text.index(name) for name in order]
+    assert places == sorted(places)
