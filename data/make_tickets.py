@@ -2,7 +2,8 @@
 
     python data/make_tickets.py [FOLDER]
 
-A ticket is one to three sentences: what happened, perhaps the order number, perhaps haste or thanks.
+A ticket is one to three sentences: what happened, perhaps the order number, perhaps haste or thanks, which the
+answer leaves out.
 Training and held-out tickets are filled from different lists of sentences; half of the held-out
 products and all held-out order numbers are new as well. Same seed, same bytes.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 SEED = 3407
 TRAIN_ROWS, HELDOUT_ROWS = 500, 120
 TRAIN_FILE, HELDOUT_FILE = "tickets-train.jsonl", "tickets-heldout.jsonl"
-INSTRUCTION = "Ticket to JSON: order, product, topic, urgent."
+INSTRUCTION = "Ticket to JSON: order, product, topic."
 
 # {p} a product, {n} a small number that is no order number.
 TOPICS = {
@@ -196,7 +197,7 @@ ORDERS = (
     Order ID {o}.""",
 )
 
-URGENT = (
+EXTRAS = (
     """I need an answer today.
     This is urgent!
     Please hurry.
@@ -215,19 +216,8 @@ URGENT = (
     I need a solution within {n} hours.
     Please answer today, it is urgent.
     I must have it before tonight.
-    Please fix this fast.""",
-    """Please solve this today.
-    It is really urgent!
-    I need help immediately.
-    Please answer as fast as possible.
-    I need this fixed by tomorrow morning.
-    Please hurry, there is no time.
-    I only have {n} hours left.
-    This cannot wait.""",
-)
-
-CALM = (
-    """Thanks for your help.
+    Please fix this fast.
+    Thanks for your help.
     Thank you.
     Kind regards.
     Have a nice day.
@@ -245,7 +235,15 @@ CALM = (
     What should I do?
     Can you help me with this?
     I hope this is the right address.""",
-    """Many thanks for your support.
+    """Please solve this today.
+    It is really urgent!
+    I need help immediately.
+    Please answer as fast as possible.
+    I need this fixed by tomorrow morning.
+    Please hurry, there is no time.
+    I only have {n} hours left.
+    This cannot wait.
+    Many thanks for your support.
     Best wishes.
     Thanks a lot for looking into it.
     I look forward to your answer.
@@ -274,7 +272,7 @@ def split_list(text: str, mark: str = "\n") -> list[str]:
 
 def sentences(part: int) -> list[str]:
     """Every sentence template of training (part 0) or of the held-out rows (part 1)."""
-    texts = [lists[part] for lists in (*TOPICS.values(), ORDERS, URGENT, CALM)]
+    texts = [lists[part] for lists in (*TOPICS.values(), ORDERS, EXTRAS)]
     return [template for text in texts for template in split_list(text)]
 
 
@@ -300,10 +298,9 @@ def make_rows(part: int, count: int, seed: int, used_orders: set[int]) -> list[d
 
 def fill(
     rng: random.Random, part: int, topic: str, product: str, used_orders: set[int]
-) -> tuple[str, dict[str, str | int | bool | None]]:
+) -> tuple[str, dict[str, str | int | None]]:
     """One ticket and its answer; the order number is added to `used_orders`."""
     happened = rng.choice(split_list(TOPICS[topic][part]))
-    urgent = rng.random() < 0.45
     order = None
     ticket = [happened]
     if rng.random() < 0.75:
@@ -312,13 +309,11 @@ def fill(
             order = rng.randrange(10_000, 100_000)
         used_orders.add(order)
         ticket.insert(rng.randrange(2), rng.choice(split_list(ORDERS[part])))
-    if urgent:
-        ticket.insert(rng.choice([0, len(ticket)]), rng.choice(split_list(URGENT[part])))
-    elif rng.random() < 0.6:
-        ticket.append(rng.choice(split_list(CALM[part])))
+    if rng.random() < 0.6:
+        ticket.append(rng.choice(split_list(EXTRAS[part])))
     text = " ".join(sentence.format(p=product, o=order, n=rng.randint(2, 30)) for sentence in ticket)
     named = product if "{p}" in happened else None
-    return text, {"order": order, "product": named, "topic": topic, "urgent": urgent}
+    return text, {"order": order, "product": named, "topic": topic}
 
 
 def write(folder: Path) -> None:

@@ -19,7 +19,7 @@ def score(answers: list[str], references: list[str], metric: str) -> dict[str, f
     fields = dict.fromkeys(name for _, reference in pairs for name in reference or {})
     scores = {"exact": _share([answer is not None and _same(answer, reference) for answer, reference in pairs])}
     for name in fields:
-        scores[name] = _share([answer is not None and name in answer and _same(answer[name], (reference or {}).get(name))
+        scores[name] = _share([answer is not None and name in answer and _same(answer[name], (reference or {})[name])
                                for answer, reference in pairs])
     return scores
 

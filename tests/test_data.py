@@ -69,7 +69,7 @@ def test_a_path_that_does_not_exist_names_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path / "tickets.jsonl", [ALPACA])
     with pytest.raises(KitError, match=r"did you mean 'tickets.jsonl'"):
         read_conversations(tmp_path / "tikets.jsonl")
-    with pytest.raises(KitError, match="unknown kind of file .csv"):
+    with pytest.raises(KitError, match=r"unknown kind of file \.csv"):
         (tmp_path / "x.csv").write_text("a,b\n")
         read_conversations(tmp_path / "x.csv")
 

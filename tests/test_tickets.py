@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 DATA = Path(__file__).parents[1] / "data"
-FIELDS = ["order", "product", "topic", "urgent"]
+FIELDS = ["order", "product", "topic"]
 
 
 def load_script() -> ModuleType:
@@ -72,7 +72,6 @@ def test_answers_are_compact_json_that_the_ticket_supports(train: list[Row], hel
         assert list(answer) == FIELDS
         assert row["output"] == json.dumps(answer, separators=(",", ":"))
         assert answer["topic"] in script.TOPICS
-        assert type(answer["urgent"]) is bool
         assert answer["product"] is None or answer["product"] in row["input"]
         numbers = [int(number) for number in re.findall(r"\b\d{5}\b", row["input"])]
         assert numbers == ([] if answer["order"] is None else [answer["order"]])
@@ -85,7 +84,6 @@ def test_every_value_occurs(train: list[Row], held_out: list[Row]) -> None:
         for field in ("order", "product"):
             share = sum(answer[field] is None for answer in answers) / len(answers)
             assert 0.1 < share < 0.5, f"{field} is null in {share:.0%}"
-        assert 0.25 < sum(answer["urgent"] for answer in answers) / len(answers) < 0.55
 
 
 def test_no_template_is_shared() -> None:

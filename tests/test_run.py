@@ -1,0 +1,208 @@
+"""The main path for real: the notebook with few steps, and every way a run can end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FEW_STEPS, PROJECT, kit
+
+from kit.runs import Run, read_result
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_run_folder_is_complete(finished_run: Path) -> None:
+    result = read_result(finished_run)
+    assert result["status"] == "finished"
+    for name in ("recipe.yaml", "manifest.json", "log.jsonl", "notebook.ipynb", "adapter/adapter_model.safetensors",
+                 "merged/model.safetensors", "gguf/SmolLM2-135M-Instruct-f16.gguf",
+                 "gguf/SmolLM2-135M-Instruct-q8_0.gguf", "gguf/Modelfile", "figures/loss.png", "figures/lengths.png",
+                 "figures/scores.png"):
+        assert (finished_run / name).stat().st_size > 0, name
+    assert not [p for p in finished_run.rglob("*") if p.name.endswith((".partial", ".old"))]
+    lines = [json.loads(line) for line in (finished_run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert result["train"]["tokens"] > 500 and result["train"]["peak_memory_gb"] < 6
+    assert set(result["scores"]) == {"before", "after", "q8_0"}
+    assert [s["finish_reason"] for s in result["smoke"]] == ["stop", "stop"]
+    manifest = json.loads((finished_run / "manifest.json").read_text())
+    assert manifest["stop_token"] == "<|im_end|>" != manifest["pad_token"]
+    assert len(manifest["data_sha256"]) == 2 and manifest["versions"]["unsloth"]
+
+
+def test_what_the_terminal_showed(finished_run: Path) -> None:
+    text = (finished_run / "terminal.txt").read_text()
+    for words in ("── 8. Train ──", "training: 100%", "adamw_torch_fused instead of adamw_8bit", "held-out score",
+                  "5 of 5 answers are the same", "FROM ./SmolLM2-135M-Instruct-q8_0.gguf", "finished: "):
+        assert words in text, words
+    assert "Traceback" not in text
+
+
+def test_one_template_everywhere(finished_run: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from kit.llama_child import LlamaChild
+
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "adapter")
+    assert AutoTokenizer.from_pretrained(finished_run / "merged").chat_template == tokenizer.chat_template
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((finished_run / "merged" / name).read_text())["eos_token_id"] == tokenizer.eos_token_id
+    with LlamaChild(finished_run / "gguf" / "SmolLM2-135M-Instruct-q8_0.gguf") as child:
+        meta = child.metadata()
+        assert meta["tokenizer.chat_template"] == tokenizer.chat_template
+        assert int(meta["tokenizer.ggml.eos_token_id"]) == tokenizer.eos_token_id
+        messages = [{"role": "user", "content": "你好 12345 🙂\n\n  x"}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert child.prompt_ids(messages) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_f16_gguf_is_the_merged_model(finished_run: Path, record_property: Any) -> None:
+    """Mean KL over the answers of held-out conversations: at most 0.001, every likeliest token the same or close."""
+    sys.path.insert(0, str(PROJECT / "benchmarks"))
+    import parity
+
+    figures = parity.compare(finished_run, "f16", rows=8)
+    print(figures)
+    assert figures["mean_kl"] <= 0.001
+    assert figures["top1"] >= 0.99
+
+
+def test_ask_every_engine(finished_run: Path) -> None:
+    for engine in ("gguf", "merged", "adapter", "base"):
+        done = kit("ask", str(finished_run), "Ticket to JSON: say hello.", "--engine", engine, timeout=200)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
+    file = finished_run / "gguf" / "SmolLM2-135M-Instruct-q8_0.gguf"
+    assert kit("ask", str(file), "Hi").stdout.strip()
+    assert "did you mean 'adapter'" in kit("ask", str(finished_run), "Hi", "--engine", "adaptor").stderr
+
+
+def test_a_gguf_cut_in_half(finished_run: Path, tmp_path: Path) -> None:
+    data = (finished_run / "gguf" / "SmolLM2-135M-Instruct-q8_0.gguf").read_bytes()
+    cut = tmp_path / "half.gguf"
+    cut.write_bytes(data[: len(data) // 2])
+    done = kit("ask", str(cut), "Hi")
+    assert done.returncode == 2 and "half.gguf" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_streams_token_by_token(finished_run: Path) -> None:
+    from kit.infer import stream
+    from kit.model import reload
+
+    run = Run.open(finished_run)
+    model, tokenizer = reload(run.merged, run.recipe)
+    prompt = "Ticket to JSON: order, product."
+    pieces = list(stream(model, tokenizer, prompt, run.recipe))
+    assert len(pieces) > 3
+    assert "<|im_end|>" not in "".join(pieces)
+
+
+def start(tmp_path: Path, command: str, *fields: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "kit", command, "recipes/quickstart.yaml", f"output_dir={tmp_path}",
+                             "gguf=[]", "max_eval_samples=1", "max_new_tokens=4", *fields], cwd=PROJECT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_training(folder: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
+    for _ in range(600):
+        if (folder / "log.jsonl").is_file() or process.poll() is not None:
+            break
+        time.sleep(0.2)
+    assert process.poll() is None, process.communicate()[0][-2000:]
+    return read_result(folder)
+
+
+def test_a_killed_kernel_is_a_failed_run(tmp_path: Path) -> None:
+    process = start(tmp_path, "run")
+    result = wait_for_training(tmp_path / "quickstart", process)
+    os.kill(result["pid"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped at 'train'" in output
+    result = json.loads((tmp_path / "quickstart" / "result.json").read_text())
+    assert (result["status"], result["stage"]) == ("stopped", "train")
+
+
+@pytest.mark.parametrize("command, number", [("run", signal.SIGINT), ("run", signal.SIGTERM),
+                                             ("train", signal.SIGINT)])
+def test_interrupting_ends_the_kernel_too(tmp_path: Path, command: str, number: signal.Signals) -> None:
+    process = start(tmp_path, command)
+    kernel = wait_for_training(tmp_path / "quickstart", process)["pid"]
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output[-2000:]
+    assert "Traceback" not in output[-500:]
+    result = read_result(tmp_path / "quickstart")
+    assert result["status"] in ("stopped", "failed") and result["stage"] == "train"
+    for _ in range(50):
+        if not Path(f"/proc/{kernel}").exists():
+            break
+        time.sleep(0.2)
+    assert not Path(f"/proc/{kernel}").exists() or "Z" in Path(f"/proc/{kernel}/stat").read_text().split()[2]
+
+
+@pytest.fixture
+def changed_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the notebook with its fourth stage's code replaced by a line; (exit code, result)."""
+    import jupytext
+
+    from kit import batch
+
+    def run(line: str, how: str) -> tuple[int, dict[str, Any]]:
+        notebook = jupytext.read(batch.NOTEBOOK)
+        for cell in notebook.cells:
+            if 'run.stage("load")' in cell.source:
+                cell.source = f'run.stage("load")\n{line}'
+        jupytext.write(notebook, tmp_path / "01_finetune.py", fmt="py:percent")
+        jupytext.write(notebook, tmp_path / "01_finetune.ipynb")
+        monkeypatch.setattr(batch, "NOTEBOOK", tmp_path / "01_finetune.py")
+        code = getattr(batch, how)("recipes/quickstart.yaml", {"output_dir": str(tmp_path / "runs")}, False)
+        return code, json.loads((tmp_path / "runs" / "quickstart" / "result.json").read_text())
+
+    monkeypatch.chdir(PROJECT)
+    return run
+
+
+@pytest.mark.parametrize("how", ["run_notebook", "run_cells"])
+@pytest.mark.parametrize("line, reason", [
+    ("raise SystemExit(0)", "exit"),
+    ("import os; os._exit(0)", ""),
+    ("1 / 0", "ZeroDivisionError"),
+    ("raise kit.KitError('no such thing', 'mend it')", "no such thing"),
+])
+def test_every_early_end_is_a_failure_that_says_where(changed_notebook: Any, how: str, line: str, reason: str) -> None:
+    if "_exit" in line and how == "run_cells":
+        pytest.skip("this would end the test's own process")
+    code, result = changed_notebook(line, how)
+    assert code in (1, 2)
+    assert result["status"] in ("failed", "stopped") and result["stage"] == "load"
+    assert reason in result["reason"]
+
+
+def test_plain_papermill(tmp_path: Path) -> None:
+    out = tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", "notebooks/01_finetune.ipynb", str(out), "-p", "recipe",
+               "recipes/quickstart.yaml", "-p", "learning_rate", "1e-4", "-p", "max_steps", "2", "-p", "output_dir",
+               str(tmp_path), "-p", "max_eval_samples", "1", "-p", "max_new_tokens", "4", "-y", "gguf: []"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = Run.open(tmp_path / "quickstart")
+    assert run.result["status"] == "finished" and run.recipe.learning_rate == 1e-4
+    wrong = subprocess.run([*command[:4], str(tmp_path / "b.ipynb"), "-p", "learning_rat", "1e-4"], cwd=PROJECT,
+                           capture_output=True, text=True, timeout=600)
+    assert wrong.returncode != 0 and "did you mean" in wrong.stderr
+
+
+def test_train_is_the_same_run_without_a_kernel(tmp_path: Path) -> None:
+    done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}", "gguf=[]", *FEW_STEPS)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert read_result(tmp_path / "quickstart")["status"] == "finished"
+    assert "── 8. Train ──" in done.stdout and "⟦" in done.stdout
