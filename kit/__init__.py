@@ -6,9 +6,14 @@ The public names load on first use, so that `import kit` costs nothing.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import Any
+
+# OpenMP threads (torch, llama.cpp) spin while they wait. Spinning long starves whatever shares the cores, never
+# spinning is slow on free ones; this is read when those libraries load, so it stands here.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {
     "KitError": "errors",
