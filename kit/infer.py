@@ -66,34 +66,49 @@ def stream(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompt: str | 
 
 
 def _stream_in_memory(model: Any, tokenizer: Any, messages: list[Message], recipe: Recipe) -> Iterator[str]:
+    import queue
     import threading
 
     import torch
-    from transformers import TextIteratorStreamer
+    from transformers.generation.streamers import BaseStreamer
 
     _for_inference(model)
     ids = torch.tensor([prompt_ids(tokenizer, messages, recipe)], device=model.device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failed: list[BaseException] = []
+    tokens: queue.Queue[list[int] | BaseException | None] = queue.Queue()
+
+    class Streamer(BaseStreamer):  # type: ignore[misc]
+        """Hands on every token as it comes; transformers' TextStreamer waits for the next space."""
+
+        def put(self, value: Any) -> None:
+            tokens.put(value.reshape(-1).tolist())
+
+        def end(self) -> None:
+            tokens.put(None)
 
     def work() -> None:
         try:
             with torch.no_grad():
-                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer,
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=Streamer(),
                                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
                                **sampling(recipe))
         except BaseException as error:  # handed to the reader, who would wait for ever otherwise
-            failed.append(error)
-            streamer.end()
+            tokens.put(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    for piece in streamer:
-        if piece:
-            yield piece
-    thread.join()
-    if failed:
-        raise failed[0]
+    threading.Thread(target=work, daemon=True).start()
+    tokens.get()  # the prompt comes first
+    line: list[int] = []
+    shown = ""
+    while (new := tokens.get()) is not None:
+        if isinstance(new, BaseException):
+            raise new
+        line += new
+        text = tokenizer.decode(line, skip_special_tokens=True)
+        if text.endswith("\ufffd"):
+            continue  # the first bytes of a character that takes several tokens
+        if len(text) > len(shown):
+            yield text[len(shown):]
+        # Decoding starts afresh with each line, so that long answers cost no more per token than short ones.
+        line, shown = ([], "") if text.endswith("\n") else (line, text)
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[list[Message]],

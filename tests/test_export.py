@@ -79,7 +79,8 @@ def test_the_wrong_base_is_refused_and_the_old_merge_stays(trained: Any, starter
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(other / "adapter_model.safetensors")
-    save_file({k.replace("layers.0.", "layers.99."): v for k, v in tensors.items()}, other / "adapter_model.safetensors")
+    moved = {name.replace("layers.0.", "layers.99."): tensor for name, tensor in tensors.items()}
+    save_file(moved, other / "adapter_model.safetensors")
     with pytest.raises(GateError, match=r"layers\.99\..*does not have"):
         merge_adapter(starter, other, target)
     assert (target / "model.safetensors").stat().st_mtime_ns == before

@@ -94,15 +94,43 @@ def test_a_gguf_cut_in_half(finished_run: Path, tmp_path: Path) -> None:
 
 
 def test_streams_token_by_token(finished_run: Path) -> None:
-    from kit.infer import stream
+    from kit.infer import answer, stream
     from kit.model import reload
 
     run = Run.open(finished_run)
     model, tokenizer = reload(run.merged, run.recipe)
-    prompt = "Ticket to JSON: order, product."
+    prompt = [{"role": "user", "content": "Ticket to JSON: order, product."}]
     pieces = list(stream(model, tokenizer, prompt, run.recipe))
-    assert len(pieces) > 3
-    assert "<|im_end|>" not in "".join(pieces)
+    [reply] = answer(model, tokenizer, [prompt], run.recipe)
+    assert "".join(pieces) == reply.text
+    tokens = tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+    assert len(pieces) == len(tokens) > 5
+
+
+def test_a_character_of_several_tokens_is_streamed_whole(starter: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kit.infer import stream
+    from kit.recipe import Recipe
+
+    tokenizer = AutoTokenizer.from_pretrained(starter)
+    text = "你好 🙂\nline two 猫"
+    forced = tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(starter, dtype=torch.float32)
+    steps = []
+
+    def say(module: Any, arguments: Any, output: Any) -> Any:
+        """The likeliest token is the next one of the text."""
+        steps.append(1)
+        output.logits[:] = 0
+        output.logits[:, -1, forced[len(steps) - 1]] = 100
+        return output
+
+    model.register_forward_hook(say)
+    pieces = list(stream(model, tokenizer, "x", Recipe.load({})))
+    assert "".join(pieces) == text
+    assert "🙂" in pieces and "\ufffd" not in "".join(pieces)
 
 
 def start(tmp_path: Path, command: str, *fields: str) -> subprocess.Popen[str]:

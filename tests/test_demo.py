@@ -1,0 +1,45 @@
+"""The figures `make demo` must reach. CI runs it first; elsewhere these are skipped until runs/quickstart exists."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT
+
+from kit.recipe import Recipe
+from kit.runs import read_result
+
+pytestmark = pytest.mark.slow
+DEMO = PROJECT / "runs" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    result = read_result(DEMO)
+    if result.get("status") != "finished":
+        pytest.skip("make demo has not been run here")
+    if Recipe.load(DEMO / "recipe.yaml") != Recipe.load(PROJECT / "recipes" / "quickstart.yaml"):
+        pytest.skip("runs/quickstart was made with other settings")
+    return result
+
+
+def test_the_skill_was_learnt(result: dict[str, Any]) -> None:
+    scores = result["scores"]
+    assert scores["before"]["exact"] < 0.10
+    assert scores["after"]["exact"] >= 0.80
+    assert abs(scores["q8_0"]["exact"] - scores["after"]["exact"]) <= 0.02
+    assert result["stopped_after"] >= 0.98
+
+
+def test_memory(result: dict[str, Any]) -> None:
+    assert result["peak_memory_gb"] < 6
+
+
+def test_parity_on_held_out_conversations(result: dict[str, Any]) -> None:
+    sys.path.insert(0, str(PROJECT / "benchmarks"))
+    import parity
+
+    assert parity.compare(Path(DEMO), "f16", rows=20)["mean_kl"] <= 0.001

@@ -1,0 +1,48 @@
+"""The README is true: its commands are run somewhere, its files exist."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import PROJECT
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+# Each command of the README, by its beginning, and where it is run.
+RUN_BY = {
+    "make demo": (".ci/run", "make demo"),
+    "make test": (".ci/run", "make test"),
+    "kit ask quickstart": ("tests/test_run.py", "test_ask_every_engine"),
+    "kit ask try --engine adapter": ("tests/test_run.py", "test_ask_every_engine"),
+    "kit run recipes/quickstart.yaml": ("tests/conftest.py", '"run", "recipes/quickstart.yaml"'),
+    "kit train recipes/quickstart.yaml": ("tests/test_run.py", '"train", "recipes/quickstart.yaml"'),
+    "papermill notebooks/01_finetune.ipynb": ("tests/test_run.py", "test_plain_papermill"),
+}
+
+
+def test_every_command_is_run_by_a_test_or_by_ci() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [line for line in lines if re.match(r"(make|kit|papermill|python) ", line)]
+    assert len(commands) >= 6
+    for command in commands:
+        [(path, words)] = [where for start, where in RUN_BY.items() if command.startswith(start)]
+        assert words in (PROJECT / path).read_text(encoding="utf-8"), f"{command} is not run by {path}"
+
+
+def test_every_file_it_names_exists() -> None:
+    for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (PROJECT / link).exists(), link
+    tree = README.split("## Where things are")[1].split("```")[1]
+    for line in tree.strip().splitlines():
+        folder = ""
+        for name in re.split(r"\s{2,}", line)[:-1]:
+            folder = name.rpartition("/")[0] or folder
+            found = list(PROJECT.glob(name.rstrip("/") + ("" if "." in name or "*" in name else "*")))
+            assert found or list((PROJECT / folder).glob(name + "*")), name
+
+
+def test_fields_it_names_exist() -> None:
+    from kit.recipe import Recipe
+
+    for name in re.findall(r"`(\w+): ", README):
+        assert name in Recipe.model_fields, name
