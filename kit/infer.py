@@ -75,11 +75,14 @@ def _stream_in_memory(model: Any, tokenizer: Any, messages: list[Message], recip
     _for_inference(model)
     ids = torch.tensor([prompt_ids(tokenizer, messages, recipe)], device=model.device)
     tokens: queue.Queue[list[int] | BaseException | None] = queue.Queue()
+    unread = threading.Event()
 
     class Streamer(BaseStreamer):  # type: ignore[misc]
         """Hands on every token as it comes; transformers' TextStreamer waits for the next space."""
 
         def put(self, value: Any) -> None:
+            if unread.is_set():
+                raise InterruptedError("nobody reads the answer any more")
             tokens.put(value.reshape(-1).tolist())
 
         def end(self) -> None:
@@ -94,21 +97,29 @@ def _stream_in_memory(model: Any, tokenizer: Any, messages: list[Message], recip
         except BaseException as error:  # handed to the reader, who would wait for ever otherwise
             tokens.put(error)
 
-    threading.Thread(target=work, daemon=True).start()
-    tokens.get()  # the prompt comes first
-    line: list[int] = []
-    shown = ""
-    while (new := tokens.get()) is not None:
-        if isinstance(new, BaseException):
-            raise new
-        line += new
-        text = tokenizer.decode(line, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            continue  # the first bytes of a character that takes several tokens
-        if len(text) > len(shown):
-            yield text[len(shown):]
-        # Decoding starts afresh with each line, so that long answers cost no more per token than short ones.
-        line, shown = ([], "") if text.endswith("\n") else (line, text)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        line: list[int] = []
+        shown = ""
+        prompt_passed = False
+        while (new := tokens.get()) is not None:
+            if isinstance(new, BaseException):
+                raise new
+            if not prompt_passed:  # the streamer gets the prompt first
+                prompt_passed = True
+                continue
+            line += new
+            text = tokenizer.decode(line, skip_special_tokens=True)
+            if text.endswith("\ufffd"):
+                continue  # the first bytes of a character that takes several tokens
+            if len(text) > len(shown):
+                yield text[len(shown):]
+            # Decoding starts afresh with each line: a token of a long answer costs no more than one of a short.
+            line, shown = ([], "") if text.endswith("\n") else (line, text)
+    finally:
+        unread.set()
+        thread.join()  # torch must not be at work when the process ends
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[list[Message]],
