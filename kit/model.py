@@ -112,13 +112,19 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedMo
 
 def _add_lora_8bit(model: Any, lora: dict[str, Any], recipe: Recipe) -> Any:
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(recipe.random_state)
-    model = prepare_model_for_kbit_training(
+    return get_peft_model(_prepare_8bit(model, recipe), LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def _prepare_8bit(model: Any, recipe: Recipe) -> Any:
+    """PEFT's preparation, the same for training and for loading again: it puts the norms into float32."""
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False})
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
 def _check_targets(model: Any, recipe: Recipe) -> None:
@@ -148,10 +154,33 @@ def reload(saved: Path, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    if recipe.load_in_8bit and (saved / "adapter_config.json").is_file():
+    if not (saved / "adapter_config.json").is_file():
+        return _load(str(saved), recipe.model_copy(update={"revision": None}))
+    if recipe.load_in_8bit and machine().device == "cpu":
         base, _ = _load(model_folder(recipe), recipe)
-        return PeftModel.from_pretrained(base, str(saved)), AutoTokenizer.from_pretrained(saved)
-    return _load(str(saved), recipe.model_copy(update={"revision": None}))
+        model = PeftModel.from_pretrained(_prepare_8bit(base, recipe), str(saved))
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+    else:
+        model, tokenizer = _load(str(saved), recipe.model_copy(update={"revision": None}))
+    _as_saved(model, saved)
+    return model, tokenizer
+
+
+def _as_saved(model: Any, saved: Path) -> None:
+    """Give the adapter the number format it was saved in.
+
+    TRL trains adapters of quantised models in bfloat16 and PEFT loads every adapter in float32, so the same weights
+    would answer a little differently.
+    """
+    from safetensors import safe_open
+
+    with safe_open(saved / "adapter_model.safetensors", framework="pt") as file:
+        kinds = {file.get_tensor(name).dtype for name in file.keys() if ".lora_" in name}  # noqa: SIM118
+    if len(kinds) == 1:
+        kind = kinds.pop()
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(kind)
 
 
 def free_memory() -> None:

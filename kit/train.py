@@ -110,6 +110,8 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
+    # Without the trainer's autocast around forward, the model answers as it will after saving and loading.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     losses = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
     bad = [step for step, loss in losses if not math.isfinite(loss)]
     if bad or not losses:
