@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ def import_unsloth() -> ModuleType:
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))
     os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Two remarks that alarm and change nothing: text bars are wanted, and the kernel is an optional speed-up.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import unsloth
 
     return unsloth

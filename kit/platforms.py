@@ -50,7 +50,10 @@ class Machine:
 
 
 def machine(folder: Path = Path(".")) -> Machine:
-    """Look at this machine; imports torch, and unsloth where there is no GPU."""
+    """Look at this machine; imports unsloth and torch."""
+    from kit.model import import_unsloth
+
+    unsloth = import_unsloth()  # before torch's users, as it asks for
     import psutil
     import torch
 
@@ -64,9 +67,7 @@ def machine(folder: Path = Path(".")) -> Machine:
         bf16 = gpu.major >= 8
         reason = f"compute capability {gpu.major}.{gpu.minor} {'has' if bf16 else 'has no'} bfloat16"
         return Machine("cuda", gpu.name, cores, gpu.total_memory / 1e9, disk, bf16, reason)
-    from kit.model import import_unsloth
-
-    bf16 = bool(import_unsloth().is_bfloat16_supported())
+    bf16 = bool(unsloth.is_bfloat16_supported())
     reason = f"this CPU {'computes' if bf16 else 'does not compute'} in bfloat16 itself"
     return Machine("cpu", _cpu_name(), cores, psutil.virtual_memory().total / 1e9, disk, bf16, reason)
 

@@ -66,12 +66,22 @@ class Tokens:
 
 def show(thing: Any) -> None:
     """Display in a notebook, print elsewhere; of a figure, where it was saved."""
-    if in_notebook():
-        from IPython.display import display
+    figure = hasattr(thing, "savefig")
+    if not in_notebook():
+        print(thing.get_label() if figure else thing)
+        return
+    from IPython.display import Image, display
 
-        display(thing)
-    else:
-        print(thing.get_label() if hasattr(thing, "savefig") else thing)
+    # A Figure made without pyplot has no picture of its own in a notebook.
+    display(Image(data=_png(thing)) if figure else thing)
+
+
+def _png(figure: Any) -> bytes:
+    import io
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
 
 
 def in_notebook() -> bool:

@@ -47,6 +47,18 @@ def test_what_the_terminal_showed(finished_run: Path) -> None:
     assert "Traceback" not in text
 
 
+def test_the_executed_notebook_shows_pictures_tables_and_no_secret(finished_run: Path) -> None:
+    notebook = json.loads((finished_run / "notebook.ipynb").read_text())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    data = [output.get("data", {}) for output in outputs]
+    assert sum("image/png" in d for d in data) == 3
+    pages = "".join("".join(d.get("text/html", "")) for d in data)
+    assert "background:#c8e6c9" in pages and pages.count("<table>") >= 6
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    injected = [c["source"] for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags", [])]
+    assert len(injected) == 1 and "max_steps = 6" in "".join(injected[0])
+
+
 def test_one_template_everywhere(finished_run: Path) -> None:
     from transformers import AutoTokenizer
 
