@@ -52,7 +52,6 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     """The same cells in this process, no kernel. Returns the exit code."""
     run = _validated(source, overrides, overwrite)
     _interrupt_on_sigterm()
-    # A module of its own, so that objects made in cells can be pickled and found.
     namespace: dict[str, Any] = {"__name__": "__main__"}
     reason = "the notebook ended early"
     try:

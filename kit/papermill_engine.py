@@ -38,7 +38,8 @@ class SpeakingEngine(NBClientEngine):
 
         client = SpeakingClient(nb_man, kernel_name=kernel_name, log=logger, log_output=log_output,
                                 stdout_file=stdout_file, stderr_file=stderr_file, startup_timeout=start_timeout,
-                                timeout=execution_timeout, extra_arguments=["--log-level=40"])
+                                timeout=execution_timeout, coalesce_streams=True,
+                                extra_arguments=["--log-level=40"])
         return client.execute()
 
 

@@ -53,7 +53,7 @@ class Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / "recipe.yaml", recipe.dump())
         run.result = {"status": "running", "stage": "start", "pid": os.getpid(), "started": _now(),
-                      "seconds": {}, "versions": {}}
+                      "seconds": {}}
         run._stage_began = time.perf_counter()
         run._save()
         _watch(run)
