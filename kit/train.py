@@ -46,7 +46,6 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
 
     chosen = resolved(recipe)
     run = Run.of(recipe)
-    checkpointing = bool(recipe.use_gradient_checkpointing)
     duration = {"max_steps": recipe.max_steps} if recipe.max_steps else \
         {"num_train_epochs": recipe.num_train_epochs or 1.0}
     same = {name: getattr(recipe, name) for name in (
@@ -56,8 +55,7 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
         "save_total_limit", "report_to", "seed")}
     args = SFTConfig(
         output_dir=str(run.checkpoints), max_length=recipe.max_seq_length, packing=chosen.packing, optim=chosen.optim,
-        bf16=chosen.bf16, fp16=chosen.fp16, gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        bf16=chosen.bf16, fp16=chosen.fp16, gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
         include_num_input_tokens_seen="non_padding", disable_tqdm=True, **duration, **same)
     disable_progress_bars()  # TRL walks over the rows twice; on rows that are ready this takes no time
     trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer,
