@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears complete or not at all; what it replaces stays until then."""
+    from safetensors import SafetensorError
+
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -35,8 +37,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise KitError(f"{folder} could not be written: {error.strerror or error}",
+    except (OSError, SafetensorError) as error:
+        raise KitError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}",
                        "free disk space or choose another output_dir") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
