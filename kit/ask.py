@@ -17,20 +17,17 @@ def answers(what: str, engine: str | None) -> Callable[[list[Message]], Iterator
 
     Raises KitError when there is no such run, file or engine, or the file is damaged.
     """
+    from kit.gguf import check_gguf
     from kit.infer import stream
     from kit.recipe import Recipe
 
     if what.endswith(".gguf"):
-        from kit.gguf import check_gguf
-
         check_gguf(Path(what))
         return lambda messages: stream(what, None, messages, Recipe.load({}))
     run = Run.open(what)
     recipe = run.recipe
     chosen = _engine(run, engine)
     if chosen == "gguf":
-        from kit.gguf import check_gguf
-
         path = sorted(run.gguf.glob("*.gguf"), key=lambda file: file.stat().st_size)[-1]
         check_gguf(path)
         return lambda messages: stream(path, None, messages, recipe)

@@ -35,7 +35,6 @@ def import_unsloth() -> ModuleType:
 
 def resolved(recipe: Recipe) -> Settings:
     """What the recipe becomes on this machine, with reasons."""
-    import_unsloth()
     return settings(recipe, machine(Path(recipe.output_dir)))
 
 

@@ -105,11 +105,12 @@ class Run:
 
     def manifest(self, recipe: Recipe, tokenizer: Any, notes: list[str]) -> None:
         """Write manifest.json: what went in, so that a run can be told from another."""
-        from kit.data import STARTER_HELDOUT, STARTER_TRAIN
+        from kit.data import STARTER_HELDOUT, STARTER_TRAIN, local_path
         from kit.platforms import machine, versions
 
         data = [STARTER_TRAIN, STARTER_HELDOUT] if recipe.dataset == "starter" else \
-            [Path(p) for p in (recipe.dataset, recipe.eval_dataset) if p and Path(p).is_file()]
+            [path for name in (recipe.dataset, recipe.eval_dataset)
+             if name and (path := local_path(name)) is not None and path.is_file()]
         write_json(self.folder / "manifest.json", {
             "model_name": recipe.model_name, "revision": recipe.revision, "dataset": recipe.dataset,
             "data_sha256": {path.name: sha256(path) for path in data},
@@ -155,11 +156,12 @@ def _watch(run: Run) -> None:
 
 def check_free(run: Run) -> None:
     """KitError when the folder holds a finished run, a run at work, or somebody else's files."""
-    status = read_result(run.folder).get("status")
+    result = read_result(run.folder)
+    status = result.get("status")
     if status == "finished":
         raise KitError(f"{run.folder} holds a finished run", "give another run_name, or --overwrite to replace it")
     if status == "running":
-        raise KitError(f"{run.folder} is in use by a run at work (process {read_result(run.folder).get('pid')})",
+        raise KitError(f"{run.folder} is in use by a run at work (process {result.get('pid')})",
                        "wait for it, or give another run_name")
     if run.folder.is_dir() and not status:
         others = sorted(p.name for p in run.folder.iterdir() if p.name not in MADE)
