@@ -19,7 +19,7 @@ def compare(folder: Path, quantization: str, rows: int = 40) -> dict[str, float]
 
     from kit.data import read_splits
     from kit.llama_child import LlamaChild
-    from kit.prompts import Formatter
+    from kit.masks import Formatter
     from kit.runs import Run
 
     run = Run.open(folder)
@@ -29,7 +29,7 @@ def compare(folder: Path, quantization: str, rows: int = 40) -> dict[str, float]
     [file] = run.gguf.glob(f"*-{quantization}.gguf")
     kls, same = [], []
     with LlamaChild(file, n_ctx=run.recipe.max_seq_length, logits=True) as child, torch.no_grad():
-        for ids, labels in Formatter(tokenizer, run.recipe).encode(held_out[:rows]):
+        for ids, labels in Formatter(tokenizer, run.recipe).encode([row.messages for row in held_out[:rows]]):
             p = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1).numpy()
             q = child.logprobs(ids).astype(np.float64)[:, : p.shape[1]]
             where = [i for i in range(len(ids) - 1) if labels[i + 1] != -100]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,24 @@ def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = Fals
     from kit.recipe import parse_overrides
 
     raise typer.Exit(run_cells(recipe, parse_overrides(fields or []), overwrite))
+
+
+@app.command()
+def lint(
+    data: Annotated[str | None, typer.Argument(
+        metavar="DATA", help="A file, a folder, a hub id or `starter`; without it, the recipe's data")] = None,
+    fields: Fields = None,
+    recipe: Annotated[str | None, typer.Option(help="Check as this recipe trains: model, template, length")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page that shows rows token by token")] = None,
+    fix: Annotated[Path | None, typer.Option(help="Write a repaired copy (.jsonl) with the safe repairs only")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures and findings as JSON")] = False,
+    rows: Annotated[int, typer.Option(help="How many rows to show token by token", min=0)] = 2,
+) -> None:
+    """Check data before training: shapes, lengths, masks, doubles, what is wrong and where."""
+    from kit.lint_command import check
+    from kit.recipe import parse_overrides
+
+    raise typer.Exit(check(data, recipe, parse_overrides(fields or []), html, fix, json, rows))
 
 
 @app.command()

@@ -38,13 +38,11 @@ def _model(recipe: Recipe) -> Path | None:
 
 def _data(recipe: Recipe) -> None:
     """Read local data once, so that bad rows are known now and not after the model is loaded."""
-    from kit.data import local_path, read_conversations
+    from kit.data import read_splits
+    from kit.sources import files_of
 
-    for source in (recipe.dataset, recipe.eval_dataset):
-        if source and source != "starter":
-            path = local_path(source)
-            if path is not None and path.is_file():
-                read_conversations(path, recipe)
+    if all(files_of(source, recipe) is not None for source in (*recipe.sources, recipe.eval_dataset) if source):
+        read_splits(recipe)
 
 
 def _disk(recipe: Recipe, model: Path) -> None:

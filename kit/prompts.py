@@ -1,6 +1,6 @@
-"""Templates, rendering and response masks: one Jinja chat template renders everything.
+"""Templates and rendering: one Jinja chat template renders everything.
 
-Training text, the mask, the prompt at inference, the GGUF's template and the Modelfile all come
+Training text, the mask (kit.masks), the prompt at inference, the GGUF's template and the Modelfile all come
 from `tokenizer.chat_template`, which `prepare_tokenizer` settles once.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kit.errors import KitError
+from kit.platforms import hub_hint, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ ALPACA = (
 PAD_CANDIDATES = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>", "<|vision_pad|>", "<pad>", "[PAD]")
 
 # Private-use characters that mark where a message's content lands in the rendered text.
-_OPEN, _CLOSE = "\ue010", "\ue011"
+OPEN, CLOSE = "\ue010", "\ue011"
 
 
 def alpaca_turn(instruction: str, input: str | None = "") -> str:
@@ -61,10 +62,20 @@ def with_system(messages: list[Message], recipe: Recipe) -> list[Message]:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: Recipe,
            add_generation_prompt: bool = False) -> str:
-    """The conversation as the model sees it; with the opening of the answer if asked."""
-    return str(tokenizer.apply_chat_template(
-        with_system(messages, recipe), tokenize=False, add_generation_prompt=add_generation_prompt,
-        **template_kwargs(recipe)))
+    """The conversation as the model sees it; with the opening of the answer if asked.
+
+    Raises KitError when the template refuses these turns.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(
+            with_system(messages, recipe), tokenize=False, add_generation_prompt=add_generation_prompt,
+            **template_kwargs(recipe)))
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        turns = ", ".join(m["role"] for m in messages[:6]) + (", …" if len(messages) > 6 else "")
+        raise KitError(f"the chat template refuses the turns {turns}: {' '.join(str(error).split())[:200]}",
+                       "change the rows' roles, or set prompt_style: chatml") from None
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: Recipe) -> list[int]:
@@ -91,10 +102,28 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Pre
         raise KitError("this model has no chat template of its own (a base model?)",
                        "set prompt_style: chatml or alpaca")
     stop = stop_token(tokenizer, recipe)
+    if tokenizer.eos_token and tokenizer.eos_token != stop and "eos_token" in tokenizer.chat_template:
+        # What the template writes as eos_token stays what it was, though eos_token now is what ends an answer.
+        tokenizer.chat_template = f"{{% set eos_token = '{_literal(tokenizer.eos_token)}' %}}{tokenizer.chat_template}"
     tokenizer.eos_token = stop
     if tokenizer.pad_token is None or tokenizer.pad_token == stop:
         tokenizer.pad_token = _pad_token(tokenizer, stop)
     return tokenizer
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer with its template, without the model: what the data check needs."""
+    from transformers import AutoTokenizer
+
+    name = model_folder(recipe)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.revision,
+                                                  local_files_only=recipe.local_files_only,
+                                                  trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise KitError(f"model_name: the tokenizer of {recipe.model_name} could not be loaded: "
+                       f"{str(error).strip().split(chr(10))[0][:300]}", hub_hint()) from None
+    return prepare_tokenizer(tokenizer, recipe)
 
 
 def _bos_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -120,92 +149,33 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
 def stop_token(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
     """The special token that ends an assistant turn in this template."""
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-    pieces = _skeleton(tokenizer, with_system(messages, recipe), recipe)
-    after = pieces[-1][1]
+    turns = marked(with_system(messages, recipe))
+    after = pieces(render(tokenizer, turns, recipe), list(range(len(turns))))[-1]
     special = [t.content for t in tokenizer.added_tokens_decoder.values()]
     for token in sorted({*special, tokenizer.eos_token or ""}, key=len, reverse=True):
-        if token and after.startswith(token):
+        if token and after.lstrip().startswith(token):
             return token
     raise KitError(f"the chat template ends an answer with {after[:30]!r}, which is no special token: "
                    "a model trained on it could not stop", "set prompt_style: chatml or alpaca")
 
 
-def _skeleton(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
-              recipe: Recipe) -> list[tuple[int, str]]:
-    """The template's own text: [(-1, before the first content), (index of message, text after it), …].
-
-    Every content is replaced by a marker, so that its place in the rendered text is known exactly.
-    """
-    marked = [{**m, "content": f"{_OPEN}{i}{_CLOSE}"} for i, m in enumerate(messages)]
-    text = str(tokenizer.apply_chat_template(marked, tokenize=False, **template_kwargs(recipe)))
-    first, *rest = text.split(_OPEN)
-    pieces = [(-1, first)]
-    for part in rest:
-        index, _, after = part.partition(_CLOSE)
-        pieces.append((int(index), after))
-    if [i for i, _ in pieces] != list(range(-1, len(messages))):
-        raise KitError("the chat template drops or repeats a message, so its answers can't be located in the text",
-                       "set prompt_style: chatml")
-    return pieces
+def marked(messages: list[Message]) -> list[Message]:
+    """The messages with a marker in place of each content, so that its place in the rendered text is known exactly."""
+    return [{**m, "content": f"{OPEN}{i}{CLOSE}"} for i, m in enumerate(messages)]
 
 
-class Formatter:
-    """Conversations → segments of text, each trained on or not, proven against the template itself."""
+def pieces(text: str, expected: list[int]) -> list[str]:
+    """The text before the first marker and behind each; KitError unless `expected` markers stand there in order."""
+    first, *rest = text.split(OPEN)
+    found = [part.partition(CLOSE) for part in rest]
+    if [index for index, _, _ in found] != [str(i) for i in expected]:
+        raise KitError("the chat template drops, moves or repeats a message, so its answers can't be located in the "
+                       "text", "set prompt_style: chatml")
+    return [first, *(after for _, _, after in found)]
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
-        self.tokenizer, self.recipe = tokenizer, recipe
-        self.stop = str(tokenizer.eos_token)
-        self._skeletons: dict[tuple[str, ...], list[tuple[int, str]]] = {}
 
-    def segments(self, messages: list[Message]) -> list[tuple[str, bool]]:
-        """[(text, trained), …] whose texts joined are exactly what the template renders.
-
-        Trained are the assistant's contents, each with its stop token. Raises KitError when the template
-        changes a content on the way, because the mask would then be a guess.
-        """
-        messages = with_system(messages, self.recipe)
-        roles = tuple(m["role"] for m in messages)
-        if roles not in self._skeletons:
-            self._skeletons[roles] = _skeleton(self.tokenizer, messages, self.recipe)
-        rendered = render(self.tokenizer, messages, self.recipe)
-        for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
-            pieces = self._fill(self._skeletons[roles], roles, contents)
-            if "".join(text for text, _ in pieces) == rendered:
-                break
-        else:
-            raise KitError("the chat template rewrites a message's content, so what is trained on can't be located",
-                           "set prompt_style: chatml, or leave such rows out")
-        if not self.recipe.train_on_responses_only:
-            return [(rendered, True)]
-        return pieces
-
-    def _fill(self, skeleton: list[tuple[int, str]], roles: tuple[str, ...],
-              contents: list[str]) -> list[tuple[str, bool]]:
-        pieces: list[tuple[str, bool]] = []
-        plain = ""
-        for index, after in skeleton:
-            if index >= 0 and roles[index] == "assistant":
-                if not after.startswith(self.stop):
-                    raise KitError(f"the chat template does not end every answer with {self.stop!r}",
-                                   "set prompt_style: chatml")
-                pieces += [(plain, False), (contents[index] + self.stop, True)]
-                plain = after.removeprefix(self.stop)
-            else:
-                plain += (contents[index] if index >= 0 else "") + after
-        return [(text, trained) for text, trained in [*pieces, (plain, False)] if text]
-
-    def encode(self, conversations: list[list[Message]]) -> list[tuple[list[int], list[int]]]:
-        """(input_ids, labels) for each conversation; labels are -100 where nothing is trained."""
-        rows = [self.segments(messages) for messages in conversations]
-        texts = [text for row in rows for text, _ in row]
-        encoded = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
-        result = []
-        for row in rows:
-            ids: list[int] = []
-            labels: list[int] = []
-            for _, trained in row:
-                part = next(encoded)
-                ids += part
-                labels += part if trained else [-100] * len(part)
-            result.append((ids, labels))
-        return result
+def __getattr__(name):
+    if name == "Formatter":
+        from kit.masks import Formatter
+        return Formatter
+    raise AttributeError(name)

@@ -19,6 +19,9 @@ from kit.gguf import QUANTIZATIONS
 PROJECT = Path(__file__).resolve().parent.parent
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_ERRORS = 20
+# The names a row's fields can have, in the shapes that kit.shapes reads; the last four are those of a turn.
+FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "prompt", "completion",
+          "question", "answer", "role", "content", "from", "value")
 
 
 def _field(default: Any, text: str, unit: str = "", **bounds: Any) -> Any:
@@ -37,8 +40,8 @@ class Recipe(BaseModel):
     # Model
     model_name: str = _field("starter", "A hub id, a folder, or `starter` for the packaged 135M model.", min_length=1)
     revision: str | None = _field(None, "Branch, tag or commit of a model on the hub.")
-    max_seq_length: int = _field(2048, "Longest row in training; longer rows are left out and counted.", "tokens",
-                                 ge=8, le=1_048_576)
+    max_seq_length: int = _field(2048, "Longest row in training; overlong_rows says what becomes of longer ones.",
+                                 "tokens", ge=8, le=1_048_576)
     dtype: Literal["bfloat16", "float16", "float32"] | None = _field(
         None, "Number format of the weights; by default the best this machine computes in.")
     load_in_4bit: bool = _field(False, "QLoRA: freeze the base model in 4-bit NF4, a quarter of the memory.")
@@ -65,12 +68,19 @@ class Recipe(BaseModel):
     loftq_config: dict[str, Any] | None = _field(None, "PEFT's LoftQ settings for a start that corrects 4-bit error.")
 
     # Data
-    dataset: str = _field("starter", "A .json or .jsonl file, a hub id, or `starter` for the bundled tickets.",
-                          min_length=1)
-    dataset_split: str = _field("train", "Split that is read when the data set comes from a hub.")
-    eval_dataset: str | None = _field(None, "Held-out rows from a file of their own.")
-    test_size: float = _field(0.0, "Share (below 1) or number of rows held out when eval_dataset is not set.",
-                              "share or rows", ge=0)
+    dataset: str | list[str] | dict[str, float] = _field(
+        "starter", "A file, a folder, a hub id or `starter`; several as a list, or with weights as {source: passes}: "
+        "2 takes every row twice, 0.5 a seeded half.")
+    dataset_config: str | None = _field(None, "Configuration (subset) of a data set on a hub.")
+    dataset_split: str = _field("train", "Split that is read from a hub or a folder.", min_length=1)
+    dataset_revision: str | None = _field(None, "Branch, tag or commit of a data set on a hub.")
+    columns: dict[str, str] = _field(
+        {}, "Other field names: {prompt: 问题, completion: 答案} reads 问题 as prompt and 答案 as completion.")
+    eval_dataset: str | None = _field(None, "Held-out rows from a file of their own.", min_length=1)
+    test_size: float = _field(0.0, "Share (below 1) or number of rows held out when eval_dataset is not set; rows "
+                              "with the same prompt stay on one side.", "share or rows", ge=0)
+    eval_overlap: Literal["error", "drop", "keep"] = _field(
+        "error", "Held-out rows whose prompt is also trained on: refuse, leave them out of the held-out rows, or keep.")
     max_train_samples: int | None = _field(None, "Train on the first rows only.", "rows", ge=1)
     max_eval_samples: int = _field(100, "Held-out rows answered before and after training.", "rows", ge=0)
     prompt_style: Literal["chat", "chatml", "alpaca"] = _field(
@@ -78,6 +88,12 @@ class Recipe(BaseModel):
     system_prompt: str | None = _field(None, "System message for rows that have none of their own.")
     enable_thinking: bool | None = _field(None, "For models that can think aloud (Qwen3): what the template is told.")
     train_on_responses_only: bool = _field(True, "Loss on the answers and their stop token only, not on prompts.")
+    last_response_only: bool = _field(False, "Of a conversation of several turns, train the last answer only.")
+    overlong_rows: Literal["drop", "truncate_prompt", "error"] = _field(
+        "drop", "Rows longer than max_seq_length: leave out, shorten the middle of their longest prompt, or refuse. "
+        "Answers are never cut.")
+    lazy_preprocess: bool = _field(False, "Keep rows on disk and tokenise them when they are used: for data larger "
+                                   "than memory.")
     metric: Literal["json", "exact", "none"] = _field(
         "none", "How held-out answers are scored: JSON fields, exact text, or not at all.")
 
@@ -129,6 +145,31 @@ class Recipe(BaseModel):
     gguf: list[str] = _field([], f"GGUF files to write: {', '.join(QUANTIZATIONS)}; [] for none.")
     num_ctx: int | None = _field(None, "Context in the Modelfile; by default max_seq_length.", "tokens", ge=8)
 
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        names = list(value) if isinstance(value, (list, dict)) else [value]
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError("a source is a file, a folder, a hub id or `starter`; several are a list of them")
+        if len(set(names)) < len(names):
+            raise ValueError("a source is named twice; to take its rows twice write {source: 2}")
+        if isinstance(value, dict):
+            for name, passes in value.items():
+                if isinstance(passes, bool) or not isinstance(passes, (int, float)) or not 0 < passes <= 1000:
+                    raise ValueError(f"the weight of {name} is how often its rows are taken, above 0 and up to 1000")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in FIELDS:
+                raise ValueError(f"{name!r} is no field of a row{nearest(name, FIELDS)}; there are: "
+                                 f"{', '.join(FIELDS)}")
+        if len(set(columns.values())) < len(columns):
+            raise ValueError("one column stands for two fields")
+        return columns
+
     @field_validator("gguf")
     @classmethod
     def _known_quantizations(cls, names: list[str]) -> list[str]:
@@ -165,6 +206,8 @@ class Recipe(BaseModel):
         problems = [f"{a} and {b} are both set: {why}" for a, b, why in both if getattr(self, a) and getattr(self, b)]
         if self.eval_dataset and self.test_size:
             problems.append("eval_dataset and test_size are both set: keep the file or the share")
+        if self.last_response_only and not self.train_on_responses_only:
+            problems.append("last_response_only and train_on_responses_only: false exclude each other: keep one")
         if self.gguf and self.save_merged == "none":
             problems.append("gguf is made from the merged model: set save_merged to 16bit, or gguf to []")
         if self.loftq_config and not self.load_in_4bit:
@@ -175,6 +218,13 @@ class Recipe(BaseModel):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """What `dataset` names, each with how often its rows are taken."""
+        if isinstance(self.dataset, dict):
+            return dict(self.dataset)
+        return dict.fromkeys([self.dataset] if isinstance(self.dataset, str) else self.dataset, 1.0)
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | Recipe, **overrides: Any) -> Recipe:

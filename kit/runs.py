@@ -14,8 +14,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kit.errors import KitError
 
@@ -105,15 +107,15 @@ class Run:
 
     def manifest(self, recipe: Recipe, tokenizer: Any, notes: list[str]) -> None:
         """Write manifest.json: what went in, so that a run can be told from another."""
-        from kit.data import STARTER_HELDOUT, STARTER_TRAIN, local_path
         from kit.platforms import machine, versions
+        from kit.sources import data_files
 
-        data = [STARTER_TRAIN, STARTER_HELDOUT] if recipe.dataset == "starter" else \
-            [path for name in (recipe.dataset, recipe.eval_dataset)
-             if name and (path := local_path(name)) is not None and path.is_file()]
+        data: dict[str, str] = {}
+        for path in data_files(recipe):
+            data[str(path) if path.name in data else path.name] = sha256(path)
         write_json(self.folder / "manifest.json", {
             "model_name": recipe.model_name, "revision": recipe.revision, "dataset": recipe.dataset,
-            "data_sha256": {path.name: sha256(path) for path in data},
+            "data_sha256": data,
             "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "stop_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
             "versions": versions(), "machine": vars(machine(self.folder)), "settings": notes,
@@ -240,9 +242,23 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """The file whole or not at all."""
+    with writing(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[TextIO]:
+    """A file to write (UTF-8) that appears under its name when all is written, and not at all after an error."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(partial, path)
+    except OSError as error:
+        raise KitError(f"{path} can't be written: {error.strerror or error}",
+                       "free room, or name another place") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import html
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-TRAINED = "background:#c8e6c9;color:#1b5e20"
-MASKED = "color:#777"
+# What a token is to the training, with its looks in a terminal and in a notebook.
+KINDS = {
+    "masked": ("dim", "color:#777"),
+    "special": ("magenta", "color:#6a1b9a;border:1px solid #ce93d8;border-radius:3px"),  # control token, not trained
+    "trained": ("black on green", "background:#c8e6c9;color:#1b5e20"),
+    "stop": ("bold white on dark_green", "background:#2e7d32;color:#fff;border-radius:3px"),  # control token, trained
+    "lost": ("red strike", "color:#b71c1c;text-decoration:line-through"),  # beyond max_seq_length
+}
 
 
 class Table:
@@ -42,33 +49,74 @@ class Table:
 
 
 class Tokens:
-    """One formatted row with the tokens the loss sees highlighted; in text they stand in ⟦ ⟧."""
+    """One formatted row, its kinds of tokens told apart: by colour in a notebook and a terminal, else by brackets."""
 
-    def __init__(self, tokenizer: Any, row: dict[str, Any]) -> None:
-        self.total = len(row["input_ids"])
-        self.trained = sum(label != -100 for label in row["labels"])
-        self.groups: list[tuple[bool, list[int]]] = []
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            if not self.groups or self.groups[-1][0] != (label != -100):
-                self.groups.append((label != -100, []))
-            self.groups[-1][1].append(token)
-        self.texts = [(trained, tokenizer.decode(ids)) for trained, ids in self.groups]
-        self.title = f"{self.trained} of {self.total} tokens are trained (⟦ ⟧ or green)"
+    def __init__(self, tokenizer: Any, row: dict[str, Any], max_seq_length: int | None = None) -> None:
+        labels = row["labels"]
+        self.title = f"{sum(label != -100 for label in labels):,} of {len(labels):,} tokens are trained"
+        self.spans = spans(tokenizer, row["input_ids"], labels, max_seq_length)
+
+    @classmethod
+    def of(cls, title: str, spans: list[tuple[str, str]]) -> Tokens:
+        """Of spans that are known already."""
+        made = cls.__new__(cls)
+        made.title, made.spans = title, spans
+        return made
 
     def __repr__(self) -> str:
-        return self.title + "\n" + "".join(f"⟦{text}⟧" if trained else text for trained, text in self.texts)
+        groups: list[tuple[str, str]] = []  # (opening bracket, text)
+        for kind, text in self.spans:
+            bracket = {"trained": "⟦", "stop": "⟦", "lost": "⟪"}.get(kind, "")
+            groups = [*groups[:-1], (bracket, groups[-1][1] + text)] if groups and groups[-1][0] == bracket else \
+                [*groups, (bracket, text)]
+        lost = ", ⟪ ⟫ are lost" if any(kind == "lost" for kind, _ in self.spans) else ""
+        closing = {"⟦": "⟧", "⟪": "⟫", "": ""}
+        return f"{self.title} (⟦ ⟧{lost})\n" + "".join(f"{b}{text}{closing[b]}" for b, text in groups)
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        kinds = [(f" {kind} ", style) for kind, (style, _) in KINDS.items()]
+        legend = Text.assemble((self.title, "bold"), "  ", *kinds)
+        return legend + "\n" + Text.assemble(*((text, KINDS[kind][0]) for kind, text in self.spans))
 
     def _repr_html_(self) -> str:
-        spans = "".join(f"<span style='{TRAINED if trained else MASKED}'>{html.escape(text)}</span>"
-                        for trained, text in self.texts)
-        return f"<b>{html.escape(self.title)}</b><pre style='white-space:pre-wrap'>{spans}</pre>"
+        def span(kind: str, text: str) -> str:
+            return f"<span title='{kind}' style='{KINDS[kind][1]}'>{html.escape(text)}</span>"
+
+        legend = " ".join(span(kind, kind) for kind in KINDS)
+        text = "".join(span(kind, text) for kind, text in self.spans)
+        return f"<b>{html.escape(self.title)}</b>  {legend}<pre style='white-space:pre-wrap'>{text}</pre>"
+
+
+def spans(tokenizer: Any, ids: list[int], labels: list[int],
+          max_seq_length: int | None = None) -> list[tuple[str, str]]:
+    """A row's text in stretches of one kind, a key of KINDS; each control token is a stretch of its own."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    groups: list[tuple[str, list[int]]] = []
+    for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if max_seq_length is not None and place >= max_seq_length:
+            kind = "lost"
+        elif token in special:
+            kind = "special" if label == -100 else "stop"
+        else:
+            kind = "masked" if label == -100 else "trained"
+        if not groups or groups[-1][0] != kind or kind in ("special", "stop"):
+            groups.append((kind, []))
+        groups[-1][1].append(token)
+    return [(kind, tokenizer.decode(tokens)) for kind, tokens in groups]
 
 
 def show(thing: Any) -> None:
     """Display in a notebook, print elsewhere; of a figure, where it was saved."""
     figure = hasattr(thing, "savefig")
     if not in_notebook():
-        print(thing.get_label() if figure else thing)
+        if sys.stdout.isatty() and hasattr(thing, "__rich__"):
+            import rich
+
+            rich.print(thing)
+        else:
+            print(thing.get_label() if figure else thing)
         return
     from IPython.display import Image, display
 

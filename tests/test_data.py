@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from kit.data import load_data, read_conversations, read_splits
+from kit.data import load_data, read_splits
 from kit.errors import KitError
 from kit.recipe import Recipe
 from kit.score import score
+from kit.sources import read_conversations
 
 ALPACA = {"instruction": "Translate", "input": "猫", "output": "cat"}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "source": "x"}
@@ -25,12 +26,13 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_both_shapes_from_both_kinds_of_file(tmp_path: Path, name: str) -> None:
-    one, two, three = read_conversations(write(tmp_path / name, [ALPACA, CHAT, {**ALPACA, "system": "S"}]))
+def test_alpaca_rows_from_both_kinds_of_json(tmp_path: Path, name: str) -> None:
+    one, two = read_conversations(write(tmp_path / name, [ALPACA, {**ALPACA, "system": "S"}]))
     assert one == [{"role": "user", "content": "Translate\n\n### Input:\n猫"}, {"role": "assistant", "content": "cat"}]
-    assert two == CHAT["messages"]
-    assert three[0] == {"role": "system", "content": "S"}
+    assert two[0] == {"role": "system", "content": "S"}
 
 
 @pytest.mark.parametrize("row, words", [
@@ -76,13 +78,13 @@ def test_a_path_that_does_not_exist_names_its_neighbour(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_split_is_seeded_and_disjoint(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{**ALPACA, "output": f"cat {i}"} for i in range(50)])
+    path = write(tmp_path / "rows.jsonl", [{**ALPACA, "input": f"猫 {i}", "output": f"cat {i}"} for i in range(50)])
     recipe = Recipe.load({}, dataset=str(path), test_size=0.2)
     train, held_out = read_splits(recipe)
     assert (len(train), len(held_out)) == (40, 10)
     assert read_splits(recipe) == (train, held_out)
     assert read_splits(recipe.model_copy(update={"seed": 1}))[1] != held_out
-    answers = [row[-1]["content"] for row in train + held_out]
+    answers = [row.messages[-1]["content"] for row in (*train, *held_out)]
     assert len(set(answers)) == 50
     assert len(read_splits(Recipe.load(recipe, test_size=7))[1]) == 7
     with pytest.raises(KitError, match="leaves nothing to train on"):

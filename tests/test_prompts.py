@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from kit.errors import KitError
-from kit.prompts import ALPACA_PREAMBLE, Formatter, alpaca_turn, prepare_tokenizer, prompt_ids, render
+from kit.masks import Formatter
+from kit.prompts import ALPACA_PREAMBLE, alpaca_turn, prepare_tokenizer, prompt_ids, render
 from kit.recipe import Recipe
 
 TURNS = [
@@ -96,11 +97,11 @@ def broken(tokenizer: Any, template: str) -> str:
 def test_templates_that_cannot_be_masked_are_refused(tokenizer: Any) -> None:
     each = "{% for m in messages %}"
     assert "no special token" in broken(tokenizer, each + "{{ m.content }}\n{% endfor %}")
-    assert "drops or repeats" in broken(tokenizer, "{{ messages[-1].content }}<|im_end|>")
+    assert "drops, moves or repeats" in broken(tokenizer, "{{ messages[-1].content }}<|im_end|>")
     upper = each + "{{ m.content | upper }}<|im_end|>{% endfor %}"
     assert "rewrites" in broken(tokenizer, upper)
     last_only = each + "{{ m.content }}{% if loop.last %}<|im_end|>{% else %}\n{% endif %}{% endfor %}"
-    assert "does not end every answer" in broken(tokenizer, last_only)
+    assert "would not be what is asked" in broken(tokenizer, last_only)
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+"""Conversations on disk: a sequence of rows that may be larger than memory, as one memory-mapped Arrow file."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+from kit.platforms import cache_dir
+from kit.prompts import Message
+from kit.sources import Place, Row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BATCH = 1000  # rows written at a time
+
+
+class Example(NamedTuple):
+    """A conversation and where it was read."""
+
+    place: Place
+    messages: list[Message]
+
+
+class DiskRows(Sequence[Example]):
+    """Rows of an Arrow file; the file goes with the process that wrote it."""
+
+    def __init__(self, dataset: Dataset, folder: tempfile.TemporaryDirectory[str]) -> None:
+        self.dataset, self._folders = dataset, [folder]
+
+    @classmethod
+    def write(cls, rows: Iterable[Row]) -> DiskRows:
+        """Write every row as it comes; a thousand of them are in memory at a time."""
+        import pyarrow as pa
+        from datasets import Dataset
+
+        turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        schema = pa.schema([("messages", turns), ("prompt", turns), ("reference", pa.string()),
+                            ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_dir(), ignore_cleanup_errors=True)
+        path = Path(folder.name) / "rows.arrow"
+        coming = iter(rows)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            while batch := list(itertools.islice(coming, BATCH)):
+                talks = [row.messages for row in batch]
+                stream.write_batch(pa.record_batch([
+                    pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),
+                    [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
+                    schema=schema))
+        return cls(Dataset.from_file(str(path)), folder)
+
+    def _with(self, dataset: Dataset, *others: DiskRows) -> DiskRows:
+        rows = DiskRows.__new__(DiskRows)
+        rows.dataset, rows._folders = dataset, [f for other in (self, *others) for f in other._folders]
+        return rows
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> DiskRows: ...
+    def __getitem__(self, index: int | slice) -> Example | DiskRows:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        return _example(self.dataset[index])
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(_example, self.dataset)
+
+    def select(self, places: Iterable[int]) -> DiskRows:
+        """The rows at these places, in this order; nothing is copied."""
+        return self._with(self.dataset.select(places))
+
+    def behind(self, first: DiskRows) -> DiskRows:
+        """The rows of `first`, then these."""
+        from datasets import concatenate_datasets
+
+        return self._with(concatenate_datasets([first.dataset, self.dataset]), first)
+
+
+def _example(row: dict[str, Any]) -> Example:
+    return Example(Place(row["file"], row["row"], row["line"]), row["messages"])

@@ -1,0 +1,320 @@
+"""The data check: what is in the rows, what would be trained, what is wrong and where."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from kit import checks
+from kit.data import fit, progress, prompt_key
+from kit.errors import KitError
+from kit.findings import Findings
+from kit.lint_report import Report
+from kit.masks import IGNORED, Encoded, Formatter, Located
+from kit.platforms import model_label
+from kit.prompts import Message, load_tokenizer
+from kit.show import spans
+from kit.sources import STARTER_HELDOUT, Place, Row, held_out_of_starter, mixed_shapes, rows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from kit.recipe import Recipe
+
+BATCH = 1000
+SAMPLES = 50  # rows kept to be looked at: so many of each finding, and so many without one
+OUTLIER = 8  # times the 95th percentile of lengths
+BARS = 24  # of the histogram
+
+Found = list[tuple[str, str]]  # codes with details
+
+
+def lint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Report:
+    """Check the recipe's data as this recipe would train on it.
+
+    Reads rows one by one, in bounded memory. Raises KitError when a source can't be read at all; whatever is wrong
+    with single rows is in the report.
+    """
+    return _Check(recipe, tokenizer or load_tokenizer(recipe)).run()
+
+
+class _Check:
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.formatter = Formatter(tokenizer, recipe)
+        self.findings = Findings({"too_long": "error" if recipe.overlong_rows == "error" else "warning",
+                                  "heldout_overlap": "error" if recipe.eval_overlap == "error" else "warning"})
+        self.shapes: dict[str, Counter[str]] = {}  # of each file
+        self.first: dict[tuple[str, str], Place] = {}
+        self.rows = 0
+        self.places = _Places()  # of the training rows that can be formatted; what follows is about these
+        self.lengths, self.trained = array("I"), array("I")
+        self.kept = self.kept_tokens = self.kept_trained = self.turns = 0
+        self.prompts: dict[int, int] = {}  # prompt → the first row with it
+        self.answers = array("q")
+        self.whole: dict[int, int] = {}  # prompt and answer → the first row with both
+        self.again: set[int] = set()
+        self.near = checks.NearDuplicates()
+        self.thinking: dict[bool, list[Place]] = {True: [], False: []}
+        self.thinks = 0
+        self.samples: list[dict[str, Any]] = []
+        self.sampled: Counter[str] = Counter()
+
+    def run(self) -> Report:
+        sources = [(source, "train") for source in self.recipe.sources]
+        if self.recipe.eval_dataset or held_out_of_starter(self.recipe):
+            sources.append((self.recipe.eval_dataset or str(STARTER_HELDOUT), "held-out"))
+        for source, split in sources:
+            self._source(source, split)
+        self._mixed()
+        late = self._across_rows()
+        for source, split in sources:
+            self._sample_late(source, split, late)
+        return Report(self._figures(), self.samples)
+
+    def _source(self, source: str, split: str) -> None:
+        with progress(f"checking {source}", source, self.recipe) as on_bytes:
+            batches = _batches(rows_of(source, self.recipe, on_bytes))
+            located = (self._locate(batch, split) for batch in batches)
+            empty = True
+            for found, encoded in self.formatter.encode_ahead(located):
+                empty = False
+                self._count_batch(found, encoded, split)
+        if empty:
+            raise KitError(f"dataset: {source} is empty", "it needs at least one row")
+
+    def _locate(self, batch: list[Row], split: str) -> tuple[list[tuple[Row, Located, Found]], list[Located]]:
+        """The rows that can be rendered, with what is wrong with their texts; the others are reported."""
+        located: list[tuple[Row, Located, Found]] = []
+        for row in batch:
+            self.rows += split == "train"
+            self.shapes.setdefault(row.place.file, Counter())[row.shape or "unknown"] += 1
+            self.first.setdefault((row.place.file, row.shape or "unknown"), row.place)
+            found = [(fault.code, fault.message) for fault in row.faults]
+            if row.messages:
+                found = self._text(row.messages)
+                try:
+                    located.append((row, self.formatter.locate(row.messages), found))
+                    continue
+                except KitError as error:
+                    found.append(("template_refused", error.message))
+            self._report(row, split, found)
+        return located, [place for _, place, _ in located]
+
+    def _count_batch(self, located: list[tuple[Row, Located, Found]], encoded: list[Encoded], split: str) -> None:
+        numbers, texts = [], []
+        for (row, place, found), (ids, labels) in zip(located, encoded, strict=True):
+            found += [(remark, "") for remark in sorted(place.remarks)]
+            found += self._tokens(row, place, ids, labels)
+            if split == "train":
+                numbers.append(len(self.places))
+                texts.append("\n".join(m["content"] for m in row.messages if m["role"] != "system"))
+                found += self._count(row, ids, labels)
+            elif prompt_key(row.messages) in self.prompts:
+                found.append(("heldout_overlap", f"as {self.places[self.prompts[prompt_key(row.messages)]]}"))
+            self._report(row, split, found, ids, labels)
+        self.near.add(numbers, texts)
+
+    def _text(self, messages: list[Message]) -> Found:
+        """What is wrong with the contents as text."""
+        found = []
+        for code, check in (("control_character", checks.control_characters), ("mojibake", checks.mojibake),
+                            ("secret", checks.secret)):
+            if detail := next((text for m in messages if (text := check(m["content"]))), None):
+                found.append((code, detail))
+        if any(checks.not_normalised(m["content"]) for m in messages):
+            found.append(("not_normalised", ""))
+        if typed := self.formatter.typed(messages):
+            found.append(("special_token", ", ".join(dict.fromkeys(typed))))
+        return found
+
+    def _tokens(self, row: Row, place: Located, ids: list[int], labels: list[int]) -> Found:
+        """What is wrong with the tokens."""
+        found = []
+        stop, unknown = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
+        if self.recipe.train_on_responses_only:
+            trained = [label for label in labels if label != IGNORED]
+            if all(label == stop for label in trained):
+                found.append(("fully_masked", "only the stop token would be trained" if trained else ""))
+            if trained.count(stop) < sum(segment.trained for segment in place.segments):
+                found.append(("stop_not_trained", repr(self.tokenizer.eos_token)))
+        if unknown is not None and unknown != stop and unknown in ids:
+            found.append(("unknown_token", f"{ids.count(unknown)} times"))
+        return found
+
+    def _count(self, row: Row, ids: list[int], labels: list[int]) -> Found:
+        """Add a training row to the figures; what is wrong with its length, or with it beside earlier rows."""
+        found = []
+        number = len(self.places)
+        fitted = fit(self.formatter, row.messages, ids, labels)
+        if not fitted.ids:
+            found.append(("too_long", f"{fitted.length:,} tokens"))
+        elif fitted.cut:
+            found.append(("prompt_cut", f"{fitted.length:,} tokens, {fitted.cut:,} cut"))
+        self.places.append(row.place)
+        self.lengths.append(fitted.length)
+        self.trained.append(sum(label != IGNORED for label in labels))
+        if fitted.ids:
+            self.kept += 1
+            self.kept_tokens += len(fitted.ids)
+            self.kept_trained += sum(label != IGNORED for label in fitted.labels)
+        self.turns += sum(m["role"] == "assistant" for m in row.messages)
+        thinks = any("</think>" in m["content"] for m in row.messages if m["role"] == "assistant")
+        self.thinks += thinks
+        if len(self.thinking[thinks]) < SAMPLES:
+            self.thinking[thinks].append(row.place)
+        system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
+        prompt, answer = prompt_key(row.messages), hash(row.messages[-1]["content"].strip())
+        self.answers.append(answer)
+        same = self.whole.setdefault(hash((prompt, system, answer)), number)
+        alike = self.prompts.setdefault(prompt, number)
+        if same != number:
+            self.again.add(number)
+            found.append(("duplicate", f"as {self.places[same]}"))
+        elif alike != number and self.answers[alike] != answer:
+            found.append(("conflict", f"as {self.places[alike]}"))
+        return found
+
+    def _mixed(self) -> None:
+        for file, shapes in self.shapes.items():
+            known = Counter({shape: count for shape, count in shapes.items() if shape != "unknown"})
+            if len(known) > 1:
+                first = {shape: self.first[file, shape] for shape in known}
+                rarest = min(known, key=lambda shape: known[shape])
+                self.findings.add("mixed_shapes", first[rarest], mixed_shapes(file, known, first))
+
+    def _across_rows(self) -> dict[Place, Found]:
+        """What shows only when all rows are known; the rows of it, to be looked at."""
+        late: dict[Place, Found] = {}
+
+        def add(code: str, place: Place, detail: str, rows: int = 1) -> None:
+            self.findings.add(code, place, detail, rows)
+            if self.sampled[code] < SAMPLES:
+                self.sampled[code] += 1
+                late.setdefault(place, []).append((code, detail))
+
+        if 0 < self.thinks < len(self.places):
+            fewer = self.thinks * 2 <= len(self.places)
+            count = self.thinks if fewer else len(self.places) - self.thinks
+            text = f"{self.thinks:,} with thinking, {len(self.places) - self.thinks:,} without"
+            for k, place in enumerate(self.thinking[fewer]):
+                add("mixed_thinking", place, text, 1 if k else count - len(self.thinking[fewer]) + 1)
+        for later, earlier, share in self.near.pairs():
+            if later not in self.again:
+                add("near_duplicate", self.places[later], f"{share:.0%} as {self.places[earlier]}")
+        if self.lengths:
+            limit = max(OUTLIER * _quantile(sorted(self.lengths), 0.95), 256)
+            for number, length in enumerate(self.lengths):
+                if length > limit:
+                    add("outlier", self.places[number], f"{length:,} tokens")
+        return late
+
+    def _report(self, row: Row, split: str, found: Found, ids: list[int] | None = None,
+                labels: list[int] | None = None) -> None:
+        for code, detail in found:
+            self.findings.add(code, row.place, detail)
+        codes = [code for code, _ in found] or [""]
+        if any(self.sampled[code] < SAMPLES for code in codes):
+            self.sampled.update(codes)
+            self._sample(row, split, found, ids, labels)
+
+    def _sample(self, row: Row, split: str, found: Found, ids: list[int] | None, labels: list[int] | None) -> None:
+        if ids is None or labels is None:
+            parts = [("masked", "" if row.raw is None else str(row.raw)[:2000])]
+            total = trained = lost = 0
+        else:
+            parts = spans(self.tokenizer, ids, labels, self.recipe.max_seq_length)
+            total, trained = len(ids), sum(label != IGNORED for label in labels)
+            lost = max(0, total - self.recipe.max_seq_length)
+        self.samples.append({
+            **row.place._asdict(), "split": split, "findings": [code for code, _ in found],
+            "details": [detail for _, detail in found], "tokens": total, "trained": trained, "lost": lost,
+            "spans": parts})
+
+    def _sample_late(self, source: str, split: str, late: dict[Place, Found]) -> None:
+        """Read again until the rows are found whose findings showed only at the end."""
+        known = {(sample["file"], sample["row"]): sample for sample in self.samples}
+        for place in [place for place in late if (place.file, place.row) in known]:
+            for code, detail in late.pop(place):
+                known[place.file, place.row]["findings"].append(code)
+                known[place.file, place.row]["details"].append(detail)
+        if not late:
+            return
+        with progress("looking up rows", source, self.recipe) as on_bytes:
+            for row in rows_of(source, self.recipe, on_bytes):
+                if row.place in late and row.messages:
+                    [(ids, labels)] = self.formatter.encode([row.messages])
+                    self._sample(row, split, late.pop(row.place), ids, labels)
+                    if not late:
+                        return
+
+    def _figures(self) -> dict[str, Any]:
+        recipe, order = self.recipe, sorted(self.lengths)
+        batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+        lengths = {} if not order else {
+            "p50": _quantile(order, 0.5), "p95": _quantile(order, 0.95), "p99": _quantile(order, 0.99),
+            "max": order[-1], "mean": round(sum(order) / len(order), 1), "histogram": _histogram(order),
+            "keep": {name: _quantile(order, int(name) / 100) for name in ("95", "99", "100")}}
+        files = [{"name": file, "rows": shapes.total(), "shape": ", ".join(shapes)}
+                 for file, shapes in self.shapes.items()]
+        return {
+            "title": ", ".join(str(source) for source in recipe.sources), "files": files,
+            "tokenizer": model_label(recipe), "prompt_style": recipe.prompt_style,
+            "max_seq_length": recipe.max_seq_length, "rows": self.rows, "usable_rows": self.kept,
+            "errors": self.findings.count("error"), "warnings": self.findings.count("warning"),
+            "answers_per_row": round(self.turns / len(self.places), 2) if len(self.places) else None,
+            "lengths": lengths,
+            "trained_share": round(sum(self.trained) / sum(order), 4) if order else None,
+            "tokens_per_epoch": self.kept_tokens, "trained_tokens_per_epoch": self.kept_trained,
+            "steps_per_epoch": math.ceil(self.kept / batch),
+            "findings": [finding.as_dict() for finding in self.findings.all()]}
+
+
+class _Places:
+    """Places by number, in 9 bytes each."""
+
+    def __init__(self) -> None:
+        self._files: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._file, self._row, self._line = array("H"), array("I"), array("I")
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, number: int) -> Place:
+        return Place(self._files[self._file[number]], self._row[number], self._line[number] or None)
+
+    def append(self, place: Place) -> None:
+        if place.file not in self._numbers:
+            self._numbers[place.file] = len(self._files)
+            self._files.append(place.file)
+        self._file.append(self._numbers[place.file])
+        self._row.append(place.row)
+        self._line.append(place.line or 0)
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
+        yield batch
+
+
+def _quantile(order: list[int], share: float) -> int:
+    """The smallest value that at least this share of the values does not exceed (nearest rank)."""
+    return order[max(0, math.ceil(share * len(order)) - 1)]
+
+
+def _histogram(order: list[int]) -> list[dict[str, int]]:
+    """Rows by length, up to BARS bars; the last one holds everything beyond the 99th percentile."""
+    top = _quantile(order, 0.99)
+    width = max(1, math.ceil((top - order[0] + 1) / BARS))
+    starts = range(order[0] - order[0] % width, top + 1, width)
+    counts = Counter(min((length - starts[0]) // width, len(starts)) for length in order)
+    bars = [{"from": start, "to": start + width - 1, "rows": counts[k]} for k, start in enumerate(starts)]
+    if counts[len(starts)]:
+        bars.append({"from": starts[-1] + width, "to": order[-1], "rows": counts[len(starts)]})
+    return bars

@@ -1,0 +1,124 @@
+"""Safe repairs of rows: what can be mended without guessing what somebody meant."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kit.checks import CONTROL
+from kit.errors import KitError
+from kit.shapes import ROLES, SENDERS, renamed, shape_of, to_messages
+from kit.sources import local_path, rows_of
+
+if TYPE_CHECKING:
+    from kit.recipe import Recipe
+
+FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "prompt", "completion", "question",
+          "answer")
+NEAR = 0.8  # how alike a name must be to be taken for a known one (difflib's ratio)
+
+
+def fix(source: str, out: Path, recipe: Recipe) -> Counter[str]:
+    """Write the rows of `source`, repaired, to `out` (.jsonl); what was done, with how many rows it was done to.
+
+    Rows that still can't be trained are left out, and so is the second of two equal ones. Raises KitError when `out`
+    exists already.
+    """
+    from kit.data import progress
+    from kit.runs import writing
+
+    if out.suffix.lower() != ".jsonl":
+        raise KitError(f"--fix {out}: the repaired copy is written as JSON Lines", "end its name in .jsonl")
+    if out.exists():
+        raise KitError(f"--fix {out} exists already", "name a new file; nothing is ever overwritten")
+    if source == "starter" or local_path(source) is None:
+        raise KitError(f"--fix works on files, and {source} is none", "download it and name the file")
+    done: Counter[str] = Counter()
+    seen: set[int] = set()
+    with writing(out) as file, progress(f"repairing {source}", source, recipe) as on_bytes:
+        for row in rows_of(source, recipe, on_bytes):
+            if row.raw is None:
+                done[f"left out: {row.faults[0].code}"] += 1
+                continue
+            value, changes = repaired(renamed(row.raw, recipe.columns))
+            _, messages, faults = to_messages(value)
+            key = hash(tuple((m["role"], m["content"].strip()) for m in messages))
+            if faults or key in seen:
+                done[f"left out: {faults[0].code if faults else 'duplicate'}"] += 1
+                continue
+            seen.add(key)
+            done.update(set(changes))
+            done["rows written"] += 1
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        if not done["rows written"]:
+            raise KitError(f"--fix: no row of {source} can be trained, so nothing was written", "see the findings")
+    return done
+
+
+def repaired(row: Any) -> tuple[Any, list[str]]:
+    """The row with its safe repairs, and what they were; the row itself is not changed."""
+    if not isinstance(row, dict):
+        return row, []
+    changes: list[str] = []
+    if shape_of(row) in (None, "alpaca", "prompt", "question"):
+        row = _fields(row, changes)
+    row = dict(row)
+    for field in FIELDS:
+        if field in row and not isinstance(row[field], (list, dict)):
+            row[field] = _text(row[field], changes)
+    for field, keys, roles in (("messages", ("role", "content"), ROLES), ("conversations", ("from", "value"), SENDERS),
+                               ("prompt", ("role", "content"), ROLES), ("completion", ("role", "content"), ROLES)):
+        if isinstance(row.get(field), list):
+            row[field] = [_turn(turn, keys, roles, changes) for turn in row[field]]
+    return row, changes
+
+
+def _fields(row: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """Field names that are nearly known ones, where the known one is missing."""
+    return {_name(str(key), FIELDS, row, changes): value for key, value in row.items()}
+
+
+def _name(key: str, known: Iterable[str], taken: Iterable[str], changes: list[str], what: str = "") -> str:
+    """`key`, or the one of `known` it nearly is, unless that is taken."""
+    if key in known:
+        return key
+    close = get_close_matches(key.strip().lower(), [name for name in known if name not in taken], 1, NEAR)
+    if not close:
+        return key
+    changes.append(f"renamed: {what}{key} to {close[0]}")
+    return close[0]
+
+
+def _turn(turn: Any, keys: tuple[str, str], roles: dict[str, str], changes: list[str]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    turn = {_name(str(key), keys, turn, changes): value for key, value in turn.items()}
+    role, text = keys
+    if isinstance(turn.get(role), str):
+        turn[role] = _name(turn[role], roles, (), changes, "role ")
+    if text in turn and not isinstance(turn[text], list):
+        turn[text] = _text(turn[text], changes)
+    return turn
+
+
+def _text(value: Any, changes: list[str]) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        changes.append("numbers written as text")
+        return str(value)
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
+    if text != value:
+        changes.append("line ends written as \\n")
+    clean = CONTROL.sub("", text)
+    if clean != text:
+        changes.append("control characters removed")
+    normal = unicodedata.normalize("NFC", clean)
+    if normal != clean:
+        changes.append("characters composed as usual (NFC)")
+    return normal

@@ -1,0 +1,223 @@
+"""Where rows come from: files, folders, hubs. Every row keeps the place it was read from."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kit.errors import KitError, nearest
+from kit.platforms import hub_hint
+from kit.prompts import Message
+from kit.readers import KINDS, Problem, read_rows
+from kit.recipe import MAX_ERRORS, PROJECT
+from kit.shapes import Fault, renamed, to_messages
+
+if TYPE_CHECKING:
+    from kit.recipe import Recipe
+
+STARTER_TRAIN = PROJECT / "data" / "tickets-train.jsonl"
+STARTER_HELDOUT = PROJECT / "data" / "tickets-heldout.jsonl"
+# A file's or folder's name says which split it holds, by the words Hugging Face uses for it.
+SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev",
+               "test": "test|testing|eval|evaluation"}
+NOT_ROWS = re.compile(r"dataset_infos?|readme.*|licen[cs]e.*|requirements.*", re.IGNORECASE)
+
+
+class Place(NamedTuple):
+    """Where a row stands: `row` counts from 1; `line` is the file's, None where a file has no lines."""
+
+    file: str
+    row: int
+    line: int | None
+
+    def __str__(self) -> str:
+        return f"row {self.row}" if self.line in (None, self.row) else f"row {self.row} (line {self.line})"
+
+
+class Row(NamedTuple):
+    """A row as it was read, its shape, and its messages or its faults."""
+
+    place: Place
+    raw: Any
+    shape: str | None
+    messages: list[Message]
+    faults: list[Fault]
+
+
+def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
+    """Every row of a file, a folder, a hub's data set or `starter`, good and bad.
+
+    `on_bytes` is told how many further bytes of the files have been read. Raises KitError for what can't be read
+    at all.
+    """
+    files = files_of(source, recipe)
+    for path in files or ():
+        name = str(source) if len(files or ()) == 1 else str(path)
+        for item in read_rows(path, on_bytes):
+            place = Place(name, item.row, item.line)
+            if isinstance(item, Problem):
+                yield Row(place, None, None, [], [Fault(item.code, item.message)])
+            else:
+                yield _row(place, item.value, recipe)
+    if files is None:
+        for number, value in enumerate(_from_hub(str(source), recipe), 1):
+            yield _row(Place(str(source), number, None), value, recipe)
+
+
+def _row(place: Place, raw: Any, recipe: Recipe) -> Row:
+    return Row(place, raw, *to_messages(renamed(raw, recipe.columns)))
+
+
+def files_of(source: str | Path, recipe: Recipe) -> list[Path] | None:
+    """The files on this disk that a source means; None for a data set that the `datasets` library reads."""
+    if source == "starter":
+        return [STARTER_TRAIN]
+    path = local_path(source)
+    if path is None or (path.is_dir() and _is_data_set(path, recipe)):
+        return None
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()
+                   and not NOT_ROWS.fullmatch(p.stem) and not any(part.startswith(".") for part in p.parts))
+    files = [p for p in found if p.suffix.lower() != ".txt"] or found
+    if not files:
+        raise KitError(f"dataset: {source} holds no file of rows", f"known kinds are {', '.join(KINDS)}")
+    splits = {p: _split_of(p.relative_to(path)) for p in files}
+    if not any(splits.values()):
+        return files
+    wanted = [p for p in files if (splits[p] or "train") == recipe.dataset_split]
+    if not wanted:
+        known = sorted({split or "train" for split in splits.values()})
+        raise KitError(f"dataset: {source} has no split {recipe.dataset_split!r}; there are: {', '.join(known)}",
+                       "set dataset_split to one of them")
+    return wanted
+
+
+def _split_of(path: Path) -> str | None:
+    text = "/".join(path.with_suffix("").parts).lower()
+    for split, words in SPLIT_WORDS.items():
+        if re.search(rf"(?<![a-z])({words})(?![a-z])", text):
+            return split
+    return None
+
+
+def _is_data_set(folder: Path, recipe: Recipe) -> bool:
+    """A folder that `datasets` saved, or a hub's data set whose card says how its files are read."""
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return True
+    card = folder / "README.md"
+    return recipe.dataset_config is not None or (
+        card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")[:20_000])
+
+
+def local_path(source: str | Path) -> Path | None:
+    """The file or folder meant, or None when it can only be a hub id."""
+    for path in (Path(source).expanduser(), PROJECT / source):
+        if path.exists():
+            return path
+    path = Path(source)
+    if path.suffix.lower() in KINDS or path.is_absolute() or str(source).startswith((".", "~")) \
+            or str(source).count("/") != 1:
+        folder = path.parent if path.parent.is_dir() else PROJECT / "data"
+        near = nearest(path.name, [p.name for p in folder.iterdir()])
+        raise KitError(f"dataset: there is no {source}{near}", "a path is looked up from the folder you are in")
+    return None
+
+
+def data_files(recipe: Recipe) -> list[Path]:
+    """The files on this disk that a recipe reads, for hashes and checks before a run."""
+    names = [*recipe.sources, *([recipe.eval_dataset] if recipe.eval_dataset else [])]
+    files = [path for name in names for path in files_of(name, recipe) or []]
+    return [*files, *([STARTER_HELDOUT] if held_out_of_starter(recipe) else [])]
+
+
+def held_out_of_starter(recipe: Recipe) -> bool:
+    """The bundled tickets bring held-out rows of their own; they count unless others are named."""
+    return "starter" in recipe.sources and not recipe.eval_dataset and not recipe.test_size
+
+
+def _from_hub(name: str, recipe: Recipe) -> Iterable[Any]:
+    import datasets
+
+    folder = local_path(name)
+    try:
+        if folder is not None and not (folder / "README.md").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            return saved[recipe.dataset_split] if isinstance(saved, datasets.DatasetDict) else saved
+        if folder is None and recipe.hub == "modelscope":
+            return _from_modelscope(name, recipe)
+        return datasets.load_dataset(
+            str(folder or name), recipe.dataset_config, split=recipe.dataset_split, revision=recipe.dataset_revision,
+            download_config=datasets.DownloadConfig(local_files_only=recipe.local_files_only))
+    except KitError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        hint = "check dataset_config and dataset_split" if folder or "BuilderConfig" in reason or "split" in reason \
+            else hub_hint()
+        raise KitError(f"dataset: {name}: {type(error).__name__}: {reason}", hint) from None
+
+
+def _from_modelscope(name: str, recipe: Recipe) -> Iterable[Any]:
+    if recipe.local_files_only:
+        raise KitError(f"dataset: {name}: ModelScope is not asked with local_files_only",
+                       "name the folder the data set was downloaded to")
+    try:
+        from modelscope.msdatasets import MsDataset
+    except ImportError:
+        raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope") from None
+    version = {"version": recipe.dataset_revision} if recipe.dataset_revision else {}
+    found = MsDataset.load(name, subset_name=recipe.dataset_config, split=recipe.dataset_split, **version)
+    return found.to_hf_dataset() if hasattr(found, "to_hf_dataset") else found
+
+
+def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
+    """The rows of a source; KitError at the end with up to 20 bad ones, or when a file mixes shapes."""
+    problems: list[str] = []
+    bad = count = 0
+    shapes: dict[str, Counter[str]] = {}
+    first: dict[tuple[str, str], Place] = {}
+    for row in rows_of(source, recipe, on_bytes):
+        count += 1
+        if row.shape:
+            shapes.setdefault(row.place.file, Counter())[row.shape] += 1
+            first.setdefault((row.place.file, row.shape), row.place)
+        if row.faults:
+            bad += 1
+            if bad <= MAX_ERRORS:
+                where = "" if row.place.file == str(source) else f"{Path(row.place.file).name} "
+                problems.append(f"{where}{row.place}: {'; '.join(fault.message for fault in row.faults)}")
+        elif not bad:
+            yield row
+    for file, found in shapes.items():
+        if len(found) > 1:
+            raise KitError(mixed_shapes(file, found, {shape: first[file, shape] for shape in found}),
+                           "bring all rows of a file to one shape, or put each shape into a file of its own")
+    refuse(f"dataset: {source}: bad rows", problems, bad,
+           f"`kit lint {source}` shows all of them with remedies; known shapes: Alpaca (instruction, output), "
+           "messages, conversations, prompt and completion, question and answer, others through columns")
+    if not count:
+        raise KitError(f"dataset: {source} is empty", "it needs at least one row")
+
+
+def mixed_shapes(file: str, found: Counter[str], first: dict[str, Place]) -> str:
+    """Says that a file mixes shapes, with the count of each."""
+    parts = [f"{shape} {number:,} (first: {first[shape]})" for shape, number in found.most_common()]
+    return f"dataset: {file} mixes shapes: {', '.join(parts)}"
+
+
+def refuse(what: str, problems: list[str], count: int, hint: str) -> None:
+    """KitError that lists `problems` and how many more there are; nothing when there is none."""
+    if count:
+        more = f"\n  … and {count - len(problems):,} more" if count > len(problems) else ""
+        raise KitError(f"{what} ({count:,}):\n  " + "\n  ".join(problems) + more, hint)
+
+
+def read_conversations(source: str | Path, recipe: Recipe | None = None) -> list[list[Message]]:
+    """The rows of a source as lists of messages. Raises KitError with up to 20 bad rows."""
+    from kit.recipe import Recipe
+
+    return [row.messages for row in good_rows(source, recipe or Recipe.load({}))]
