@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kit import checks
 from kit.data import fit, progress, prompt_key
 from kit.errors import KitError
-from kit.findings import Findings
+from kit.findings import KINDS, Findings
 from kit.lint_report import Report
 from kit.masks import IGNORED, Encoded, Formatter, Located
 from kit.platforms import model_label
@@ -113,7 +113,7 @@ class _Check:
             if split == "train":
                 numbers.append(len(self.places))
                 texts.append("\n".join(m["content"] for m in row.messages if m["role"] != "system"))
-                found += self._count(row, ids, labels)
+                found += self._count(row, ids, labels, refused=any(KINDS[code][0] == "error" for code, _ in found))
             elif prompt_key(row.messages) in self.prompts:
                 found.append(("heldout_overlap", f"as {self.places[self.prompts[prompt_key(row.messages)]]}"))
             self._report(row, split, found, ids, labels)
@@ -146,7 +146,7 @@ class _Check:
             found.append(("unknown_token", f"{ids.count(unknown)} times"))
         return found
 
-    def _count(self, row: Row, ids: list[int], labels: list[int]) -> Found:
+    def _count(self, row: Row, ids: list[int], labels: list[int], refused: bool) -> Found:
         """Add a training row to the figures; what is wrong with its length, or with it beside earlier rows."""
         found = []
         number = len(self.places)
@@ -158,7 +158,7 @@ class _Check:
         self.places.append(row.place)
         self.lengths.append(fitted.length)
         self.trained.append(sum(label != IGNORED for label in labels))
-        if fitted.ids:
+        if fitted.ids and not refused:
             self.kept += 1
             self.kept_tokens += len(fitted.ids)
             self.kept_trained += sum(label != IGNORED for label in fitted.labels)

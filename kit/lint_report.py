@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kit.errors import GateError
 from kit.show import Table, Tokens
 
 PLACES = 5  # shown of each finding
@@ -28,6 +29,20 @@ class Report:
     def finding(self, code: str) -> dict[str, Any] | None:
         """The finding with this code, or None."""
         return next((f for f in self.figures["findings"] if f["code"] == code), None)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures in short, for result.json."""
+        names = ("rows", "usable_rows", "errors", "warnings", "trained_share", "tokens_per_epoch", "steps_per_epoch")
+        return {name: self.figures[name] for name in names} | {
+            "findings": {finding["code"]: finding["count"] for finding in self.figures["findings"]}}
+
+    def require(self) -> None:
+        """GateError when there are findings of severity error."""
+        errors = [finding for finding in self.figures["findings"] if finding["severity"] == "error"]
+        if errors:
+            what = "; ".join(f"{finding['message']} ({_count(finding['count'], 'row')}, first "
+                             f"{_where(finding['places'][0], True)})" for finding in errors)
+            raise GateError(f"the data check failed: {what}", "`kit lint` lists every row with its remedy")
 
     def page(self) -> str:
         """One self-contained HTML page."""

@@ -24,8 +24,8 @@ from kit.errors import KitError
 if TYPE_CHECKING:
     from kit.recipe import Recipe
 
-MADE = ("recipe.yaml", "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "adapter", "merged", "gguf",
-        "figures", "checkpoints")
+MADE = ("recipe.yaml", "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "data.html", "adapter", "merged",
+        "gguf", "figures", "checkpoints")
 
 
 class Run:

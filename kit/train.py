@@ -53,13 +53,17 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
         "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "neftune_noise_alpha",
         "train_sampling_strategy", "dataloader_num_workers", "logging_steps", "save_strategy", "save_steps",
         "save_total_limit", "report_to", "seed")}
+    rows = data["train"]
+    lazy = "input_ids" not in rows.column_names  # tokens are made when a row is taken: nothing to prepare or remove
+    if lazy:
+        same |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
     args = SFTConfig(
         output_dir=str(run.checkpoints), max_length=recipe.max_seq_length, packing=chosen.packing, optim=chosen.optim,
         bf16=chosen.bf16, fp16=chosen.fp16, gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
         include_num_input_tokens_seen="non_padding", disable_tqdm=True, **duration, **same)
     disable_progress_bars()  # TRL walks over the rows twice; on rows that are ready this takes no time
     trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer,
-                         train_dataset=data["train"].select_columns(["input_ids", "labels"]))
+                         train_dataset=rows if lazy else rows.select_columns(["input_ids", "labels"]))
     enable_progress_bars()
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)

@@ -76,7 +76,24 @@ for note in settings.notes:
     print("-", note)
 
 # %% [markdown]
-# ## 4. Load the model and its tokenizer
+# ## 4. Check the data
+#
+# Every row as this recipe would train on it: lengths, what is trained, and what is wrong with which row. An error here
+# stops the run before anything is paid for. `data.html` in the run folder shows the rows token by token, to search and
+# to filter; `notebooks/02_your_data` goes through all this with a file of your own.
+
+# %%
+run.stage("check")
+checked = kit.lint(recipe)
+kit.show(checked)
+for tokens in checked.examples(2):
+    kit.show(tokens)
+checked.save(run.folder / "data.html")
+run.note(data=checked.summary())
+checked.require()
+
+# %% [markdown]
+# ## 5. Load the model and its tokenizer
 #
 # The tokenizer carries the chat template of the recipe's `prompt_style` from here on: training, the answers below,
 # the merged model, the GGUF and the Modelfile all use this one template and its stop token.
@@ -89,7 +106,7 @@ print(f"{kit.model_label(recipe)}: {model.num_parameters():,} parameters, stop t
       f"pad token {tokenizer.pad_token!r}")
 
 # %% [markdown]
-# ## 5. Add LoRA
+# ## 6. Add LoRA
 #
 # The base model stays frozen; two small matrices per layer learn the difference. `r` is their rank, `lora_alpha / r`
 # their strength. More rank learns more and costs memory; the usual range is 8 to 64.
@@ -102,7 +119,7 @@ print(f"{trainable:,} of {total:,} parameters are trained: {trainable / total:.2
 run.note(trainable_parameters=trainable, parameters=total)
 
 # %% [markdown]
-# ## 6. Format the data
+# ## 7. Format the data
 #
 # Look at this before you pay for training. Highlighted is what the model learns to write: the answer and the token
 # that ends it. If the highlight is missing, cut off or covers the question, training can't repair it.
@@ -120,7 +137,7 @@ kit.show(kit.Tokens(tokenizer, data["train"][0]))
 kit.show(plots.lengths(data["train"], recipe.max_seq_length, run.figures / "lengths.png"))
 
 # %% [markdown]
-# ## 7. Answers before training
+# ## 8. Answers before training
 #
 # The held-out rows, which training never sees, answered by the untrained model.
 
@@ -133,7 +150,7 @@ kit.show(kit.scores(before=score_before))
 run.note(score_before=score_before)
 
 # %% [markdown]
-# ## 8. Train
+# ## 9. Train
 #
 # TRL's `SFTTrainer`. The loss counts the answers only (`train_on_responses_only`). One optimiser step sees
 # `per_device_train_batch_size × gradient_accumulation_steps` rows on each device.
@@ -150,14 +167,14 @@ run.note(train=vars(result))
 
 # %% [markdown]
 # A healthy curve falls fast, then slowly. Flat from the start: `learning_rate` too low, or nothing is trained (look
-# at step 6). Falling to nearly zero: the rows are learnt by heart; train shorter or on more rows. Jumping up:
+# at step 7). Falling to nearly zero: the rows are learnt by heart; train shorter or on more rows. Jumping up:
 # lower `learning_rate`, or raise `warmup_steps`.
 
 # %%
 kit.show(plots.loss(result, run.figures / "loss.png"))
 
 # %% [markdown]
-# ## 9. Answers after training
+# ## 10. Answers after training
 #
 # One answer streamed as it is written, then the same held-out rows as before.
 
@@ -175,7 +192,7 @@ kit.show(kit.scores(before=score_before, after=score_after))
 run.note(score_after=score_after, stopped_after=sum(reply.stopped for reply in after) / len(after))
 
 # %% [markdown]
-# ## 10. Save the adapter, and load it again
+# ## 11. Save the adapter, and load it again
 #
 # What was saved must answer like what is in memory; otherwise the next steps would ship something else.
 
@@ -190,7 +207,7 @@ again = kit.answer(model, tokenizer, prompts[:5], recipe)
 kit.same_answers(in_memory, again, str(saved))
 
 # %% [markdown]
-# ## 11. Merge into a 16-bit model
+# ## 12. Merge into a 16-bit model
 #
 # The adapter is added to the base model's own 16-bit weights, also after 4-bit or 8-bit training. `merged/` is a
 # complete Hugging Face folder for vLLM or transformers.
@@ -203,7 +220,7 @@ merged = kit.merge(saved, run, recipe)
 print(merged or "save_merged is none: no merged model, no GGUF")
 
 # %% [markdown]
-# ## 12. GGUF for llama.cpp and Ollama
+# ## 13. GGUF for llama.cpp and Ollama
 #
 # llama.cpp's own converter and quantiser, from the source archive of the installed llama-cpp-python: no clone, no
 # compiler, nothing fetched.
@@ -215,7 +232,7 @@ rows = [[path.name, kit.size(path.stat().st_size)] for path in files]
 kit.show(kit.Table(["file", "size"], rows))
 
 # %% [markdown]
-# ## 13. Does llama.cpp answer like this notebook?
+# ## 14. Does llama.cpp answer like this notebook?
 #
 # Each file is loaded by llama-cpp-python in a process of its own. It must turn a conversation into the very token
 # ids the training saw, answer, and stop by itself. Then the last file of the list answers the held-out rows.
@@ -243,7 +260,7 @@ figure = plots.before_after(scores, run.figures / "scores.png")
 kit.show(figure or "no metric, no figure")
 
 # %% [markdown]
-# ## 14. Modelfile for Ollama
+# ## 15. Modelfile for Ollama
 #
 # Written from the trained template, so that `ollama create` gives a model that sees the prompts it was trained on.
 
@@ -256,7 +273,7 @@ for path in files[-1:]:
     print(modelfile.read_text(encoding="utf-8"))
 
 # %% [markdown]
-# ## 15. What lies where, and what to do next
+# ## 16. What lies where, and what to do next
 
 # %%
 run.finish()
@@ -267,7 +284,7 @@ if files:
     print(f"in Ollama:  cd {run.gguf} && ollama create {recipe.run_name} -f Modelfile && ollama run {recipe.run_name}")
 
 # %% [markdown]
-# - **Answers are poor?** Read the table of step 9 field by field, then add rows that show what is missing. More and
+# - **Answers are poor?** Read the table of step 10 field by field, then add rows that show what is missing. More and
 #   better rows beat every other setting. Still learning when it stopped: more `num_train_epochs` or `max_steps`.
 #   Good in training, poor on held-out rows: fewer epochs, `lora_dropout: 0.05`, or smaller `r`.
 # - **Out of memory?** In this order: `load_in_4bit: true`, `use_gradient_checkpointing: unsloth`, half of

@@ -58,8 +58,8 @@ def test_bad_data(tmp_path: Path) -> None:
     empty.write_text("")
     refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={empty}", words="is empty")
     refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={tmp_path}/no.jsonl", words="there is no")
-    (tmp_path / "a.csv").write_text("a,b\n")
-    refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={tmp_path}/a.csv", words="unknown kind of file")
+    (tmp_path / "a.doc").write_text("a,b\n")
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={tmp_path}/a.doc", words="unknown kind of file")
 
 
 def test_bad_models(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.errors import KitError
@@ -29,7 +29,7 @@ def turns(*contents: str, role: str = "role", text: str = "content") -> list[dic
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
     return path
 
 
@@ -116,10 +116,10 @@ def test_what_would_be_a_guess_is_left_alone(row: Any) -> None:
 
 BROKEN = [
     {"instrution": "Where is 1?", "output": "Here\x07."}, {"instruction": "Where is 2?", "output": 2},
-    {"instruction": "Where is 3?", "output": "caf" + "e\u0301"}, b"", b'{"instruction": ', {"instruction": "a\r\nb", "output": "b"},
-    GOOD, {"output": " Here. ", "instruction": " Where?"}, {"instruction": "", "output": "b"}, [1],
-    {"instruction": "c", "output": "\x07"}, b'{"instruction": "cut',
-]  # fmt: skip
+    {"instruction": "Where is 3?", "output": "cafe\u0301"}, {"instruction": "a\r\nb", "output": "b"}, b"", GOOD,
+    {"output": " Here. ", "instruction": " Where?"}, {"instruction": "", "output": "b"}, [1], b'{"instruction": ',
+    {"instruction": "c", "output": "\x07"}, {"instruction": "d", "output": " "}, b'{"instruction": "cut',
+]
 MENDED = ("invalid_json", "torn_line", "not_an_object", "misnamed_field", "not_text", "empty_response", "empty_prompt",
           "duplicate", "control_character", "not_normalised")
 
@@ -132,7 +132,7 @@ def test_the_copy_holds_what_can_be_trained_and_the_source_stays(tmp_path: Path)
         "rows written": 5, "renamed: instrution to instruction": 1, "control characters removed": 1,
         "numbers written as text": 1, "characters composed as usual (NFC)": 1, "line ends written as \\n": 1,
         "left out: invalid_json": 1, "left out: torn_line": 1, "left out: duplicate": 1, "left out: empty_prompt": 1,
-        "left out: not_an_object": 1, "left out: empty_response": 1}
+        "left out: not_an_object": 1, "left out: empty_response": 2}
     assert [row["output"] for row in read(out)] == ["Here.", "2", "café", "b", "Here."]
     assert len(read_conversations(out)) == 5
     assert source.read_bytes() == before
@@ -227,17 +227,18 @@ def test_an_error_midway_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [source]
 
 
-NAMES = st.sampled_from([
-    "messages", "conversations", "instruction", "input", "output", "system", "history", "prompt", "completion", "question",
-    "answer", "role", "content", "from", "value", "mesages", "prompts", "Answer", "outputs", "inputs", "contents", "type",
-    "text", "tool_calls", "reasoning_content",
-])  # fmt: skip
+SHAPED = ("messages", "conversations", "instruction", "input", "output", "system", "history", "prompt", "completion",
+          "question", "answer")
+NEARLY = ("mesages", "prompts", "Answer", "outputs", "inputs", "contents")
+NAMES = st.sampled_from([*SHAPED, *NEARLY, "role", "content", "from", "value", "type", "text", "tool_calls",
+                         "reasoning_content"])
 WORDS = st.one_of(st.text(max_size=8), st.sampled_from([*ROLES, *SENDERS, "usr", "User", "cafe\u0301\r\n\x07", "text"]))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | WORDS, inner, max_size=5), max_leaves=25)
 
 
+@settings(deadline=None, database=None)
 @given(JSON | st.dictionaries(NAMES, JSON, max_size=5))
 def test_any_json_is_repaired_without_an_error_and_then_has_nothing_left(row: Any) -> None:
     before = json.dumps(row)
@@ -261,18 +262,18 @@ CLEAN = st.one_of(
     st.fixed_dictionaries({"messages": MESSAGES}),
     st.fixed_dictionaries({"conversations": talks("from", "value", "human", "gpt")}, optional={"system": TEXTS}),
     st.fixed_dictionaries({"instruction": TEXTS, "output": TEXTS}, optional={
-        "input": TEXTS | st.none() | st.just(""), "system": TEXTS, "history": st.lists(st.tuples(TEXTS, TEXTS).map(list))}),
+        "input": TEXTS | st.none() | st.just(""), "system": TEXTS,
+        "history": st.lists(st.tuples(TEXTS, TEXTS).map(list))}),
     st.fixed_dictionaries({"prompt": TEXTS, "completion": TEXTS}, optional={"system": TEXTS}),
     st.fixed_dictionaries({"question": TEXTS, "answer": TEXTS}, optional={"system": TEXTS}),
     MESSAGES.map(lambda messages: {"prompt": messages[:-1], "completion": messages[-1:]}),
 )  # fmt: skip
 
 
-@given(CLEAN, st.dictionaries(NAMES | st.text(max_size=6), JSON, max_size=3))
+@settings(deadline=None, database=None)
+@given(CLEAN, st.dictionaries(st.sampled_from(NEARLY) | NAMES | st.text(max_size=6), JSON, max_size=3))
 def test_a_row_without_faults_and_with_clean_text_comes_back_equal(row: dict[str, Any], extra: dict[str, Any]) -> None:
     # Fields that belong to a shape make another row of it; any others must not matter.
-    known = {"messages", "conversations", "instruction", "input", "output", "system", "history", "prompt",
-             "completion", "question", "answer"}
-    whole = {**{key: value for key, value in extra.items() if key not in known}, **row}
+    whole = {**{key: value for key, value in extra.items() if key not in SHAPED}, **row}
     assert to_messages(whole).faults == [] and shape_of(whole) == shape_of(row)
     assert repaired(whole) == (whole, [])
