@@ -56,8 +56,9 @@ check: $(STAMP)  ## ruff and mypy
 pair: $(STAMP)  ## write notebooks/*.ipynb from the .py beside them
 	@$(BIN)/jupytext --update --to ipynb notebooks/*.py
 
-docs: $(STAMP)  ## write docs/recipe.md from kit/recipe.py
+docs: $(STAMP)  ## write docs/recipe.md and docs/findings.md from the code
 	@mkdir -p docs && $(BIN)/python -m kit.recipe > docs/recipe.md
+	@$(BIN)/python -m kit.findings > docs/findings.md
 
 data: $(STAMP)  ## make the starter data set again
 	@$(BIN)/python data/make_tickets.py

@@ -65,8 +65,8 @@ def check(path: Path) -> None:
     report = lint(recipe, tokenizer)
     seconds = time.perf_counter() - began
     rows = report.figures["rows"]
-    print(f"lint: {rows:,} rows ({path.stat().st_size / 1e6:,.0f} MB) in {seconds:.1f} s: {rows / seconds:,.0f} rows/s, "
-          f"peak memory {peak():.2f} GB")
+    print(f"lint: {rows:,} rows ({path.stat().st_size / 1e6:,.0f} MB) in {seconds:.1f} s: "
+          f"{rows / seconds:,.0f} rows/s, peak memory {peak():.2f} GB")
 
 
 def peak() -> float:
@@ -89,7 +89,8 @@ def main() -> None:
         for rows in chosen.lint or [chosen.rows]:
             write(path, rows, chosen.source)
             # A process each, so that its peak memory is its own.
-            subprocess.run([sys.executable, __file__, "--one", "check" if chosen.lint else "load", str(path)], check=True)
+            what = "check" if chosen.lint else "load"
+            subprocess.run([sys.executable, __file__, "--one", what, str(path)], check=True)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ def compare(folder: Path, quantization: str, rows: int = 40) -> dict[str, float]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kit.data import read_splits
     from kit.llama_child import LlamaChild
     from kit.masks import Formatter
     from kit.runs import Run
+    from kit.splits import read_splits
 
     run = Run.open(folder)
     tokenizer = AutoTokenizer.from_pretrained(run.merged)

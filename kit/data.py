@@ -1,10 +1,9 @@
-"""The data of a run: read, hold rows out, bring to tokens and labels."""
+"""The data of a run: conversations to tokens and labels, of a length that can be trained."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kit.disk_rows import BATCH, DiskRows, Example
@@ -12,7 +11,8 @@ from kit.errors import KitError
 from kit.masks import Formatter, Located
 from kit.prompts import Message
 from kit.recipe import MAX_ERRORS
-from kit.sources import STARTER_HELDOUT, Place, good_rows, held_out_of_starter, refuse
+from kit.sources import Place, refuse
+from kit.splits import read_splits
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,101 +40,6 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DatasetDict
     if len(data["train"]) == 0:
         raise KitError(f"no training row fits into max_seq_length: {recipe.max_seq_length}", "raise max_seq_length")
     return data
-
-
-def read_splits(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Training and held-out conversations, before formatting.
-
-    With test_size, rows that share a prompt go to the same side. Raises KitError when rows of eval_dataset ask what
-    is trained on (`eval_overlap`).
-    """
-    train: Sequence[Example] = []
-    held_out: Sequence[Example] = []
-    for source, passes in recipe.sources.items():
-        rows = _read(source, recipe)
-        if recipe.test_size:
-            rows, apart = _hold_out(rows, recipe, source)
-            held_out = _joined(held_out, apart)
-        train = _joined(train, _repeated(rows, passes, recipe.seed))
-    if held_out_of_starter(recipe):
-        held_out = _read(str(STARTER_HELDOUT), recipe)
-    elif recipe.eval_dataset:
-        held_out = _read(recipe.eval_dataset, recipe)
-    return train[: recipe.max_train_samples], _apart(train, held_out, recipe)[: recipe.max_eval_samples]
-
-
-def _read(source: str, recipe: Recipe) -> Sequence[Example]:
-    with progress(f"reading {source}", source, recipe) as on_bytes:
-        rows = good_rows(source, recipe, on_bytes)
-        return DiskRows.write(rows) if recipe.lazy_preprocess else [Example(row.place, row.messages) for row in rows]
-
-
-def prompt_key(messages: list[Message]) -> int:
-    """64 bits that two conversations share when they ask the same: all turns before the last answer, no system."""
-    text = "\0".join(m["role"] + "\0" + m["content"].strip() for m in messages[:-1] if m["role"] != "system")
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _hold_out(rows: Sequence[Example], recipe: Recipe, source: str) -> tuple[Sequence[Example], Sequence[Example]]:
-    import numpy as np
-
-    wanted = int(recipe.test_size) if recipe.test_size > 1 else round(recipe.test_size * len(rows))
-    keys = np.array([prompt_key(row.messages) for row in rows], dtype=np.uint64)
-    prompts, group = np.unique(keys, return_inverse=True)
-    order = np.random.default_rng(recipe.seed).permutation(len(prompts))
-    sizes = np.cumsum(np.bincount(group, minlength=len(prompts))[order])
-    # As many whole groups as bring the held-out rows nearest to what was asked for, and one row at least.
-    taken = int(np.searchsorted(sizes, max(wanted, 1)) + 1)
-    apart = np.isin(group, order[:taken])
-    if len(rows) < 2 or wanted >= len(rows) or apart.all():
-        raise KitError(f"test_size: {recipe.test_size:g} leaves nothing to train on: {source} has {len(rows):,} rows "
-                       f"with {len(prompts):,} different prompts", "lower test_size")
-    return _picked(rows, np.flatnonzero(~apart).tolist()), _picked(rows, np.flatnonzero(apart).tolist())
-
-
-def _repeated(rows: Sequence[Example], passes: float, seed: int) -> Sequence[Example]:
-    """Each row `passes` times; of a fraction, a seeded choice."""
-    import numpy as np
-
-    if passes == 1:
-        return rows
-    extra = np.random.default_rng(seed).permutation(len(rows))[: round(passes % 1 * len(rows))]
-    return _picked(rows, [*list(range(len(rows))) * int(passes), *sorted(extra.tolist())])
-
-
-def _apart(train: Sequence[Example], held_out: Sequence[Example], recipe: Recipe) -> Sequence[Example]:
-    """The held-out rows, after those that ask what is trained on have been refused, dropped or kept."""
-    if not held_out or recipe.eval_overlap == "keep" or recipe.test_size:
-        return held_out  # a split by test_size keeps equal prompts together
-    trained = {prompt_key(row.messages) for row in train}
-    new = [i for i, row in enumerate(held_out) if prompt_key(row.messages) not in trained]
-    if len(new) == len(held_out):
-        return held_out
-    if recipe.eval_overlap == "drop":
-        print(f"{len(held_out) - len(new):,} of {len(held_out):,} held-out rows ask what is trained on; left out")
-        return _picked(held_out, new)
-    kept = set(new)
-    shared = [row for i, row in enumerate(held_out) if i not in kept]
-    refuse(f"{recipe.eval_dataset or 'the held-out rows'}: prompts that are also trained on, so the held-out score "
-           "would count what was learnt by heart",
-           [f"{row.place}: {_excerpt(row)}" for row in shared[:MAX_ERRORS]], len(shared),
-           "take them out of one of the files, or set eval_overlap: drop (or keep)")
-    return held_out
-
-
-def _excerpt(row: Example) -> str:
-    text = " ".join(next(m["content"] for m in row.messages if m["role"] == "user").split())
-    return text[:80] + ("…" if len(text) > 80 else "")
-
-
-def _joined(one: Sequence[Example], other: Sequence[Example]) -> Sequence[Example]:
-    if isinstance(other, DiskRows):
-        return other.behind(one) if isinstance(one, DiskRows) else other
-    return [*one, *other] if one else other
-
-
-def _picked(rows: Sequence[Example], places: list[int]) -> Sequence[Example]:
-    return rows.select(places) if isinstance(rows, DiskRows) else [rows[i] for i in places]
 
 
 class Formatted(NamedTuple):
@@ -302,23 +207,3 @@ def _batches(rows: Sequence[Example], what: str) -> Iterator[Sequence[Example]]:
         for start in range(0, len(rows), BATCH):
             yield rows[start:start + BATCH]
             bar.update(min(BATCH, len(rows) - start))
-
-
-class progress:
-    """A bar over the bytes of a source's files, shown when reading takes more than two seconds."""
-
-    def __init__(self, what: str, source: str, recipe: Recipe) -> None:
-        from tqdm import tqdm
-
-        from kit.sources import files_of
-
-        files = files_of(source, recipe) or []
-        self.bar = tqdm(total=sum(path.stat().st_size for path in files) or None, desc=what, unit="B", unit_scale=True,
-                        file=sys.stderr, dynamic_ncols=True, leave=False, delay=2,
-                        mininterval=0.5 if sys.stderr.isatty() else 5)
-
-    def __enter__(self) -> Callable[[int], None]:
-        return lambda count: self.bar.update(count) and None
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

@@ -109,3 +109,16 @@ class Findings:
     def count(self, severity: str) -> int:
         """How many findings (not rows) have this severity."""
         return sum(finding.severity == severity for finding in self._found.values())
+
+
+def reference() -> str:
+    """docs/findings.md: every finding of the data check, made from this module."""
+    rows = ["# What the data check finds", "", "Made by `make docs` from `kit/findings.py`. An error is a row that "
+            "would not be trained, or not as it is meant; a warning is for you to judge.", "",
+            "| finding | severity | what it means | what to do |", "|---|---|---|---|"]
+    rows += [f"| `{code}` | {severity} | {meaning} | {remedy} |" for code, (severity, meaning, remedy) in KINDS.items()]
+    return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kit import checks
-from kit.data import fit, progress, prompt_key
+from kit.data import fit
 from kit.errors import KitError
 from kit.findings import KINDS, Findings
 from kit.lint_report import Report
@@ -19,6 +19,7 @@ from kit.platforms import model_label
 from kit.prompts import Message, load_tokenizer
 from kit.show import spans
 from kit.sources import STARTER_HELDOUT, Place, Row, held_out_of_starter, mixed_shapes, rows_of
+from kit.splits import progress, prompt_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +75,7 @@ class _Check:
         late = self._across_rows()
         for source, split in sources:
             self._sample_late(source, split, late)
+        self.samples.sort(key=lambda row: (row["split"] != "train", row["file"], row["row"]))
         return Report(self._figures(), self.samples)
 
     def _source(self, source: str, split: str) -> None:

@@ -38,8 +38,8 @@ def _model(recipe: Recipe) -> Path | None:
 
 def _data(recipe: Recipe) -> None:
     """Read local data once, so that bad rows are known now and not after the model is loaded."""
-    from kit.data import read_splits
     from kit.sources import files_of
+    from kit.splits import read_splits
 
     if all(files_of(source, recipe) is not None for source in (*recipe.sources, recipe.eval_dataset) if source):
         read_splits(recipe)

@@ -16,6 +16,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kit.encodings import CUT, mostly_other, not_utf8, refuse_utf16
 from kit.errors import KitError, nearest
 
 KINDS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".xlsx", ".parquet")
@@ -23,16 +24,7 @@ MEGABYTE = 1_000_000
 # A quote that is never closed makes one cell of the rest of the file; larger than this is no row.
 LARGEST_CELL = 2**27
 LAST_SHEET_ROW = 2**20
-# Each of these decodes most bytes without an error, so the one whose often-used characters turn up wins:
-# GB 2312, the frequent characters of Big5, kana and frequent kanji, accented letters that stand alone.
-USUAL = {"gb18030": rb"[\xa1-\xd7][\xa1-\xfe]", "big5": rb"[\xa1-\xc6][\x40-\xfe]",
-         "shift_jis": rb"[\x81-\x97][\x40-\xfc]", "cp1252": rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])"}
-# Which of the first four bytes are NUL when the text begins with ASCII, as JSON and most tables do.
-NULS = {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}
-MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # before UTF-16, whose mark begins the same
-         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 TORN = "; the file was cut off here"
-CUT = "unexpected end of data"  # what the decoder says when a line ends within a character
 
 
 class Record(NamedTuple):
@@ -80,7 +72,7 @@ def read_rows(path: Path, on_bytes: Callable[[int], None] | None = None) -> Rows
             raise KitError(f"{path} is {'a folder' if path.is_dir() else 'not there'}", "name a file of rows")
         progress = _Progress(path.stat().st_size, on_bytes)
         if kind not in (".xlsx", ".parquet"):
-            _refuse_utf16(path)
+            refuse_utf16(path)
         for item in READERS[kind](path, progress) if progress.size else ():
             found = True
             yield item
@@ -104,7 +96,9 @@ def _lines(path: Path, progress: _Progress) -> Iterator[tuple[int, bytes, bool]]
 
 
 def _jsonl(path: Path, progress: _Progress) -> Rows:
-    _refuse_other_encoding(path)
+    filled = (raw for _, raw, _ in _lines(path, _Progress(0, None)) if raw.strip())
+    if mostly_other(itertools.islice(filled, 100)):
+        raise not_utf8(path)
     row = 0
     for number, line, last in _lines(path, progress):
         if not line.strip():
@@ -130,7 +124,7 @@ def _json(path: Path, progress: _Progress) -> Rows:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+        raise not_utf8(path) from None
     start = _skip(text, 0)
     if start == len(text):
         return
@@ -184,7 +178,7 @@ def _csv(path: Path, progress: _Progress) -> Rows:
                 line = reader.line_num + 1
                 progress.at(file.tell())
     except UnicodeDecodeError:
-        raise _not_utf8(path) from None
+        raise not_utf8(path) from None
     except csv.Error as error:
         what = (f"line {line}: {error}, in the row that starts here; a cell with quotes or line breaks in it is put "
                 'into quotes, and each quote in it is written twice: "so ""it"" goes"')
@@ -212,7 +206,7 @@ def _txt(path: Path, progress: _Progress) -> Rows:
         try:
             line = raw.decode()
         except UnicodeDecodeError:
-            raise _not_utf8(path) from None
+            raise not_utf8(path) from None
         prompt, tab, completion = line.partition("\t")
         if tab or line.strip():
             row += 1
@@ -289,59 +283,6 @@ def _library(path: Path, what: str) -> Iterator[None]:
 
 READERS: dict[str, Callable[[Path, _Progress], Rows]] = {
     ".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".txt": _txt, ".xlsx": _xlsx, ".parquet": _parquet}
-
-
-def _refuse_utf16(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(4)
-    name = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-    name = name or NULS.get("".join("x" if byte else "0" for byte in head))
-    if name:
-        raise KitError(f"{path}: this is {name}, not UTF-8", f"iconv -f {name} -t UTF-8 OLD > NEW")
-
-
-def _refuse_other_encoding(path: Path) -> None:
-    """Single lines may be broken; when most of the first hundred that can tell are, it is another encoding."""
-    verdicts = []
-    filled = (raw for _, raw, _ in _lines(path, _Progress(0, None)) if raw.strip())
-    for raw in itertools.islice(filled, 100):
-        try:
-            verdicts += [] if raw.isascii() else [bool(raw.decode())]
-        except UnicodeDecodeError as error:
-            verdicts += [] if error.reason == CUT else [False]
-    if verdicts.count(False) > verdicts.count(True):
-        raise _not_utf8(path)
-
-
-def _not_utf8(path: Path) -> KitError:
-    """Where UTF-8 ends, and what the file looks like from there on."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                name = _encoding(line + file.read(MEGABYTE))
-                return KitError(f"{path}: not UTF-8 (byte {offset + error.start + 1}, line {number})"
-                                + (f"; it reads as {name}" if name else ""),
-                                f"iconv -f {name} -t UTF-8 OLD > NEW" if name else "save the file as UTF-8")
-            offset += len(line)
-    return KitError(f"{path}: not UTF-8", "save the file as UTF-8")
-
-
-def _encoding(data: bytes) -> str | None:
-    best, likely = 0.5, None
-    for name, usual in USUAL.items():
-        try:
-            text = codecs.getincrementaldecoder(name)().decode(data)  # may end within a character
-        except UnicodeDecodeError:
-            continue
-        wide = Counter(character for character in text if not character.isascii())
-        good = len(re.findall(usual, data)) if name == "cp1252" else sum(
-            count for character, count in wide.items() if re.fullmatch(usual, character.encode(name, "ignore")))
-        if wide and good / wide.total() > best:
-            best, likely = good / wide.total(), name.upper()
-    return likely
 
 
 def _names(path: Path, cells: list[str]) -> list[str]:

@@ -29,8 +29,8 @@ def fix(source: str, out: Path, recipe: Recipe) -> Counter[str]:
     Rows that still can't be trained are left out, and so is the second of two equal ones. Raises KitError when `out`
     exists already.
     """
-    from kit.data import progress
     from kit.runs import writing
+    from kit.splits import progress
 
     if out.suffix.lower() != ".jsonl":
         raise KitError(f"--fix {out}: the repaired copy is written as JSON Lines", "end its name in .jsonl")

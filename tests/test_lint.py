@@ -111,6 +111,21 @@ def characters(_: Any) -> Any:
     return with_template(CHATML)(made)
 
 
+def pieces(_: Any) -> Any:
+    """A tokenizer of SentencePiece's kind: a space and the H behind it are one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<unk>", "▁", "\n", *map(chr, [*range(33, 127), *range(0xA1, 0x180)]), "▁H"]
+    backend = Tokenizer(models.BPE({text: i for i, text in enumerate(known)}, [("▁", "H")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<pad>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>",
+                                   pad_token="<pad>")
+    return with_template(CHATML.replace("assistant\n", "assistant ").replace("['role'] + '\n'", "['role'] + ' '"))(made)
+
+
 class Case(NamedTuple):
     """A file with one thing wrong, and where."""
 
@@ -238,7 +253,8 @@ def test_loading_refuses_what_the_check_calls_an_error_and_nothing_else(tmp_path
         with pytest.raises(KitError):
             load_data(made.recipe, made.tokenizer)
     else:
-        assert len(load_data(made.recipe, made.tokenizer)["train"]) == made.lint().figures["usable_rows"]
+        meant = made.lint().figures["usable_rows"] + len(CASES[code].places) * (code in TRAINABLE)
+        assert len(load_data(made.recipe, made.tokenizer)["train"]) == meant
 
 
 @pytest.mark.parametrize("code, fields, severity", [
@@ -259,6 +275,15 @@ def test_a_held_out_row_that_loading_refuses_is_an_error(tmp_path: Path, tokeniz
     with pytest.raises(KitError):
         load_data(made.recipe, made.tokenizer)
     assert codes(made.lint()) == ["too_long"]
+
+
+def test_a_row_whose_answer_shares_a_token_with_its_prompt_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    case = Case(jsonl(lambda i: talk(f"where {i}?", f"Here is {i}."),
+                      good=lambda i: talk(f"where {i}?", f"on the left, {i}.")), tokenizer=pieces)
+    report = fixture(tmp_path, tokenizer, case).lint()
+    [finding] = report.figures["findings"]
+    assert finding["severity"] == "error"
+    assert [(place["row"], place["line"]) for place in finding["places"]] == list(case.places)
 
 
 CODE = '''```python
