@@ -103,9 +103,12 @@ def main() -> None:
     except KitError as error:
         print(f"kit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("kit: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # typer makes an exit with 130 of Ctrl-C.
+        if isinstance(stop, KeyboardInterrupt) or stop.code == 130:
+            print("kit: interrupted", file=sys.stderr)
+            sys.exit(130)
+        raise
     except BrokenPipeError:
         sys.exit(1)
 

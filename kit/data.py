@@ -11,7 +11,7 @@ from kit.errors import KitError
 from kit.masks import Formatter, Located
 from kit.prompts import Message
 from kit.recipe import MAX_ERRORS
-from kit.sources import Place, refuse
+from kit.sources import Place, refuse, where
 from kit.splits import read_splits
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DatasetDict
 class Formatted(NamedTuple):
     """Tokens of a row, and how many of its prompt were cut to make it fit; `ids` is empty for a row left out."""
 
+    messages: list[Message]
     ids: list[int]
     labels: list[int]
     length: int  # tokens before anything was done about it
@@ -55,7 +56,7 @@ def fit(formatter: Formatter, messages: list[Message], ids: list[int], labels: l
     """What overlong_rows makes of a row that was tokenised whole."""
     recipe, length = formatter.recipe, len(ids)
     if length <= recipe.max_seq_length:
-        return Formatted(ids, labels, length, 0)
+        return Formatted(messages, ids, labels, length, 0)
     if recipe.overlong_rows == "truncate_prompt":
         for _ in range(CUTS):
             shorter = _shortened(formatter, messages, len(ids) - recipe.max_seq_length)
@@ -64,8 +65,8 @@ def fit(formatter: Formatter, messages: list[Message], ids: list[int], labels: l
             messages = shorter
             [(ids, labels)] = formatter.encode([messages])
             if len(ids) <= recipe.max_seq_length:
-                return Formatted(ids, labels, length, length - len(ids))
-    return Formatted([], [], length, 0)
+                return Formatted(messages, ids, labels, length, length - len(ids))
+    return Formatted(messages, [], [], length, 0)
 
 
 def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> list[Message] | None:
@@ -76,8 +77,8 @@ def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> li
     asked = [i for i, m in enumerate(messages) if m["role"] == "user"]
     longest = max(asked, key=lambda i: len(messages[i]["content"]))
     ids = formatter.tokenizer(messages[longest]["content"], add_special_tokens=False)["input_ids"]
-    keep = len(ids) - excess - 2
-    if keep < 2:
+    keep = max(len(ids) - excess - 2, 8)
+    if keep >= len(ids) - 2:
         return None
     head, tail = formatter.tokenizer.decode(ids[: keep // 2]), formatter.tokenizer.decode(ids[len(ids) - keep // 2:])
     text = head.rstrip("\ufffd") + " … " + tail.lstrip("\ufffd")
@@ -87,17 +88,16 @@ def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> li
 def _format(rows: Sequence[Example], formatter: Formatter, what: str) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
 
-    tables = [_table([], [])]
-    for examples, formatted in _formatted(rows, formatter, what):
-        tables.append(_table(examples, formatted))
-    return Dataset(pa.concat_tables(tables))
+    tables = [_table([]), *(_table(formatted) for formatted in _formatted(rows, formatter, what))]
+    # Without a fingerprint of ours, `datasets` would serialise the whole table to make one.
+    return Dataset(pa.concat_tables(tables), fingerprint=generate_random_fingerprint())
 
 
-def _formatted(rows: Sequence[Example], formatter: Formatter,
-               what: str) -> Iterator[tuple[list[Example], list[Formatted]]]:
+def _formatted(rows: Sequence[Example], formatter: Formatter, what: str) -> Iterator[list[Formatted]]:
     """Batches of rows that fit, with their tokens; says at the end how many were left out or shortened."""
-    count = _Count()
+    count = _Count(formatter.recipe)
 
     def located() -> Iterator[tuple[list[Example], list[Located]]]:
         for batch in _batches(rows, f"formatting {what} rows"):
@@ -106,11 +106,9 @@ def _formatted(rows: Sequence[Example], formatter: Formatter,
 
     for batch, encoded in formatter.encode_ahead(located()):
         fitted = [fit(formatter, row.messages, *tokens) for row, tokens in zip(batch, encoded, strict=True)]
-        count.lengths(batch, fitted, formatter.recipe)
-        kept = [(row, tokens) for row, tokens in zip(batch, fitted, strict=True) if tokens.ids]
-        if kept:
-            yield [row for row, _ in kept], [tokens for _, tokens in kept]
-    count.settle(len(rows), what, formatter.recipe)
+        count.lengths(batch, fitted)
+        yield [row for row in fitted if row.ids]
+    count.settle(len(rows), what)
 
 
 def _located(row: Example, formatter: Formatter, count: _Count) -> Located | None:
@@ -126,32 +124,34 @@ def _located(row: Example, formatter: Formatter, count: _Count) -> Located | Non
 class _Count:
     """What became of rows that don't fit or can't be formatted."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         self.problems: list[str] = []
         self.refused = self.lost = self.shortened = self.cut = 0
 
     def bad(self, place: Place, message: str) -> None:
         self.refused += 1
         if len(self.problems) < MAX_ERRORS:
-            self.problems.append(f"{place}: {message}")
+            self.problems.append(f"{where(place, self.recipe)}: {message}")
 
-    def lengths(self, rows: list[Example], fitted: list[Formatted], recipe: Recipe) -> None:
+    def lengths(self, rows: list[Example], fitted: list[Formatted]) -> None:
         for row, tokens in zip(rows, fitted, strict=True):
-            if not tokens.ids and recipe.overlong_rows == "error":
-                self.bad(row.place, f"{tokens.length:,} tokens, more than max_seq_length: {recipe.max_seq_length:,}")
+            if not tokens.ids and self.recipe.overlong_rows == "error":
+                self.bad(row.place, f"{tokens.length:,} tokens, more than max_seq_length: "
+                                    f"{self.recipe.max_seq_length:,}")
             self.lost += not tokens.ids
             self.shortened += tokens.cut > 0
             self.cut += tokens.cut
 
-    def settle(self, total: int, what: str, recipe: Recipe) -> None:
+    def settle(self, total: int, what: str) -> None:
         refuse(f"{what} rows that can't be formatted", self.problems, self.refused,
                "`kit lint` shows them with remedies; rows that are only too long: overlong_rows: drop")
         if self.shortened:
             print(f"{self.shortened:,} of {total:,} {what} rows were longer than max_seq_length: "
-                  f"{recipe.max_seq_length} tokens; {self.cut:,} tokens were cut from the middle of their prompts")
+                  f"{self.recipe.max_seq_length} tokens; {self.cut:,} tokens were cut from the middle of their prompts")
         if self.lost:
-            print(f"{self.lost:,} of {total:,} {what} rows are longer than max_seq_length: {recipe.max_seq_length} "
-                  "tokens and were left out")
+            print(f"{self.lost:,} of {total:,} {what} rows are longer than max_seq_length: "
+                  f"{self.recipe.max_seq_length} tokens and were left out")
 
 
 def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
@@ -159,7 +159,7 @@ def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
 
     Every mask is proven now. Only rows that could be too long are tokenised now: a token is at least one byte.
     """
-    kept, count = [], _Count()
+    kept, count = [], _Count(formatter.recipe)
     start = 0
     for batch in _batches(rows, "checking training rows"):
         long = []
@@ -171,30 +171,36 @@ def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
                     long.append((place, row, found))
         encoded = formatter.encode_located([found for _, _, found in long])
         fitted = [fit(formatter, row.messages, *tokens) for (_, row, _), tokens in zip(long, encoded, strict=True)]
-        count.lengths([row for _, row, _ in long], fitted, formatter.recipe)
+        count.lengths([row for _, row, _ in long], fitted)
         kept += [place for (place, _, _), tokens in zip(long, fitted, strict=True) if tokens.ids]
         start += len(batch)
-    count.settle(len(rows), "training", formatter.recipe)
+    count.settle(len(rows), "training")
     chosen = rows.select(sorted(kept))
 
     def tokens_of(batch: dict[str, list[Any]], _files: DiskRows = chosen) -> dict[str, list[Any]]:
         fitted = [fit(formatter, messages, *tokens) for messages, tokens in
                   zip(batch["messages"], formatter.encode(batch["messages"]), strict=True)]
-        return {**batch, "input_ids": [row.ids for row in fitted], "labels": [row.labels for row in fitted]}
+        if not all(row.ids for row in fitted):  # a tokenizer that makes more tokens than there are bytes
+            raise KitError("a row is longer than max_seq_length, which could not be told before",
+                           "raise max_seq_length, or set lazy_preprocess: false")
+        talks = [row.messages for row in fitted]
+        return {"messages": talks, "prompt": [talk[:-1] for talk in talks],
+                "reference": [talk[-1]["content"] for talk in talks],
+                "input_ids": [row.ids for row in fitted], "labels": [row.labels for row in fitted]}
 
     return chosen.dataset.select_columns(["messages", "prompt", "reference"]).with_transform(tokens_of)
 
 
-def _table(rows: Sequence[Example], formatted: Sequence[Formatted]) -> pa.Table:
-    """Arrow is filled column by column: from rows as dicts it takes ten times as long."""
+def _table(rows: Sequence[Formatted]) -> pa.Table:
+    """Filled column by column, with types: from rows as dicts Arrow would have to guess and to convert."""
     import pyarrow as pa
 
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
     tokens = pa.list_(pa.int32())
     return pa.table({
         "messages": pa.array([row.messages for row in rows], turns),
-        "input_ids": pa.array([row.ids for row in formatted], tokens),
-        "labels": pa.array([row.labels for row in formatted], tokens),
+        "input_ids": pa.array([row.ids for row in rows], tokens),
+        "labels": pa.array([row.labels for row in rows], tokens),
         "prompt": pa.array([row.messages[:-1] for row in rows], turns),
         "reference": pa.array([row.messages[-1]["content"] for row in rows], pa.string())})
 

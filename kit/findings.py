@@ -28,6 +28,8 @@ KINDS = {
     "empty_prompt": ("error", "the prompt is empty", "write the prompt, or leave the row out with --fix"),
     "special_token": ("error", "a control token typed as text becomes a real one",
                       "take it out, or write it in another way, such as with a space inside"),
+    "lost_character": ("error", "a character that the tokenizer has no token for: it would vanish",
+                       "take it out, or choose another model"),
     "template_refused": ("error", "the chat template can't take this row", "change its roles or contents, or set "
                          "another prompt_style"),
     "fully_masked": ("error", "no token of the answer is trained", "look at the row: its text is lost in tokenising"),

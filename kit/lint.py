@@ -19,7 +19,7 @@ from kit.platforms import model_label
 from kit.prompts import Message, load_tokenizer
 from kit.show import spans
 from kit.sources import STARTER_HELDOUT, Place, Row, held_out_of_starter, mixed_shapes, rows_of
-from kit.splits import progress, prompt_key
+from kit.splits import held_out_rows, progress, prompt_key, repeated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,18 +52,20 @@ class _Check:
         self.shapes: dict[str, Counter[str]] = {}  # of each file
         self.first: dict[tuple[str, str], Place] = {}
         self.rows = 0
+        self.ends: list[int] = []  # how many of the rows below each source brings the sum to
         self.places = _Places()  # of the training rows that can be formatted; what follows is about these
-        self.lengths, self.trained = array("I"), array("I")
-        self.kept = self.kept_tokens = self.kept_trained = self.turns = 0
+        self.lengths = array("I")
+        self.kept, self.kept_trained = array("I"), array("I")  # tokens that training sees; 0 for rows left out
+        self.turns = 0
+        self.keys, self.answers = array("Q"), array("q")
         self.prompts: dict[int, int] = {}  # prompt → the first row with it
-        self.answers = array("q")
         self.whole: dict[int, int] = {}  # prompt and answer → the first row with both
         self.again: set[int] = set()
         self.near = checks.NearDuplicates()
         self.thinking: dict[bool, list[Place]] = {True: [], False: []}
         self.thinks = 0
         self.samples: list[dict[str, Any]] = []
-        self.sampled: Counter[str] = Counter()
+        self.sampled: Counter[tuple[str, str]] = Counter()
 
     def run(self) -> Report:
         sources = [(source, "train") for source in self.recipe.sources]
@@ -71,7 +73,7 @@ class _Check:
             sources.append((self.recipe.eval_dataset or str(STARTER_HELDOUT), "held-out"))
         for source, split in sources:
             self._source(source, split)
-        self._mixed()
+            self.ends.append(len(self.places))
         late = self._across_rows()
         for source, split in sources:
             self._sample_late(source, split, late)
@@ -97,7 +99,9 @@ class _Check:
             self.shapes.setdefault(row.place.file, Counter())[row.shape or "unknown"] += 1
             self.first.setdefault((row.place.file, row.shape or "unknown"), row.place)
             found = [(fault.code, fault.message) for fault in row.faults]
-            if row.messages:
+            if character := row.messages and self.formatter.lost_character(row.messages):
+                found = [*self._text(row.messages), ("lost_character", f"U+{ord(character):04X}")]
+            elif row.messages:
                 found = self._text(row.messages)
                 try:
                     located.append((row, self.formatter.locate(row.messages), found))
@@ -116,8 +120,11 @@ class _Check:
                 numbers.append(len(self.places))
                 texts.append("\n".join(m["content"] for m in row.messages if m["role"] != "system"))
                 found += self._count(row, ids, labels, refused=any(KINDS[code][0] == "error" for code, _ in found))
-            elif prompt_key(row.messages) in self.prompts:
-                found.append(("heldout_overlap", f"as {self.places[self.prompts[prompt_key(row.messages)]]}"))
+            else:
+                if not fit(self.formatter, row.messages, ids, labels).ids:
+                    found.append(("too_long", f"{len(ids):,} tokens"))
+                if prompt_key(row.messages) in self.prompts:
+                    found.append(("heldout_overlap", self._as(row, self.prompts[prompt_key(row.messages)])))
             self._report(row, split, found, ids, labels)
         self.near.add(numbers, texts)
 
@@ -144,7 +151,7 @@ class _Check:
                 found.append(("fully_masked", "only the stop token would be trained" if trained else ""))
             if trained.count(stop) < sum(segment.trained for segment in place.segments):
                 found.append(("stop_not_trained", repr(self.tokenizer.eos_token)))
-        if unknown is not None and unknown != stop and unknown in ids:
+        if unknown not in (None, stop, self.tokenizer.bos_token_id) and unknown in ids:
             found.append(("unknown_token", f"{ids.count(unknown)} times"))
         return found
 
@@ -159,11 +166,8 @@ class _Check:
             found.append(("prompt_cut", f"{fitted.length:,} tokens, {fitted.cut:,} cut"))
         self.places.append(row.place)
         self.lengths.append(fitted.length)
-        self.trained.append(sum(label != IGNORED for label in labels))
-        if fitted.ids and not refused:
-            self.kept += 1
-            self.kept_tokens += len(fitted.ids)
-            self.kept_trained += sum(label != IGNORED for label in fitted.labels)
+        self.kept.append(0 if refused else len(fitted.ids))
+        self.kept_trained.append(0 if refused else sum(label != IGNORED for label in fitted.labels))
         self.turns += sum(m["role"] == "assistant" for m in row.messages)
         thinks = any("</think>" in m["content"] for m in row.messages if m["role"] == "assistant")
         self.thinks += thinks
@@ -171,23 +175,21 @@ class _Check:
             self.thinking[thinks].append(row.place)
         system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
         prompt, answer = prompt_key(row.messages), hash(row.messages[-1]["content"].strip())
+        self.keys.append(prompt)
         self.answers.append(answer)
         same = self.whole.setdefault(hash((prompt, system, answer)), number)
         alike = self.prompts.setdefault(prompt, number)
         if same != number:
             self.again.add(number)
-            found.append(("duplicate", f"as {self.places[same]}"))
+            found.append(("duplicate", self._as(row, same)))
         elif alike != number and self.answers[alike] != answer:
-            found.append(("conflict", f"as {self.places[alike]}"))
+            found.append(("conflict", self._as(row, alike)))
         return found
 
-    def _mixed(self) -> None:
-        for file, shapes in self.shapes.items():
-            known = Counter({shape: count for shape, count in shapes.items() if shape != "unknown"})
-            if len(known) > 1:
-                first = {shape: self.first[file, shape] for shape in known}
-                rarest = min(known, key=lambda shape: known[shape])
-                self.findings.add("mixed_shapes", first[rarest], mixed_shapes(file, known, first))
+    def _as(self, row: Row, number: int) -> str:
+        """Names an earlier row, with its file where that is another one."""
+        place = self.places[number]
+        return f"as {place}" if place.file == row.place.file else f"as {place} of {place.file}"
 
     def _across_rows(self) -> dict[Place, Found]:
         """What shows only when all rows are known; the rows of it, to be looked at."""
@@ -195,10 +197,16 @@ class _Check:
 
         def add(code: str, place: Place, detail: str, rows: int = 1) -> None:
             self.findings.add(code, place, detail, rows)
-            if self.sampled[code] < SAMPLES:
-                self.sampled[code] += 1
+            if self.sampled["", code] < SAMPLES:
+                self.sampled["", code] += 1
                 late.setdefault(place, []).append((code, detail))
 
+        for file, shapes in self.shapes.items():
+            known = Counter({shape: count for shape, count in shapes.items() if shape != "unknown"})
+            if len(known) > 1:
+                first = {shape: self.first[file, shape] for shape in known}
+                rarest = min(known, key=lambda shape: known[shape])
+                add("mixed_shapes", first[rarest], mixed_shapes(file, known, first))
         if 0 < self.thinks < len(self.places):
             fewer = self.thinks * 2 <= len(self.places)
             count = self.thinks if fewer else len(self.places) - self.thinks
@@ -207,7 +215,9 @@ class _Check:
                 add("mixed_thinking", place, text, 1 if k else count - len(self.thinking[fewer]) + 1)
         for later, earlier, share in self.near.pairs():
             if later not in self.again:
-                add("near_duplicate", self.places[later], f"{share:.0%} as {self.places[earlier]}")
+                place, other = self.places[later], self.places[earlier]
+                of = "" if place.file == other.file else f" of {other.file}"
+                add("near_duplicate", place, f"{share:.0%} as {other}{of}")
         if self.lengths:
             limit = max(OUTLIER * _quantile(sorted(self.lengths), 0.95), 256)
             for number, length in enumerate(self.lengths):
@@ -219,7 +229,7 @@ class _Check:
                 labels: list[int] | None = None) -> None:
         for code, detail in found:
             self.findings.add(code, row.place, detail)
-        codes = [code for code, _ in found] or [""]
+        codes = [(split, code) for code, _ in found] or [(split, "")]
         if any(self.sampled[code] < SAMPLES for code in codes):
             self.sampled.update(codes)
             self._sample(row, split, found, ids, labels)
@@ -257,6 +267,7 @@ class _Check:
     def _figures(self) -> dict[str, Any]:
         recipe, order = self.recipe, sorted(self.lengths)
         batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+        rows, tokens, trained = self._epoch()
         lengths = {} if not order else {
             "p50": _quantile(order, 0.5), "p95": _quantile(order, 0.95), "p99": _quantile(order, 0.99),
             "max": order[-1], "mean": round(sum(order) / len(order), 1), "histogram": _histogram(order),
@@ -266,14 +277,30 @@ class _Check:
         return {
             "title": ", ".join(str(source) for source in recipe.sources), "files": files,
             "tokenizer": model_label(recipe), "prompt_style": recipe.prompt_style,
-            "max_seq_length": recipe.max_seq_length, "rows": self.rows, "usable_rows": self.kept,
+            "max_seq_length": recipe.max_seq_length, "rows": self.rows,
+            "usable_rows": sum(length > 0 for length in self.kept),
             "errors": self.findings.count("error"), "warnings": self.findings.count("warning"),
             "answers_per_row": round(self.turns / len(self.places), 2) if len(self.places) else None,
             "lengths": lengths,
-            "trained_share": round(sum(self.trained) / sum(order), 4) if order else None,
-            "tokens_per_epoch": self.kept_tokens, "trained_tokens_per_epoch": self.kept_trained,
-            "steps_per_epoch": math.ceil(self.kept / batch),
+            "trained_share": round(trained / tokens, 4) if tokens else None,
+            "tokens_per_epoch": tokens, "trained_tokens_per_epoch": trained,
+            "steps_per_epoch": math.ceil(rows / batch),
             "findings": [finding.as_dict() for finding in self.findings.all()]}
+
+
+    def _epoch(self) -> tuple[int, int, int]:
+        """Rows, tokens and trained tokens of an epoch: after held-out rows, weights and max_train_samples."""
+        import numpy as np
+
+        chosen: list[int] = []
+        apart = held_out_rows(self.keys, self.recipe) if self.recipe.test_size and len(self.places) else None
+        for passes, start, end in zip(self.recipe.sources.values(), [0, *self.ends], self.ends, strict=False):
+            numbers = np.arange(start, end)
+            if apart is not None:
+                numbers = numbers[~apart[start:end]]
+            chosen += numbers[repeated(len(numbers), passes, self.recipe.seed)].tolist()
+        kept = [number for number in chosen[: self.recipe.max_train_samples] if self.kept[number]]
+        return len(kept), sum(self.kept[k] for k in kept), sum(self.kept_trained[k] for k in kept)
 
 
 class _Places:

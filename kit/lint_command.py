@@ -10,7 +10,10 @@ from typing import Any
 
 from kit.errors import KitError
 from kit.recipe import Recipe
+from kit.repair import check_out
+from kit.repair import fix as repair
 from kit.show import show
+from kit.sources import files_of
 
 
 def check(data: str | None, recipe: str | None, fields: dict[str, Any], html: Path | None, fix: Path | None,
@@ -18,7 +21,7 @@ def check(data: str | None, recipe: str | None, fields: dict[str, Any], html: Pa
     """Print what the data check says; exit code 0 without findings of severity error, 1 with."""
     from kit.lint import lint
 
-    if data is not None and "=" in data:
+    if data is not None and "=" in data and not Path(data).exists():
         raise KitError(f"{data!r} is no data: the first argument is what to check", "kit lint DATA FIELD=VALUE …")
     if data is None and recipe is None:
         raise KitError("nothing to check", "kit lint DATA, or kit lint --recipe RECIPE")
@@ -28,6 +31,12 @@ def check(data: str | None, recipe: str | None, fields: dict[str, Any], html: Pa
     for path in (html, fix):
         if path is not None and not path.parent.is_dir():
             raise KitError(f"{path}: there is no folder {path.parent}", "make it first")
+    for source in chosen.sources:
+        files_of(source, chosen)  # what is not there is told before anything is loaded
+    if fix:
+        if len(chosen.sources) > 1:
+            raise KitError("--fix takes one source", "kit lint DATA --fix OUT for each of them")
+        check_out(next(iter(chosen.sources)), fix)
     # Only the JSON goes to standard output, so that it can be piped; whatever libraries print goes beside it.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         report = lint(chosen)
@@ -45,10 +54,6 @@ def check(data: str | None, recipe: str | None, fields: dict[str, Any], html: Pa
         report.save(html)
         print(f"page: {html}", file=sys.stderr)
     if fix:
-        from kit.repair import fix as repair
-
-        if len(chosen.sources) > 1:
-            raise KitError("--fix takes one source", "kit lint DATA --fix OUT for each of them")
         done = repair(next(iter(chosen.sources)), fix, chosen)
         print(f"repaired copy: {fix}", *(f"  {count:,} × {what}" for what, count in done.most_common()), sep="\n",
               file=sys.stderr)

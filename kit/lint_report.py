@@ -86,7 +86,7 @@ class Report:
             rows += [
                 ["tokens of a row", f"median {lengths['p50']:,}, 95 % up to {lengths['p95']:,}, 99 % up to "
                  f"{lengths['p99']:,}, longest {lengths['max']:,} ({f['tokenizer']}, {f['prompt_style']})"],
-                ["trained tokens", f"{f['trained_share']:.1%}"],
+                ["trained tokens", "–" if f["trained_share"] is None else f"{f['trained_share']:.1%}"],
                 ["max_seq_length", f"{f['max_seq_length']:,}; {keep['95']:,} keeps 95 % of the rows whole, "
                  f"{keep['99']:,} 99 %, {keep['100']:,} all"],
                 ["an epoch", f"{f['steps_per_epoch']:,} steps, {f['tokens_per_epoch']:,} tokens, "

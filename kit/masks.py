@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kit.recipe import Recipe
 
 IGNORED = -100  # the label of a token that is not trained (PyTorch's cross entropy)
+UNUSED = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text has
 SHORT = 32  # characters; text this short is mostly the template's own and tokenised only once
 
 Encoded = tuple[list[int], list[int]]  # input_ids and labels of a row
@@ -68,6 +69,7 @@ class Formatter:
         self._short: dict[str, list[int]] = {}
         control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+        self._lost = _missing_bytes(tokenizer)
         # SentencePiece puts a space before every text, so its pieces can't be joined: it is given whole texts.
         twice = [token for ids in self._tokenize(["x", "x"]) for token in ids]
         self._joinable = tokenizer.decode(twice) == "xx"
@@ -78,6 +80,9 @@ class Formatter:
         Raises KitError when the template refuses these turns, or changes a content so that the mask would be a guess.
         """
         messages = with_system(messages, self.recipe)
+        if character := self.lost_character(messages):
+            raise KitError(f"the tokenizer has no token for {character!r} (U+{ord(character):04X}): it would vanish",
+                           "take the character out, or use another model")
         rendered = render(self.tokenizer, messages, self.recipe)
         roles = tuple(m["role"] for m in messages)
         if roles not in self._frames:
@@ -88,15 +93,27 @@ class Formatter:
             segments, dropped = self._rewritten(messages, frame, rendered)
         remarks = frame.remarks | ({"thinking_dropped"} if dropped else set())
         if not self.recipe.train_on_responses_only:
-            return Located([Segment(rendered, True)], remarks)
-        if self.recipe.last_response_only:
+            segments = [Segment(rendered, True)]
+        elif self.recipe.last_response_only:
             last = max(k for k, segment in enumerate(segments) if segment.trained)
-            segments = [Segment(text, trained and k == last) for k, (text, trained) in enumerate(segments)]
+            before = "".join(text for text, _ in segments[:last])
+            segments = [Segment(before, False), *segments[last:]]
+        if not self._joinable:
+            self._encode_whole(segments)  # whether the edges can be told apart shows only in the tokens
         return Located(segments, remarks)
 
     def typed(self, messages: list[Message]) -> list[str]:
         """Control tokens that stand in the contents as text: the tokenizer would make real ones of them."""
         return [token for m in messages for token in self._control.findall(m["content"])]
+
+    def lost_character(self, messages: list[Message]) -> str | None:
+        """The first character that byte-level tokens can't spell, as some small vocabularies lack rare bytes."""
+        if self._lost:
+            for m in messages:
+                data = m["content"].encode()
+                if len(data.translate(None, self._lost)) < len(data):
+                    return next(c for c in m["content"] if any(byte in self._lost for byte in c.encode()))
+        return None
 
     def _frame(self, messages: list[Message]) -> _Frame:
         turns = marked(messages)
@@ -271,6 +288,17 @@ def _all_cores() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _missing_bytes(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """The bytes that a byte-level vocabulary has no token for; none for other kinds of vocabularies."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = tokenizer.get_vocab()
+    missing = [byte for byte, character in bytes_to_unicode().items() if character not in vocabulary]
+    used = [byte for byte in missing if byte not in UNUSED]
+    # A vocabulary that lacks many of them does not spell bytes with these characters.
+    return bytes(used) if len(missing) < 64 else b""
 
 
 def _rewrites(role: str) -> KitError:

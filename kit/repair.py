@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.checks import CONTROL
 from kit.errors import KitError
-from kit.shapes import ROLES, SENDERS, renamed, shape_of, to_messages
+from kit.shapes import ROLES, SENDERS, renamed, to_messages
 from kit.sources import local_path, rows_of
 
 if TYPE_CHECKING:
@@ -32,12 +32,7 @@ def fix(source: str, out: Path, recipe: Recipe) -> Counter[str]:
     from kit.runs import writing
     from kit.splits import progress
 
-    if out.suffix.lower() != ".jsonl":
-        raise KitError(f"--fix {out}: the repaired copy is written as JSON Lines", "end its name in .jsonl")
-    if out.exists():
-        raise KitError(f"--fix {out} exists already", "name a new file; nothing is ever overwritten")
-    if source == "starter" or local_path(source) is None:
-        raise KitError(f"--fix works on files, and {source} is none", "download it and name the file")
+    check_out(source, out)
     done: Counter[str] = Counter()
     seen: set[int] = set()
     with writing(out) as file, progress(f"repairing {source}", source, recipe) as on_bytes:
@@ -60,13 +55,23 @@ def fix(source: str, out: Path, recipe: Recipe) -> Counter[str]:
     return done
 
 
+def check_out(source: str, out: Path) -> None:
+    """KitError when `fix` could not write there, or not read that."""
+    if out.suffix.lower() != ".jsonl":
+        raise KitError(f"--fix {out}: the repaired copy is written as JSON Lines", "end its name in .jsonl")
+    if out.exists():
+        raise KitError(f"--fix {out} exists already", "name a new file; nothing is ever overwritten")
+    if source == "starter" or local_path(source) is None:
+        raise KitError(f"--fix works on files, and {source} is none", "download it and name the file")
+
+
 def repaired(row: Any) -> tuple[Any, list[str]]:
     """The row with its safe repairs, and what they were; the row itself is not changed."""
     if not isinstance(row, dict):
         return row, []
     changes: list[str] = []
-    if shape_of(row) in (None, "alpaca", "prompt", "question"):
-        row = _fields(row, changes)
+    if any(fault.code == "misnamed_field" for fault in to_messages(row).faults):
+        row = _names(row, FIELDS, changes)
     row = dict(row)
     for field in FIELDS:
         if field in row and not isinstance(row[field], (list, dict)):
@@ -75,34 +80,45 @@ def repaired(row: Any) -> tuple[Any, list[str]]:
                                ("prompt", ("role", "content"), ROLES), ("completion", ("role", "content"), ROLES)):
         if isinstance(row.get(field), list):
             row[field] = [_turn(turn, keys, roles, changes) for turn in row[field]]
+    if isinstance(row.get("history"), list):
+        row["history"] = [[_text(text, changes) for text in pair] if isinstance(pair, list) else pair
+                          for pair in row["history"]]
     return row, changes
 
 
-def _fields(row: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    """Field names that are nearly known ones, where the known one is missing."""
-    return {_name(str(key), FIELDS, row, changes): value for key, value in row.items()}
+def _names(row: dict[str, Any], known: Sequence[str], changes: list[str]) -> dict[str, Any]:
+    """Names that are nearly known ones, where no other name of the row is or becomes that."""
+    made: dict[str, Any] = {}
+    for key, value in row.items():
+        name = _name(key, known, {*row, *made})
+        if name != key:
+            changes.append(f"renamed: {key} to {name}")
+        made[name] = value
+    return made
 
 
-def _name(key: str, known: Iterable[str], taken: Iterable[str], changes: list[str], what: str = "") -> str:
-    """`key`, or the one of `known` it nearly is, unless that is taken."""
-    if key in known:
-        return key
-    close = get_close_matches(key.strip().lower(), [name for name in known if name not in taken], 1, NEAR)
-    if not close:
-        return key
-    changes.append(f"renamed: {what}{key} to {close[0]}")
-    return close[0]
+def _name(name: Any, known: Iterable[str], taken: Container[str] = ()) -> Any:
+    """`name`, or the one of `known` it nearly is, unless that is taken."""
+    if name in known or not isinstance(name, str):
+        return name
+    close = get_close_matches(name.strip().lower(), [other for other in known if other not in taken], 1, NEAR)
+    return close[0] if close else name
 
 
 def _turn(turn: Any, keys: tuple[str, str], roles: dict[str, str], changes: list[str]) -> Any:
     if not isinstance(turn, dict):
         return turn
-    turn = {_name(str(key), keys, turn, changes): value for key, value in turn.items()}
+    turn = _names(turn, keys, changes)
     role, text = keys
-    if isinstance(turn.get(role), str):
-        turn[role] = _name(turn[role], roles, (), changes, "role ")
-    if text in turn and not isinstance(turn[text], list):
-        turn[text] = _text(turn[text], changes)
+    if (new := _name(turn.get(role), roles)) != turn.get(role):
+        changes.append(f"renamed: role {turn[role]} to {new}")
+        turn[role] = new
+    for key in (text, "reasoning_content"):
+        if isinstance(turn.get(key), list):  # OpenAI's text parts
+            turn[key] = [{**part, "text": _text(part["text"], changes)} if isinstance(part, dict) and "text" in part
+                         else part for part in turn[key]]
+        elif key in turn:
+            turn[key] = _text(turn[key], changes)
     return turn
 
 

@@ -41,11 +41,16 @@ def renamed(row: Any, columns: dict[str, str]) -> Any:
     if not columns or not isinstance(row, dict):
         return row
     ours = {theirs: name for name, theirs in columns.items()}
-    row = {ours.get(key, key): value for key, value in row.items()}
-    for key in ("messages", "conversations"):
+
+    def under_our_names(fields: dict[str, Any]) -> dict[str, Any]:
+        given = {ours[key] for key in fields if key in ours}
+        # A column that happens to have the name another one is given is not read.
+        return {ours.get(key, key): value for key, value in fields.items() if key in ours or key not in given}
+
+    row = under_our_names(row)
+    for key in ("messages", "conversations", "prompt", "completion"):
         if isinstance(row.get(key), list):
-            row[key] = [{ours.get(k, k): v for k, v in turn.items()} if isinstance(turn, dict) else turn
-                        for turn in row[key]]
+            row[key] = [under_our_names(turn) if isinstance(turn, dict) else turn for turn in row[key]]
     return row
 
 
@@ -78,16 +83,20 @@ def to_messages(row: Any) -> Parsed:
         messages = _turns(row["messages"], "role", "content", ROLES, faults)
     elif shape == "sharegpt":
         messages = _turns(row["conversations"], "from", "value", SENDERS, faults)
-        system = _text(row, "system", faults, needed=False)
-        if system and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
     elif shape == "alpaca":
         messages = _alpaca(row, faults)
     elif shape == "prompt" and isinstance(row.get("prompt"), list):
         messages = _turns(row["prompt"], "role", "content", ROLES, faults)
-        messages += _turns(row.get("completion"), "role", "content", ROLES, faults)
+        if isinstance(row.get("completion"), list):
+            messages += _turns(row["completion"], "role", "content", ROLES, faults)
+        else:
+            messages.append({"role": "assistant", "content": _text(row, "completion", faults)})
     else:
         messages = _pair(row, SHAPES[shape], faults)
+    if shape in ("messages", "sharegpt"):
+        system = _text(row, "system", faults, needed=False)
+        if system and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
     faults = faults or _structure(messages)
     return Parsed(shape, [] if faults else messages, faults)
 

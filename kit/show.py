@@ -6,6 +6,7 @@ import html
 import sys
 import textwrap
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 # What a token is to the training, with its looks in a terminal and in a notebook.
@@ -104,7 +105,11 @@ def spans(tokenizer: Any, ids: list[int], labels: list[int],
         if not groups or groups[-1][0] != kind or kind in ("special", "stop"):
             groups.append((kind, []))
         groups[-1][1].append(token)
-    return [(kind, tokenizer.decode(tokens)) for kind, tokens in groups]
+    for (_, before), (kind, tokens) in pairwise(groups):
+        # A character that is cut in two is lost as a whole.
+        while kind == "lost" and before and tokenizer.decode(before).endswith("\ufffd"):
+            tokens.insert(0, before.pop())
+    return [(kind, tokenizer.decode(tokens)) for kind, tokens in groups if tokens]
 
 
 def show(thing: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,7 +82,8 @@ def files_of(source: str | Path, recipe: Recipe) -> list[Path] | None:
     if path.is_file():
         return [path]
     found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()
-                   and not NOT_ROWS.fullmatch(p.stem) and not any(part.startswith(".") for part in p.parts))
+                   and not NOT_ROWS.fullmatch(p.stem)
+                   and not any(part.startswith(".") for part in p.relative_to(path).parts))
     files = [p for p in found if p.suffix.lower() != ".txt"] or found
     if not files:
         raise KitError(f"dataset: {source} holds no file of rows", f"known kinds are {', '.join(KINDS)}")
@@ -106,11 +108,16 @@ def _split_of(path: Path) -> str | None:
 
 def _is_data_set(folder: Path, recipe: Recipe) -> bool:
     """A folder that `datasets` saved, or a hub's data set whose card says how its files are read."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if _saved(folder):
         return True
     card = folder / "README.md"
     return recipe.dataset_config is not None or (
         card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")[:20_000])
+
+
+def _saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote this folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def local_path(source: str | Path) -> Path | None:
@@ -130,7 +137,12 @@ def local_path(source: str | Path) -> Path | None:
 def data_files(recipe: Recipe) -> list[Path]:
     """The files on this disk that a recipe reads, for hashes and checks before a run."""
     names = [*recipe.sources, *([recipe.eval_dataset] if recipe.eval_dataset else [])]
-    files = [path for name in names for path in files_of(name, recipe) or []]
+    files = []
+    for name in names:
+        found, folder = files_of(name, recipe), local_path(name) if name != "starter" else None
+        if found is None and folder is not None:  # a data set's folder, whatever kinds of files it has
+            found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files += found or []
     return [*files, *([STARTER_HELDOUT] if held_out_of_starter(recipe) else [])]
 
 
@@ -144,21 +156,44 @@ def _from_hub(name: str, recipe: Recipe) -> Iterable[Any]:
 
     folder = local_path(name)
     try:
-        if folder is not None and not (folder / "README.md").is_file():
+        if folder is not None and _saved(folder):
             saved = datasets.load_from_disk(str(folder))
+            if isinstance(saved, datasets.DatasetDict) and recipe.dataset_split not in saved:
+                raise KitError(f"dataset: {name} has no split {recipe.dataset_split!r}; there are: {', '.join(saved)}",
+                               "set dataset_split to one of them")
             return saved[recipe.dataset_split] if isinstance(saved, datasets.DatasetDict) else saved
         if folder is None and recipe.hub == "modelscope":
             return _from_modelscope(name, recipe)
-        return datasets.load_dataset(
-            str(folder or name), recipe.dataset_config, split=recipe.dataset_split, revision=recipe.dataset_revision,
-            download_config=datasets.DownloadConfig(local_files_only=recipe.local_files_only))
+        with _offline(recipe.local_files_only):
+            return datasets.load_dataset(
+                str(folder or name), recipe.dataset_config, split=recipe.dataset_split,
+                revision=recipe.dataset_revision,
+                download_config=datasets.DownloadConfig(local_files_only=recipe.local_files_only))
     except KitError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        hint = "check dataset_config and dataset_split" if folder or "BuilderConfig" in reason or "split" in reason \
+        reason = " ".join(str(error).split())[:300]
+        about = reason.replace(name, "")
+        hint = "check dataset_config and dataset_split" if folder or "config" in about.lower() or "split" in about \
             else hub_hint()
         raise KitError(f"dataset: {name}: {type(error).__name__}: {reason}", hint) from None
+
+
+@contextmanager
+def _offline(wanted: bool) -> Iterator[None]:
+    """`local_files_only` of `datasets` still asks the hub which files there are; its offline switch does not."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    try:
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = wanted or switch.HF_HUB_OFFLINE
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value
 
 
 def _from_modelscope(name: str, recipe: Recipe) -> Iterable[Any]:
@@ -188,8 +223,8 @@ def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None
         if row.faults:
             bad += 1
             if bad <= MAX_ERRORS:
-                where = "" if row.place.file == str(source) else f"{Path(row.place.file).name} "
-                problems.append(f"{where}{row.place}: {'; '.join(fault.message for fault in row.faults)}")
+                file = "" if row.place.file == str(source) else f"{Path(row.place.file).name} "
+                problems.append(f"{file}{row.place}: {'; '.join(fault.message for fault in row.faults)}")
         elif not bad:
             yield row
     for file, found in shapes.items():
@@ -207,6 +242,13 @@ def mixed_shapes(file: str, found: Counter[str], first: dict[str, Place]) -> str
     """Says that a file mixes shapes, with the count of each."""
     parts = [f"{shape} {number:,} (first: {first[shape]})" for shape, number in found.most_common()]
     return f"dataset: {file} mixes shapes: {', '.join(parts)}"
+
+
+def where(place: Place, recipe: Recipe) -> str:
+    """The place, with its file's name unless the recipe has only one file it can be in."""
+    only = [*recipe.sources] if len(recipe.sources) == 1 else []
+    clear = place.file in (*only, recipe.eval_dataset, str(STARTER_HELDOUT))
+    return str(place) if clear else f"{Path(place.file).name} {place}"
 
 
 def refuse(what: str, problems: list[str], count: int, hint: str) -> None:

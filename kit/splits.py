@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kit.disk_rows import DiskRows, Example
 from kit.errors import KitError
 from kit.prompts import Message
 from kit.recipe import MAX_ERRORS
-from kit.sources import STARTER_HELDOUT, files_of, good_rows, held_out_of_starter, refuse
+from kit.sources import STARTER_HELDOUT, files_of, good_rows, held_out_of_starter, refuse, where
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from kit.recipe import Recipe
 
 
@@ -23,14 +25,23 @@ def read_splits(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
     With test_size, rows that share a prompt go to the same side. Raises KitError when rows of eval_dataset ask what
     is trained on (`eval_overlap`).
     """
+    sources = {source: _read(source, recipe) for source in recipe.sources}
     train: Sequence[Example] = []
     held_out: Sequence[Example] = []
+    if recipe.test_size:
+        apart = held_out_rows([prompt_key(row.messages) for rows in sources.values() for row in rows], recipe)
+        start = 0
+        for source, rows in sources.items():
+            chosen = apart[start:start + len(rows)]
+            start += len(rows)
+            held_out = _joined(held_out, _picked(rows, chosen.nonzero()[0].tolist()))
+            sources[source] = _picked(rows, (~chosen).nonzero()[0].tolist())
     for source, passes in recipe.sources.items():
-        rows = _read(source, recipe)
-        if recipe.test_size:
-            rows, apart = _hold_out(rows, recipe, source)
-            held_out = _joined(held_out, apart)
-        train = _joined(train, _repeated(rows, passes, recipe.seed))
+        places = repeated(len(sources[source]), passes, recipe.seed)
+        if not places and len(sources[source]):
+            raise KitError(f"dataset: {source}: a weight of {passes:g} takes none of its {len(sources[source]):,} rows",
+                           "raise the weight, or leave the source out")
+        train = _joined(train, sources[source] if passes == 1 else _picked(sources[source], places))
     if held_out_of_starter(recipe):
         held_out = _read(str(STARTER_HELDOUT), recipe)
     elif recipe.eval_dataset:
@@ -45,36 +56,42 @@ def _read(source: str, recipe: Recipe) -> Sequence[Example]:
 
 
 def prompt_key(messages: list[Message]) -> int:
-    """64 bits that two conversations share when they ask the same: all turns before the last answer, no system."""
-    text = "\0".join(m["role"] + "\0" + m["content"].strip() for m in messages[:-1] if m["role"] != "system")
+    """64 bits that two conversations share when they ask the same, but for spaces and the system message."""
+    text = "\0".join(m["role"] + "\0" + " ".join(m["content"].split())
+                     for m in messages[:-1] if m["role"] != "system")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _hold_out(rows: Sequence[Example], recipe: Recipe, source: str) -> tuple[Sequence[Example], Sequence[Example]]:
+def held_out_rows(prompts: Sequence[int], recipe: Recipe) -> np.ndarray[Any, Any]:
+    """Which rows test_size holds out, from the `prompt_key` of each: an array of booleans.
+
+    Raises KitError when nothing would be left to train on.
+    """
     import numpy as np
 
-    wanted = int(recipe.test_size) if recipe.test_size > 1 else round(recipe.test_size * len(rows))
-    keys = np.array([prompt_key(row.messages) for row in rows], dtype=np.uint64)
-    prompts, group = np.unique(keys, return_inverse=True)
-    order = np.random.default_rng(recipe.seed).permutation(len(prompts))
-    sizes = np.cumsum(np.bincount(group, minlength=len(prompts))[order])
-    # As many whole groups as bring the held-out rows nearest to what was asked for, and one row at least.
-    taken = int(np.searchsorted(sizes, max(wanted, 1)) + 1)
-    apart = np.isin(group, order[:taken])
-    if len(rows) < 2 or wanted >= len(rows) or apart.all():
-        raise KitError(f"test_size: {recipe.test_size:g} leaves nothing to train on: {source} has {len(rows):,} rows "
-                       f"with {len(prompts):,} different prompts", "lower test_size")
-    return _picked(rows, np.flatnonzero(~apart).tolist()), _picked(rows, np.flatnonzero(apart).tolist())
+    wanted = int(recipe.test_size) if recipe.test_size > 1 else round(recipe.test_size * len(prompts))
+    different, group = np.unique(np.array(prompts, dtype=np.uint64), return_inverse=True)
+    sizes = np.bincount(group, minlength=len(different))
+    chosen, room = [], max(wanted, 1)
+    for number in np.random.default_rng(recipe.seed).permutation(len(different)).tolist():
+        if sizes[number] <= room:  # rows with one prompt stay together: a prompt that has too many is passed over
+            chosen.append(number)
+            room -= sizes[number]
+        if not room:
+            break
+    apart = np.isin(group, chosen or [int(sizes.argmin())])
+    if len(prompts) < 2 or wanted >= len(prompts) or apart.all():
+        raise KitError(f"test_size: {recipe.test_size:g} leaves nothing to train on: there are {len(prompts):,} rows "
+                       f"with {len(different):,} different prompts", "lower test_size")
+    return apart
 
 
-def _repeated(rows: Sequence[Example], passes: float, seed: int) -> Sequence[Example]:
-    """Each row `passes` times; of a fraction, a seeded choice."""
+def repeated(count: int, passes: float, seed: int) -> list[int]:
+    """The places of `count` rows, each `passes` times; of a fraction, a seeded choice."""
     import numpy as np
 
-    if passes == 1:
-        return rows
-    extra = np.random.default_rng(seed).permutation(len(rows))[: round(passes % 1 * len(rows))]
-    return _picked(rows, [*list(range(len(rows))) * int(passes), *sorted(extra.tolist())])
+    extra = np.random.default_rng(seed).permutation(count)[: round(passes % 1 * count)]
+    return [*list(range(count)) * int(passes), *sorted(extra.tolist())]
 
 
 def _apart(train: Sequence[Example], held_out: Sequence[Example], recipe: Recipe) -> Sequence[Example]:
@@ -92,7 +109,7 @@ def _apart(train: Sequence[Example], held_out: Sequence[Example], recipe: Recipe
     shared = [row for i, row in enumerate(held_out) if i not in kept]
     refuse(f"{recipe.eval_dataset or 'the held-out rows'}: prompts that are also trained on, so the held-out score "
            "would count what was learnt by heart",
-           [f"{row.place}: {_excerpt(row)}" for row in shared[:MAX_ERRORS]], len(shared),
+           [f"{where(row.place, recipe)}: {_excerpt(row)}" for row in shared[:MAX_ERRORS]], len(shared),
            "take them out of one of the files, or set eval_overlap: drop (or keep)")
     return held_out
 

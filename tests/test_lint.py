@@ -178,6 +178,7 @@ CASES = {
     "not_normalised": Case(jsonl(lambda i: talk(f"Un cafe\u0301 au {i} ?", f"Here is {i}.")), "warning"),
     "unknown_token": Case(jsonl(lambda i: talk(f"Where is 北 {i}?", f"Here is {i}.")), "warning",
                           tokenizer=characters),
+    "lost_character": Case(jsonl(lambda i: talk(f"Where is \U00050000 {i}?", f"Here is {i}.")), "error"),
     "secret": Case(jsonl(lambda i: talk(f"Who is {i}?", f"Write to jane.{i}@company.de today.")), "warning"),
     "near_duplicate": Case(jsonl(lambda i: talk(f"What is row {i}?", numbers(2, 200)), at=(2, 4)), "info", ((4, 5),)),
     "outlier": Case(jsonl(lambda i: talk(f"Where is {i}?", numbers(i, 200)), at=(4,), rows=24), "info", ((4, 5),)),

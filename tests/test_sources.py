@@ -468,7 +468,7 @@ def test_bad_rows_and_errors_of_modelscope_are_named(modelscope: type[Stand]) ->
     assert "dataset: cats/talk: bad rows (1):\n  row 2: the answer is empty" in refusal("cats/talk", hub="modelscope")
     modelscope.error = ConnectionError("no route to modelscope.cn\nmore")
     message = refusal("cats/talk", hub="modelscope")
-    assert "dataset: cats/talk: ConnectionError: no route to modelscope.cn\n" in message and helps(message)
+    assert "dataset: cats/talk: ConnectionError: no route to modelscope.cn more\n" in message and helps(message)
 
 
 @pytest.mark.slow
