@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kit.disk_rows import BATCH, DiskRows, Example
@@ -33,13 +35,25 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DatasetDict
     """
     from datasets import DatasetDict
 
-    train, held_out = read_splits(recipe)
-    formatter = Formatter(tokenizer, recipe)
-    made = lazy_dataset(train, formatter) if isinstance(train, DiskRows) else _format(train, formatter, "training")
-    data = DatasetDict(train=made, test=_format(held_out, formatter, "held-out"))
+    with rare_collections():
+        train, held_out = read_splits(recipe)
+        formatter = Formatter(tokenizer, recipe)
+        made = lazy_dataset(train, formatter) if isinstance(train, DiskRows) else _format(train, formatter, "training")
+        data = DatasetDict(train=made, test=_format(held_out, formatter, "held-out"))
     if len(data["train"]) == 0:
         raise KitError(f"no training row fits into max_seq_length: {recipe.max_seq_length}", "raise max_seq_length")
     return data
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Let Python look for garbage in cycles seldom: many small lists without any cycle cost it a fifth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(1_000_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class Formatted(NamedTuple):

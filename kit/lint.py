@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kit import checks
-from kit.data import fit
+from kit.data import fit, rare_collections
 from kit.errors import KitError
 from kit.findings import KINDS, Findings
 from kit.lint_report import Report
@@ -40,7 +40,9 @@ def lint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Re
     Reads rows one by one, in bounded memory. Raises KitError when a source can't be read at all; whatever is wrong
     with single rows is in the report.
     """
-    return _Check(recipe, tokenizer or load_tokenizer(recipe)).run()
+    check = _Check(recipe, tokenizer or load_tokenizer(recipe))
+    with rare_collections():
+        return check.run()
 
 
 class _Check:

@@ -67,12 +67,15 @@ class Formatter:
         self.stop = str(tokenizer.eos_token)
         self._frames: dict[tuple[str, ...], _Frame] = {}
         self._short: dict[str, list[int]] = {}
-        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+        self._heads: dict[str, str] = {}
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        control = sorted((token.content for token in special), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
         self._lost = _missing_bytes(tokenizer)
-        # SentencePiece puts a space before every text, so its pieces can't be joined: it is given whole texts.
+        # SentencePiece puts a space before every text, and some tokens take the space beside them along: then pieces
+        # can't be joined, and whole texts are tokenised.
         twice = [token for ids in self._tokenize(["x", "x"]) for token in ids]
-        self._joinable = tokenizer.decode(twice) == "xx"
+        self._joinable = tokenizer.decode(twice) == "xx" and not any(t.lstrip or t.rstrip for t in special)
 
     def locate(self, messages: list[Message]) -> Located:
         """Where the answers lie in the rendered conversation (the recipe's system prompt included).
@@ -153,8 +156,8 @@ class Formatter:
     def _join(self, frame: _Frame, contents: list[str], answers: dict[int, str],
               opening: dict[int, str]) -> list[Segment]:
         """The segments, from all contents but the answers' and the answers as they are rendered."""
-        segments: list[Segment] = []
-        plain = frame.first
+        head = self._head(frame.first)
+        segments, plain = [Segment(head, False)], frame.first.removeprefix(head)
         for i, content in enumerate(contents):
             if i in answers:
                 segments += [Segment(plain, False), Segment(answers[i] + frame.ending[i], True)]
@@ -162,6 +165,15 @@ class Formatter:
             else:
                 plain += content + (opening[i + 1] if i + 1 in answers else frame.after[i])
         return [segment for segment in (*segments, Segment(plain, False)) if segment.text]
+
+    def _head(self, first: str) -> str:
+        """The template's text up to its last control token before the first content: tokens never reach over that, so
+        it is tokenised once for all rows."""
+        if first not in self._heads:
+            ends = [found.end() for found in self._control.finditer(first)] if self._joinable else []
+            self._heads[first] = first[: ends[-1]] if ends else ""
+            self._short |= {text: ids for text in (self._heads[first],) for ids in self._tokenize([text])}
+        return self._heads[first]
 
     def _rewritten(self, messages: list[Message], frame: _Frame, rendered: str) -> tuple[list[Segment], bool]:
         """The segments when the template changes contents: trims them, or moves an answer's thinking.
@@ -218,7 +230,7 @@ class Formatter:
         """The same for conversations that `locate` has been through."""
         if not self._joinable:
             return [self._encode_whole(row.segments) for row in rows]
-        long = [text for row in rows for text, _ in row.segments if len(text) > SHORT or text not in self._short]
+        long = [text for row in rows for text, _ in row.segments if text not in self._short]
         encoded = dict(zip(long, self._tokenize(long), strict=True))
         self._short |= {text: ids for text, ids in encoded.items() if len(text) <= SHORT and len(self._short) < 10_000}
         result = []

@@ -172,10 +172,3 @@ def pieces(text: str, expected: list[int]) -> list[str]:
         raise KitError("the chat template drops, moves or repeats a message, so its answers can't be located in the "
                        "text", "set prompt_style: chatml")
     return [first, *(after for _, _, after in found)]
-
-
-def __getattr__(name):
-    if name == "Formatter":
-        from kit.masks import Formatter
-        return Formatter
-    raise AttributeError(name)

@@ -49,6 +49,19 @@ def test_train_save_and_load_again(tmp_path: Path, fields: dict[str, Any], layer
     assert merged and (merged / "model.safetensors").is_file()
 
 
+def test_rows_on_disk_train_to_the_same_losses(tmp_path: Path) -> None:
+    losses = []
+    for lazy in (False, True):
+        recipe = Recipe.load({}, output_dir=str(tmp_path), run_name=f"lazy_{lazy}", lazy_preprocess=lazy, max_steps=2,
+                             max_train_samples=40, max_seq_length=256, use_gradient_checkpointing=False)
+        model, tokenizer = load_model(recipe)
+        data = load_data(recipe, tokenizer)
+        assert ("input_ids" in data["train"].column_names) is not lazy
+        trainer = make_trainer(add_lora(model, recipe), tokenizer, data, recipe)
+        losses.append(train(trainer, recipe).losses)
+    assert losses[0] == losses[1]
+
+
 def test_layers_that_do_not_exist() -> None:
     recipe = Recipe.load({}, target_modules=["W_pack"])
     model, _ = load_model(recipe)

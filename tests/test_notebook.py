@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
 import pytest
+from conftest import kit
 
 from kit.recipe import PROJECT, Recipe
 
@@ -57,10 +60,34 @@ def test_one_parameters_cell_and_no_variable_that_looks_like_a_field(source: Pat
     Recipe.given(dict.fromkeys(names, 1))
 
 
+@pytest.mark.slow
+def test_the_data_notebook_runs_with_its_own_file_and_with_another(tmp_path: Path) -> None:
+    """With papermill, as people run it in batches; then with a file that has other columns."""
+    own = tmp_path / "faq.xlsx"
+    import pandas
+
+    pandas.DataFrame({"question": [f"Question {i}?" for i in range(12)], "answer": ["Yes."] * 12}).to_excel(
+        own, index=False)
+    other = ["-p", "dataset", str(own), "-y", "columns: {}"]
+    for name, parameters in (("bundled", []), ("other", other)):
+        out = tmp_path / f"{name}.ipynb"
+        done = subprocess.run(
+            [sys.executable, "-m", "papermill", "notebooks/02_your_data.ipynb", str(out), "-p", "output_dir",
+             str(tmp_path / name), *parameters], cwd=PROJECT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {"data.html", "fixed.jsonl", "final.jsonl", "lengths.png", "recipe.yaml"} <= {
+            path.name for path in (tmp_path / name / "your_data").iterdir()}
+        text = out.read_text(encoding="utf-8")
+        assert "rows can be trained" in text and "image/png" in text and "Traceback" not in text
+    # What it wrote is a recipe, and its data is clean.
+    checked = kit("lint", "--recipe", str(tmp_path / "bundled" / "your_data" / "recipe.yaml"), "--rows", "0")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_every_stage_of_the_promise_is_there() -> None:
     text = "\n".join(code_cells(PROJECT / "notebooks" / "01_finetune.py"))
     order = ["Recipe.load", "kit.machine", "kit.lint", "load_model", "add_lora", "load_data", "kit.Tokens",
-             "plots.lengths", "kit.answer", "make_trainer", "kit.train(", "plots.loss", "kit.stream", "after=after", "save_adapter",
-             "kit.reload", "kit.merge", "export_gguf", "smoke_test", "write_modelfile", "run.finish"]
+             "plots.lengths", "kit.answer", "make_trainer", "kit.train(", "plots.loss", "kit.stream", "after=after",
+             "save_adapter", "kit.reload", "kit.merge", "export_gguf", "smoke_test", "write_modelfile", "run.finish"]
     places = [text.index(name) for name in order]
     assert places == sorted(places)

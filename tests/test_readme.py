@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-from conftest import PROJECT
+import pytest
+from conftest import PROJECT, kit
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 # Each command of the README, by its beginning, and where it is run.
@@ -14,6 +16,8 @@ RUN_BY = {
     "kit ask quickstart": ("tests/test_run.py", "test_ask_every_engine"),
     "kit ask try --engine adapter": ("tests/test_run.py", "test_ask_every_engine"),
     "kit run recipes/quickstart.yaml": ("tests/conftest.py", '"run", "recipes/quickstart.yaml"'),
+    "kit lint data/messy-faq.csv": ("tests/test_readme.py", "test_the_data_check_of_the_readme"),
+    "kit lint --recipe recipes/": ("tests/test_lint_command.py", "--recipe"),
     "kit train recipes/quickstart.yaml": ("tests/test_run.py", '"train", "recipes/quickstart.yaml"'),
     "papermill notebooks/01_finetune.ipynb": ("tests/test_run.py", "test_plain_papermill"),
 }
@@ -27,6 +31,20 @@ def test_every_command_is_run_by_a_test_or_by_ci() -> None:
     for command in commands:
         [(path, words)] = [where for start, where in RUN_BY.items() if command.startswith(start)]
         assert words in (PROJECT / path).read_text(encoding="utf-8"), f"{command} is not run by {path}"
+
+
+@pytest.mark.slow
+def test_the_data_check_of_the_readme(tmp_path: Path) -> None:
+    done = kit("lint", "data/messy-faq.csv", "columns={prompt: 问题, completion: 答案}",
+               "--html", str(tmp_path / "page.html"), "--fix", str(tmp_path / "fixed.jsonl"))
+    assert done.returncode == 1 and "row 7 (line 8): the answer is empty" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "fixed.jsonl").is_file()
+
+
+def test_the_table_of_findings_is_current() -> None:
+    from kit.findings import reference
+
+    assert (PROJECT / "docs" / "findings.md").read_text(encoding="utf-8") == reference(), "run `make docs`"
 
 
 def test_every_file_it_names_exists() -> None:
