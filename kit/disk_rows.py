@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
+from kit.errors import KitError
 from kit.platforms import cache_dir
 from kit.prompts import Message
 from kit.sources import Place, Row
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 BATCH = 1000  # rows written at a time
@@ -43,14 +45,11 @@ class DiskRows(Sequence[Example]):
         cache_dir().mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_dir(), ignore_cleanup_errors=True)
         path = Path(folder.name) / "rows.arrow"
-        coming = iter(rows)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-            while batch := list(itertools.islice(coming, BATCH)):
-                talks = [row.messages for row in batch]
-                stream.write_batch(pa.record_batch([
-                    pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),
-                    [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
-                    schema=schema))
+        try:
+            _write(path, schema, iter(rows))
+        except OSError as error:
+            raise KitError(f"lazy_preprocess: {path} can't be written: {error}",
+                           "free room, or set KIT_CACHE to another disk") from None
         return cls(Dataset.from_file(str(path)), folder)
 
     def _with(self, dataset: Dataset, *others: DiskRows) -> DiskRows:
@@ -82,6 +81,19 @@ class DiskRows(Sequence[Example]):
         from datasets import concatenate_datasets
 
         return self._with(concatenate_datasets([first.dataset, self.dataset]), first)
+
+
+def _write(path: Path, schema: pa.Schema, rows: Iterator[Row]) -> None:
+    import pyarrow as pa
+
+    turns = schema.field("messages").type
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        while batch := list(itertools.islice(rows, BATCH)):
+            talks = [row.messages for row in batch]
+            stream.write_batch(pa.record_batch([
+                pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),
+                [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
+                schema=schema))
 
 
 def _example(row: dict[str, Any]) -> Example:

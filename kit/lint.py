@@ -13,12 +13,13 @@ from kit import checks
 from kit.data import fit, rare_collections
 from kit.errors import KitError
 from kit.findings import KINDS, Findings
+from kit.lint_figures import Places, histogram, quantile, quantiles
 from kit.lint_report import Report
 from kit.masks import IGNORED, Encoded, Formatter, Located
 from kit.platforms import model_label
 from kit.prompts import Message, load_tokenizer
 from kit.show import spans
-from kit.sources import STARTER_HELDOUT, Place, Row, held_out_of_starter, mixed_shapes, rows_of
+from kit.sources import HELDOUT, Place, Row, held_out_of_starter, mixed_shapes, rows_of
 from kit.splits import held_out_rows, progress, prompt_key, repeated
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 BATCH = 1000
 SAMPLES = 50  # rows kept to be looked at: so many of each finding, and so many without one
 OUTLIER = 8  # times the 95th percentile of lengths
-BARS = 24  # of the histogram
 
 Found = list[tuple[str, str]]  # codes with details
 
@@ -53,12 +53,13 @@ class _Check:
                                   "heldout_overlap": "error" if recipe.eval_overlap == "error" else "warning"})
         self.shapes: dict[str, Counter[str]] = {}  # of each file
         self.first: dict[tuple[str, str], Place] = {}
+        self.file_lengths: dict[str, array[int]] = {}
+        self.file_turns: dict[str, set[int]] = {}
         self.rows = 0
         self.ends: list[int] = []  # how many of the rows below each source brings the sum to
-        self.places = _Places()  # of the training rows that can be formatted; what follows is about these
+        self.places = Places()  # of the training rows that can be formatted; what follows is about these
         self.lengths = array("I")
         self.kept, self.kept_trained = array("I"), array("I")  # tokens that training sees; 0 for rows left out
-        self.turns = 0
         self.keys, self.answers = array("Q"), array("q")
         self.prompts: dict[int, int] = {}  # prompt → the first row with it
         self.whole: dict[int, int] = {}  # prompt and answer → the first row with both
@@ -72,7 +73,7 @@ class _Check:
     def run(self) -> Report:
         sources = [(source, "train") for source in self.recipe.sources]
         if self.recipe.eval_dataset or held_out_of_starter(self.recipe):
-            sources.append((self.recipe.eval_dataset or str(STARTER_HELDOUT), "held-out"))
+            sources.append((self.recipe.eval_dataset or HELDOUT, "held-out"))
         for source, split in sources:
             self._source(source, split)
             self.ends.append(len(self.places))
@@ -118,6 +119,8 @@ class _Check:
         for (row, place, found), (ids, labels) in zip(located, encoded, strict=True):
             found += [(remark, "") for remark in sorted(place.remarks)]
             found += self._tokens(row, place, ids, labels)
+            self.file_lengths.setdefault(row.place.file, array("I")).append(len(ids))
+            self.file_turns.setdefault(row.place.file, set()).add(sum(m["role"] != "system" for m in row.messages))
             if split == "train":
                 numbers.append(len(self.places))
                 texts.append("\n".join(m["content"] for m in row.messages if m["role"] != "system"))
@@ -170,7 +173,6 @@ class _Check:
         self.lengths.append(fitted.length)
         self.kept.append(0 if refused else len(fitted.ids))
         self.kept_trained.append(0 if refused else sum(label != IGNORED for label in fitted.labels))
-        self.turns += sum(m["role"] == "assistant" for m in row.messages)
         thinks = any("</think>" in m["content"] for m in row.messages if m["role"] == "assistant")
         self.thinks += thinks
         if len(self.thinking[thinks]) < SAMPLES:
@@ -221,7 +223,7 @@ class _Check:
                 of = "" if place.file == other.file else f" of {other.file}"
                 add("near_duplicate", place, f"{share:.0%} as {other}{of}")
         if self.lengths:
-            limit = max(OUTLIER * _quantile(sorted(self.lengths), 0.95), 256)
+            limit = max(OUTLIER * quantile(sorted(self.lengths), 0.95), 256)
             for number, length in enumerate(self.lengths):
                 if length > limit:
                     add("outlier", self.places[number], f"{length:,} tokens")
@@ -271,24 +273,25 @@ class _Check:
         batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
         rows, tokens, trained = self._epoch()
         lengths = {} if not order else {
-            "p50": _quantile(order, 0.5), "p95": _quantile(order, 0.95), "p99": _quantile(order, 0.99),
-            "max": order[-1], "mean": round(sum(order) / len(order), 1), "histogram": _histogram(order),
-            "keep": {name: _quantile(order, int(name) / 100) for name in ("95", "99", "100")}}
-        files = [{"name": file, "rows": shapes.total(), "shape": ", ".join(shapes)}
-                 for file, shapes in self.shapes.items()]
+            **quantiles(order), "mean": round(sum(order) / len(order), 1), "histogram": histogram(order),
+            "keep": {name: quantile(order, int(name) / 100) for name in ("95", "99", "100")}}
+        files = []
+        for file, shapes in self.shapes.items():
+            turns, tokens_of = self.file_turns.get(file, set()), sorted(self.file_lengths.get(file, []))
+            several = "" if len(turns) < 2 else f"–{max(turns)}"
+            files.append({"name": file, "rows": shapes.total(), "shape": ", ".join(shapes),
+                          "turns": f"{min(turns)}{several}" if turns else None, **quantiles(tokens_of)})
         return {
             "title": ", ".join(str(source) for source in recipe.sources), "files": files,
             "tokenizer": model_label(recipe), "prompt_style": recipe.prompt_style,
             "max_seq_length": recipe.max_seq_length, "rows": self.rows,
             "usable_rows": sum(length > 0 for length in self.kept),
             "errors": self.findings.count("error"), "warnings": self.findings.count("warning"),
-            "answers_per_row": round(self.turns / len(self.places), 2) if len(self.places) else None,
             "lengths": lengths,
             "trained_share": round(trained / tokens, 4) if tokens else None,
             "tokens_per_epoch": tokens, "trained_tokens_per_epoch": trained,
             "steps_per_epoch": math.ceil(rows / batch),
             "findings": [finding.as_dict() for finding in self.findings.all()]}
-
 
     def _epoch(self) -> tuple[int, int, int]:
         """Rows, tokens and trained tokens of an epoch: after held-out rows, weights and max_train_samples."""
@@ -305,47 +308,7 @@ class _Check:
         return len(kept), sum(self.kept[k] for k in kept), sum(self.kept_trained[k] for k in kept)
 
 
-class _Places:
-    """Places by number, in 9 bytes each."""
-
-    def __init__(self) -> None:
-        self._files: list[str] = []
-        self._numbers: dict[str, int] = {}
-        self._file, self._row, self._line = array("H"), array("I"), array("I")
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def __getitem__(self, number: int) -> Place:
-        return Place(self._files[self._file[number]], self._row[number], self._line[number] or None)
-
-    def append(self, place: Place) -> None:
-        if place.file not in self._numbers:
-            self._numbers[place.file] = len(self._files)
-            self._files.append(place.file)
-        self._file.append(self._numbers[place.file])
-        self._row.append(place.row)
-        self._line.append(place.line or 0)
-
-
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     rows = iter(rows)
     while batch := list(islice(rows, BATCH)):
         yield batch
-
-
-def _quantile(order: list[int], share: float) -> int:
-    """The smallest value that at least this share of the values does not exceed (nearest rank)."""
-    return order[max(0, math.ceil(share * len(order)) - 1)]
-
-
-def _histogram(order: list[int]) -> list[dict[str, int]]:
-    """Rows by length, up to BARS bars; the last one holds everything beyond the 99th percentile."""
-    top = _quantile(order, 0.99)
-    width = max(1, math.ceil((top - order[0] + 1) / BARS))
-    starts = range(order[0] - order[0] % width, top + 1, width)
-    counts = Counter(min((length - starts[0]) // width, len(starts)) for length in order)
-    bars = [{"from": start, "to": start + width - 1, "rows": counts[k]} for k, start in enumerate(starts)]
-    if counts[len(starts)]:
-        bars.append({"from": starts[-1] + width, "to": order[-1], "rows": counts[len(starts)]})
-    return bars

@@ -55,6 +55,9 @@ def check(data: str | None, recipe: str | None, fields: dict[str, Any], html: Pa
         print(f"page: {html}", file=sys.stderr)
     if fix:
         done = repair(next(iter(chosen.sources)), fix, chosen)
-        print(f"repaired copy: {fix}", *(f"  {count:,} × {what}" for what, count in done.most_common()), sep="\n",
-              file=sys.stderr)
+        print(f"repaired copy: {fix}", file=sys.stderr)
+        for what, count in done.most_common():
+            places = ", ".join(map(str, done.places.get(what, [])))
+            more = ", …" if count > len(done.places.get(what, [])) else ""
+            print(f"  {count:,} × {what}" + (f": {places}{more}" if places else ""), file=sys.stderr)
     return 1 if report.errors else 0

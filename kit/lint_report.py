@@ -80,7 +80,7 @@ class Report:
     def _summary(self) -> Table:
         f, lengths = self.figures, self.figures["lengths"]
         rows = [["rows", f"{f['rows']:,}, of which {f['usable_rows']:,} are trained"],
-                *[[file["name"], f"{file['rows']:,} rows, shape {file['shape']}"] for file in f["files"]]]
+                *[[file["name"], _about(file)] for file in f["files"]]]
         if lengths:
             keep = lengths["keep"]
             rows += [
@@ -126,6 +126,14 @@ class Report:
         from kit.runs import write_text
 
         write_text(path, self.page())
+
+
+def _about(file: dict[str, Any]) -> str:
+    text = f"{file['rows']:,} rows, shape {file['shape']}"
+    if file["turns"]:
+        text += f", {file['turns']} turns, median {file['p50']:,} tokens, 95 % up to {file['p95']:,}, longest " \
+                f"{file['max']:,}"
+    return text
 
 
 def _where(place: dict[str, Any], with_file: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -71,11 +72,11 @@ class Formatter:
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         control = sorted((token.content for token in special), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
-        self._lost = _missing_bytes(tokenizer)
         # SentencePiece puts a space before every text, and some tokens take the space beside them along: then pieces
         # can't be joined, and whole texts are tokenised.
         twice = [token for ids in self._tokenize(["x", "x"]) for token in ids]
         self._joinable = tokenizer.decode(twice) == "xx" and not any(t.lstrip or t.rstrip for t in special)
+        self._lost = self._lost_bytes() if self._joinable else b""
 
     def locate(self, messages: list[Message]) -> Located:
         """Where the answers lie in the rendered conversation (the recipe's system prompt included).
@@ -105,6 +106,10 @@ class Formatter:
             self._encode_whole(segments)  # whether the edges can be told apart shows only in the tokens
         return Located(segments, remarks)
 
+    def _lost_bytes(self) -> bytes:
+        """Bytes of UTF-8 that may lack a token of their own: where one stands, its character is looked at."""
+        return bytes(byte for byte in range(256) if byte not in UNUSED and not self._survives(_character_with(byte)))
+
     def typed(self, messages: list[Message]) -> list[str]:
         """Control tokens that stand in the contents as text: the tokenizer would make real ones of them."""
         return [token for m in messages for token in self._control.findall(m["content"])]
@@ -115,8 +120,14 @@ class Formatter:
             for m in messages:
                 data = m["content"].encode()
                 if len(data.translate(None, self._lost)) < len(data):
-                    return next(c for c in m["content"] if any(byte in self._lost for byte in c.encode()))
+                    rare = {c for c in m["content"] if any(byte in self._lost for byte in c.encode())}
+                    if gone := [c for c in sorted(rare) if not self._survives(c)]:
+                        return gone[0]
         return None
+
+    def _survives(self, character: str) -> bool:
+        decoded = self.tokenizer.decode(self._tokenize([character])[0])
+        return decoded in (character, unicodedata.normalize("NFC", character))
 
     def _frame(self, messages: list[Message]) -> _Frame:
         turns = marked(messages)
@@ -145,11 +156,13 @@ class Formatter:
 
     def _plainly(self, messages: list[Message], frame: _Frame, rendered: str) -> list[Segment] | None:
         """The segments when the template takes contents as they are, or all of them stripped; else None."""
+        if not frame.plain:
+            return None
         for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
             answers = {i: frame.after[i - 1].removeprefix(opening) + contents[i]
                        for i, opening in frame.opening.items()}
             segments = self._join(frame, contents, answers, frame.opening)
-            if frame.plain and "".join(text for text, _ in segments) == rendered:
+            if "".join(text for text, _ in segments) == rendered:
                 return segments
         return None
 
@@ -171,8 +184,8 @@ class Formatter:
         it is tokenised once for all rows."""
         if first not in self._heads:
             ends = [found.end() for found in self._control.finditer(first)] if self._joinable else []
-            self._heads[first] = first[: ends[-1]] if ends else ""
-            self._short |= {text: ids for text in (self._heads[first],) for ids in self._tokenize([text])}
+            self._heads[first] = head = first[: ends[-1]] if ends else ""
+            [self._short[head]] = self._tokenize([head])
         return self._heads[first]
 
     def _rewritten(self, messages: list[Message], frame: _Frame, rendered: str) -> tuple[list[Segment], bool]:
@@ -282,8 +295,11 @@ class Formatter:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None or not texts:
             return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        backend.no_padding()
-        backend.no_truncation()
+        # Set only where something else left them on: they can't be changed while another thread tokenises.
+        if backend.padding is not None:
+            backend.no_padding()
+        if backend.truncation is not None:
+            backend.no_truncation()
         with _all_cores():
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -302,15 +318,11 @@ def _all_cores() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _missing_bytes(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """The bytes that a byte-level vocabulary has no token for; none for other kinds of vocabularies."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    vocabulary = tokenizer.get_vocab()
-    missing = [byte for byte, character in bytes_to_unicode().items() if character not in vocabulary]
-    used = [byte for byte in missing if byte not in UNUSED]
-    # A vocabulary that lacks many of them does not spell bytes with these characters.
-    return bytes(used) if len(missing) < 64 else b""
+def _character_with(byte: int) -> str:
+    """A character in whose UTF-8 form this byte stands."""
+    behind = {0xE0: b"\xa0\x80", 0xF0: b"\x90\x80\x80"}.get(byte, b"\x80" * (1 + (byte > 0xDF) + (byte > 0xEF)))
+    data = bytes([byte]) if byte < 0x80 else bytes([0xC2, byte]) if byte < 0xC0 else bytes([byte]) + behind
+    return data.decode()
 
 
 def _rewrites(role: str) -> KitError:

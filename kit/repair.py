@@ -13,18 +13,32 @@ from typing import TYPE_CHECKING, Any
 from kit.checks import CONTROL
 from kit.errors import KitError
 from kit.shapes import ROLES, SENDERS, renamed, to_messages
-from kit.sources import local_path, rows_of
+from kit.sources import Place, local_path, rows_of
 
 if TYPE_CHECKING:
     from kit.recipe import Recipe
 
 FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "prompt", "completion", "question",
           "answer")
+SHOWN = 5  # places kept of each repair
 NEAR = 0.8  # how alike a name must be to be taken for a known one (difflib's ratio)
 
 
-def fix(source: str, out: Path, recipe: Recipe) -> Counter[str]:
-    """Write the rows of `source`, repaired, to `out` (.jsonl); what was done, with how many rows it was done to.
+class Repairs(Counter[str]):
+    """What was done, with how many rows it was done to; `places` has the first few of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, list[Place]] = {}
+
+    def add(self, what: str, place: Place) -> None:
+        self[what] += 1
+        if self[what] <= SHOWN:
+            self.places.setdefault(what, []).append(place)
+
+
+def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
+    """Write the rows of `source`, repaired, to `out` (.jsonl); what was done, and to which rows.
 
     Rows that still can't be trained are left out, and so is the second of two equal ones. Raises KitError when `out`
     exists already.
@@ -33,21 +47,22 @@ def fix(source: str, out: Path, recipe: Recipe) -> Counter[str]:
     from kit.splits import progress
 
     check_out(source, out)
-    done: Counter[str] = Counter()
+    done = Repairs()
     seen: set[int] = set()
     with writing(out) as file, progress(f"repairing {source}", source, recipe) as on_bytes:
         for row in rows_of(source, recipe, on_bytes):
             if row.raw is None:
-                done[f"left out: {row.faults[0].code}"] += 1
+                done.add(f"left out: {row.faults[0].code}", row.place)
                 continue
             value, changes = repaired(renamed(row.raw, recipe.columns))
             _, messages, faults = to_messages(value)
             key = hash(tuple((m["role"], m["content"].strip()) for m in messages))
             if faults or key in seen:
-                done[f"left out: {faults[0].code if faults else 'duplicate'}"] += 1
+                done.add(f"left out: {faults[0].code if faults else 'duplicate'}", row.place)
                 continue
             seen.add(key)
-            done.update(set(changes))
+            for change in set(changes):
+                done.add(change, row.place)
             done["rows written"] += 1
             file.write(json.dumps(value, ensure_ascii=False) + "\n")
         if not done["rows written"]:

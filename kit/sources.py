@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STARTER_TRAIN = PROJECT / "data" / "tickets-train.jsonl"
 STARTER_HELDOUT = PROJECT / "data" / "tickets-heldout.jsonl"
+HELDOUT = "starter (held out)"  # the source of that name
 # A file's or folder's name says which split it holds, by the words Hugging Face uses for it.
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev",
                "test": "test|testing|eval|evaluation"}
@@ -74,8 +75,8 @@ def _row(place: Place, raw: Any, recipe: Recipe) -> Row:
 
 def files_of(source: str | Path, recipe: Recipe) -> list[Path] | None:
     """The files on this disk that a source means; None for a data set that the `datasets` library reads."""
-    if source == "starter":
-        return [STARTER_TRAIN]
+    if source in ("starter", HELDOUT):
+        return [STARTER_TRAIN if source == "starter" else STARTER_HELDOUT]
     path = local_path(source)
     if path is None or (path.is_dir() and _is_data_set(path, recipe)):
         return None
@@ -247,7 +248,7 @@ def mixed_shapes(file: str, found: Counter[str], first: dict[str, Place]) -> str
 def where(place: Place, recipe: Recipe) -> str:
     """The place, with its file's name unless the recipe has only one file it can be in."""
     only = [*recipe.sources] if len(recipe.sources) == 1 else []
-    clear = place.file in (*only, recipe.eval_dataset, str(STARTER_HELDOUT))
+    clear = place.file in (*only, recipe.eval_dataset, HELDOUT)
     return str(place) if clear else f"{Path(place.file).name} {place}"
 
 

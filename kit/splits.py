@@ -11,7 +11,7 @@ from kit.disk_rows import DiskRows, Example
 from kit.errors import KitError
 from kit.prompts import Message
 from kit.recipe import MAX_ERRORS
-from kit.sources import STARTER_HELDOUT, files_of, good_rows, held_out_of_starter, refuse, where
+from kit.sources import HELDOUT, files_of, good_rows, held_out_of_starter, refuse, where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +43,7 @@ def read_splits(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
                            "raise the weight, or leave the source out")
         train = _joined(train, sources[source] if passes == 1 else _picked(sources[source], places))
     if held_out_of_starter(recipe):
-        held_out = _read(str(STARTER_HELDOUT), recipe)
+        held_out = _read(HELDOUT, recipe)
     elif recipe.eval_dataset:
         held_out = _read(recipe.eval_dataset, recipe)
     return train[: recipe.max_train_samples], _apart(train, held_out, recipe)[: recipe.max_eval_samples]

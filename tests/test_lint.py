@@ -413,8 +413,10 @@ def test_a_mixture_is_checked_as_one(tmp_path: Path, tokenizer: Any) -> None:
                                              {"instruction": "Où est le numéro 2 ?",
                                               "output": "The house number 2 is on the left."}])
     report = checked(tokenizer, [str(one), str(other)])
-    assert report.figures["files"] == [{"name": str(one), "rows": 3, "shape": "messages"},
-                                       {"name": str(other), "rows": 2, "shape": "alpaca"}]
+    files = report.figures["files"]
+    assert [(file["name"], file["rows"], file["shape"], file["turns"]) for file in files] == [
+        (str(one), 3, "messages", "2"), (str(other), 2, "alpaca", "2")]
+    assert max(file["max"] for file in files) == report.figures["lengths"]["max"]
     assert codes(report) == ["duplicate"] and "other.jsonl row 2" in repr(report)
     [place] = report.figures["findings"][0]["places"]
     assert (place["file"], place["row"]) == (str(other), 2)
@@ -426,7 +428,7 @@ def test_held_out_rows_count_in_no_figure_of_the_training(tmp_path: Path, tokeni
     alone = checked(tokenizer, path).figures
     both = checked(tokenizer, path, eval_dataset=str(held_out)).figures
     assert {**both, "files": both["files"][:1]} == alone
-    assert both["files"][1] == {"name": str(held_out), "rows": 30, "shape": "messages"}
+    assert {"name": str(held_out), "rows": 30, "shape": "messages"}.items() <= both["files"][1].items()
 
 
 def test_findings_are_counted_in_full_but_listed_and_shown_in_part(tmp_path: Path, tokenizer: Any) -> None:

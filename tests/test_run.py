@@ -41,7 +41,7 @@ def test_the_run_folder_is_complete(finished_run: Path) -> None:
 
 def test_what_the_terminal_showed(finished_run: Path) -> None:
     text = (finished_run / "terminal.txt").read_text()
-    for words in ("── 8. Train ──", "training: 100%", "adamw_torch_fused instead of adamw_8bit", "held-out score",
+    for words in ("── 9. Train ──", "training: 100%", "adamw_torch_fused instead of adamw_8bit", "held-out score",
                   "5 of 5 answers are the same", "FROM ./SmolLM2-135M-Instruct-q8_0.gguf", "finished: "):
         assert words in text, words
     assert "Traceback" not in text
@@ -245,4 +245,4 @@ def test_train_is_the_same_run_without_a_kernel(tmp_path: Path) -> None:
     done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}", "gguf=[]", *FEW_STEPS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert read_result(tmp_path / "quickstart")["status"] == "finished"
-    assert "── 8. Train ──" in done.stdout and "⟦" in done.stdout
+    assert "── 9. Train ──" in done.stdout and "⟦" in done.stdout
