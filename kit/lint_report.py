@@ -51,8 +51,10 @@ class Report:
         return page(self.figures, self.rows)
 
     def examples(self, count: int = 3) -> list[Tokens]:
-        """Some rows as tokens: first those with findings."""
-        order = sorted((row for row in self.rows if row["tokens"]), key=lambda row: not row["findings"])
+        """Some rows as tokens: those with the gravest findings first."""
+        levels = {finding["code"]: list(SIGNS).index(finding["severity"]) for finding in self.figures["findings"]}
+        order = sorted((row for row in self.rows if row["tokens"]),
+                       key=lambda row: min((levels[code] for code in row["findings"]), default=len(SIGNS)))
         return [Tokens.of(_title(row), row["spans"]) for row in order[:count]]
 
     def __repr__(self) -> str:
