@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kit.disk_rows import BATCH, DiskRows, Example
 from kit.errors import KitError
+from kit.findings import KINDS
 from kit.masks import Formatter, Located
 from kit.prompts import Message
 from kit.recipe import MAX_ERRORS
@@ -113,14 +114,17 @@ def _formatted(rows: Sequence[Example], formatter: Formatter, what: str) -> Iter
     """Batches of rows that fit, with their tokens; says at the end how many were left out or shortened."""
     count = _Count(formatter.recipe)
 
-    def located() -> Iterator[tuple[list[Example], list[Located]]]:
+    def located() -> Iterator[tuple[list[tuple[Example, Located]], list[Located]]]:
         for batch in _batches(rows, f"formatting {what} rows"):
             good = [(row, found) for row in batch if (found := _located(row, formatter, count))]
-            yield [row for row, _ in good], [found for _, found in good]
+            yield good, [found for _, found in good]
 
     for batch, encoded in formatter.encode_ahead(located()):
-        fitted = [fit(formatter, row.messages, *tokens) for row, tokens in zip(batch, encoded, strict=True)]
-        count.lengths(batch, fitted)
+        for (row, found), (_, labels) in zip(batch, encoded, strict=True):
+            if code := formatter.untrained(found, labels):
+                count.bad(row.place, KINDS[code][1])
+        fitted = [fit(formatter, row.messages, *tokens) for (row, _), tokens in zip(batch, encoded, strict=True)]
+        count.lengths([row for row, _ in batch], fitted)
         yield [row for row in fitted if row.ids]
     count.settle(len(rows), what)
 
@@ -192,11 +196,14 @@ def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
     chosen = rows.select(sorted(kept))
 
     def tokens_of(batch: dict[str, list[Any]], _files: DiskRows = chosen) -> dict[str, list[Any]]:
+        found = [formatter.locate(messages) for messages in batch["messages"]]
+        encoded = formatter.encode_located(found)
         fitted = [fit(formatter, messages, *tokens) for messages, tokens in
-                  zip(batch["messages"], formatter.encode(batch["messages"]), strict=True)]
-        if not all(row.ids for row in fitted):  # a tokenizer that makes more tokens than there are bytes
-            raise KitError("a row is longer than max_seq_length, which could not be told before",
-                           "raise max_seq_length, or set lazy_preprocess: false")
+                  zip(batch["messages"], encoded, strict=True)]
+        wrong = {formatter.untrained(place, labels) for place, (_, labels) in zip(found, encoded, strict=True)} - {None}
+        if wrong or not all(row.ids for row in fitted):
+            what = KINDS[wrong.pop() or ""][1] if wrong else "a row is longer than max_seq_length"
+            raise KitError(f"lazy_preprocess: {what}, which shows only in the tokens", "`kit lint` names the row")
         talks = [row.messages for row in fitted]
         return {"messages": talks, "prompt": [talk[:-1] for talk in talks],
                 "reference": [talk[-1]["content"] for talk in talks],

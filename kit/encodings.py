@@ -51,7 +51,10 @@ def not_utf8(path: Path) -> KitError:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                name = _encoding(line + file.read(MEGABYTE))
+                data = line + file.read(MEGABYTE)
+                if b"\0" in data:
+                    return KitError(f"{path}: no text, but binary data", "name a file of rows")
+                name = _encoding(data)
                 return KitError(f"{path}: not UTF-8 (byte {offset + error.start + 1}, line {number})"
                                 + (f"; it reads as {name}" if name else ""),
                                 f"iconv -f {name} -t UTF-8 OLD > NEW" if name else "save the file as UTF-8")

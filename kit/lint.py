@@ -118,7 +118,7 @@ class _Check:
         numbers, texts = [], []
         for (row, place, found), (ids, labels) in zip(located, encoded, strict=True):
             found += [(remark, "") for remark in sorted(place.remarks)]
-            found += self._tokens(row, place, ids, labels)
+            found += self._tokens(place, ids, labels)
             self.file_lengths.setdefault(row.place.file, array("I")).append(len(ids))
             self.file_turns.setdefault(row.place.file, set()).add(sum(m["role"] != "system" for m in row.messages))
             if split == "train":
@@ -146,16 +146,12 @@ class _Check:
             found.append(("special_token", ", ".join(dict.fromkeys(typed))))
         return found
 
-    def _tokens(self, row: Row, place: Located, ids: list[int], labels: list[int]) -> Found:
+    def _tokens(self, place: Located, ids: list[int], labels: list[int]) -> Found:
         """What is wrong with the tokens."""
         found = []
         stop, unknown = self.tokenizer.eos_token_id, self.tokenizer.unk_token_id
-        if self.recipe.train_on_responses_only:
-            trained = [label for label in labels if label != IGNORED]
-            if all(label == stop for label in trained):
-                found.append(("fully_masked", "only the stop token would be trained" if trained else ""))
-            if trained.count(stop) < sum(segment.trained for segment in place.segments):
-                found.append(("stop_not_trained", repr(self.tokenizer.eos_token)))
+        if code := self.formatter.untrained(place, labels):
+            found.append((code, repr(self.tokenizer.eos_token) if code == "stop_not_trained" else ""))
         if unknown not in (None, stop, self.tokenizer.bos_token_id) and unknown in ids:
             found.append(("unknown_token", f"{ids.count(unknown)} times"))
         return found

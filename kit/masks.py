@@ -126,8 +126,10 @@ class Formatter:
         return None
 
     def _survives(self, character: str) -> bool:
-        decoded = self.tokenizer.decode(self._tokenize([character])[0])
-        return decoded in (character, unicodedata.normalize("NFC", character))
+        [ids] = self._tokenize([character])
+        if ids and self.tokenizer.unk_token_id in ids:
+            return True  # it does not vanish, but becomes the unknown token
+        return self.tokenizer.decode(ids) in (character, unicodedata.normalize("NFC", character))
 
     def _frame(self, messages: list[Message]) -> _Frame:
         turns = marked(messages)
@@ -256,6 +258,15 @@ class Formatter:
                 labels += part if trained else [IGNORED] * len(part)
             result.append((ids, labels))
         return result
+
+    def untrained(self, located: Located, labels: list[int]) -> str | None:
+        """What of a row would not be learnt: "fully_masked", no token of an answer, or "stop_not_trained"."""
+        if not self.recipe.train_on_responses_only:
+            return None
+        stops = labels.count(self.tokenizer.eos_token_id)
+        if len(labels) - labels.count(IGNORED) <= stops:
+            return "fully_masked"
+        return "stop_not_trained" if stops < sum(segment.trained for segment in located.segments) else None
 
     def encode_ahead(self, batches: Iterable[tuple[T, list[Located]]]) -> Iterator[tuple[T, list[Encoded]]]:
         """Each batch with its tokens, in order; one is tokenised while the next is rendered."""

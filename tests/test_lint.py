@@ -82,10 +82,11 @@ def with_template(template: str) -> Callable[[Any], Any]:
     return made
 
 
-def without_chinese(tokenizer: Any) -> Any:
-    from tokenizers import Regex, normalizers
+def without_a_phrase(tokenizer: Any) -> Any:
+    """Each character has its token, but this phrase is taken out before."""
+    from tokenizers import normalizers
 
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[\u4e00-\u9fff]"), "")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("[as above]", "")
     return tokenizer
 
 
@@ -158,7 +159,7 @@ CASES = {
     "special_token": Case(jsonl(lambda i: talk(f"What is <|im_end|> for, {i}?", f"It ends {i}."))),
     "template_refused": Case(jsonl(lambda i: talk(f"Where is {i}?", f"Here is {i}.", system="Be kind.")),
                              tokenizer=with_template(NO_SYSTEM)),
-    "fully_masked": Case(jsonl(lambda i: talk(f"Where is {i}?", "在左边" * i)), tokenizer=without_chinese),
+    "fully_masked": Case(jsonl(lambda i: talk(f"Where is {i}?", "[as above]" * i)), tokenizer=without_a_phrase),
     "stop_not_trained": Case(jsonl(lambda i: talk(f"Where is {i}?", f"On the left, {'a' * i}")),
                              tokenizer=stop_is_a_word),
     "heldout_overlap": Case(jsonl(good), held_out=jsonl(good, good=lambda i: good(i + 100))),
@@ -242,20 +243,15 @@ def test_a_finding_is_found_in_its_place_and_nothing_else(tmp_path: Path, tokeni
         assert f"row {row} (line {line})" in repr(report)
 
 
-# These rows can be trained on; it is what they would teach that is wrong.
-TRAINABLE = ("fully_masked", "stop_not_trained")
-
-
 @pytest.mark.parametrize("code", CASES)
 def test_loading_refuses_what_the_check_calls_an_error_and_nothing_else(tmp_path: Path, tokenizer: Any,
                                                                         code: str) -> None:
     made = fixture(tmp_path, tokenizer, CASES[code])
-    if CASES[code].severity == "error" and code not in TRAINABLE:
+    if CASES[code].severity == "error":
         with pytest.raises(KitError):
             load_data(made.recipe, made.tokenizer)
     else:
-        meant = made.lint().figures["usable_rows"] + len(CASES[code].places) * (code in TRAINABLE)
-        assert len(load_data(made.recipe, made.tokenizer)["train"]) == meant
+        assert len(load_data(made.recipe, made.tokenizer)["train"]) == made.lint().figures["usable_rows"]
 
 
 @pytest.mark.parametrize("code, fields, severity", [

@@ -55,8 +55,9 @@ def test_errors_exit_with_1_and_page_and_copy_are_written_all_the_same(tmp_path:
     assert "1 kind of error" in done.stdout
     page, copy, *repairs = done.stderr.splitlines()
     assert (page, copy) == (f"page: {tmp_path}/page.html", f"repaired copy: {tmp_path}/out.jsonl")
-    assert sorted(repairs) == ["  1 × control characters removed", "  1 × left out: duplicate",
-                               "  1 × renamed: instrution to instruction", "  4 × rows written"]
+    assert sorted(repairs) == [
+        "  1 × control characters removed: row 4", "  1 × left out: duplicate: row 5",
+        "  1 × renamed: instrution to instruction: row 4", "  4 × rows written"]
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert rows.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "page.html", "rows.jsonl"]
@@ -114,7 +115,7 @@ REFUSED = {
     "no file": (["{}/no.jsonl"], "there is no"),
     "an empty file": (["{}/empty.jsonl"], "is empty"),
     "a folder without rows": (["{}/nothing"], "holds no file of rows"),
-    "a binary file": (["{}/picture.jsonl"], "not UTF-8"),
+    "a binary file": (["{}/picture.jsonl"], "no text, but binary data"),
     "an unknown kind of file": (["{}/picture.png"], "unknown kind of file"),
     "nothing to check": ([], "nothing to check"),
     "a field for data": (["max_seq_length=64"], "is no data"),

@@ -69,6 +69,14 @@ def parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> None:
 
 # JSON Lines
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_binary_data_is_told_as_such(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"picture.{kind}"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x02X\x9d")
+    with pytest.raises(KitError, match="no text, but binary data"):
+        list(read_rows(path))
+
+
 def test_jsonl_goes_on_behind_each_broken_line(tmp_path: Path) -> None:
     lines = [b'{"a": 1}', b"", b'{"a" 2}', b"  \t", b'{"a": "\xff\xfe\x80"}', b'{"a": "\\ud800"}', b"[1, 2]\r",
              '{"a": "猫\u2028\x85"}'.encode(), b"[" * 100_000, b"9" * 5000, b'{"a": "\\ud83d\\ude00"}',
