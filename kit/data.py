@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kit.disk_rows import BATCH, DiskRows, Example
+from kit.disk_rows import BATCH, DiskRows, Example, turns_type
 from kit.errors import KitError
 from kit.findings import KINDS
 from kit.masks import Formatter, Located
 from kit.prompts import Message
 from kit.recipe import MAX_ERRORS
+from kit.show import bar
 from kit.sources import Place, refuse, where
 from kit.splits import read_splits
 
@@ -216,8 +216,7 @@ def _table(rows: Sequence[Formatted]) -> pa.Table:
     """Filled column by column, with types: from rows as dicts Arrow would have to guess and to convert."""
     import pyarrow as pa
 
-    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    tokens = pa.list_(pa.int32())
+    turns, tokens = turns_type(), pa.list_(pa.int32())
     return pa.table({
         "messages": pa.array([row.messages for row in rows], turns),
         "input_ids": pa.array([row.ids for row in rows], tokens),
@@ -227,10 +226,7 @@ def _table(rows: Sequence[Formatted]) -> pa.Table:
 
 
 def _batches(rows: Sequence[Example], what: str) -> Iterator[Sequence[Example]]:
-    from tqdm import tqdm
-
-    with tqdm(total=len(rows), desc=what, unit="row", unit_scale=True, file=sys.stderr, dynamic_ncols=True, leave=False,
-              delay=2, mininterval=0.5 if sys.stderr.isatty() else 5) as bar:
+    with bar(len(rows), what, "row", unit_scale=True, leave=False, delay=2) as progress:
         for start in range(0, len(rows), BATCH):
             yield rows[start:start + BATCH]
-            bar.update(min(BATCH, len(rows) - start))
+            progress.update(min(BATCH, len(rows) - start))

@@ -6,7 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from kit.errors import KitError
 from kit.platforms import cache_dir
@@ -17,7 +17,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-BATCH = 1000  # rows written at a time
+BATCH = 1000  # rows handled at a time
+T = TypeVar("T")
+
+
+def batches(rows: Iterable[T]) -> Iterator[list[T]]:
+    """The rows in lists of BATCH, as they come."""
+    coming = iter(rows)
+    while batch := list(itertools.islice(coming, BATCH)):
+        yield batch
+
+
+def turns_type() -> pa.DataType:
+    """A conversation's type in Arrow."""
+    import pyarrow as pa
+
+    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 class Example(NamedTuple):
@@ -39,7 +54,7 @@ class DiskRows(Sequence[Example]):
         import pyarrow as pa
         from datasets import Dataset
 
-        turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        turns = turns_type()
         schema = pa.schema([("messages", turns), ("prompt", turns), ("reference", pa.string()),
                             ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -88,7 +103,7 @@ def _write(path: Path, schema: pa.Schema, rows: Iterator[Row]) -> None:
 
     turns = schema.field("messages").type
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        while batch := list(itertools.islice(rows, BATCH)):
+        for batch in batches(rows):
             talks = [row.messages for row in batch]
             stream.write_batch(pa.record_batch([
                 pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),

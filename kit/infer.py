@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kit.errors import GateError
 from kit.prompts import Message, prompt_ids, template_kwargs, with_system
 from kit.recipe import Recipe
+from kit.show import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +134,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[
     rows = [prompt_ids(tokenizer, messages, recipe) for messages in prompts]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     replies: dict[int, Reply] = {}
-    with _bar(len(rows), "answering") as bar, torch.no_grad():
+    with bar(len(rows), "answering", "row") as progress, torch.no_grad():
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             width = max(len(rows[i]) for i in batch)
@@ -148,7 +148,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[
                 if stopped:
                     new = new[: new.index(tokenizer.eos_token_id)]
                 replies[i] = Reply(tokenizer.decode(new, skip_special_tokens=True), stopped)
-            bar.update(len(batch))
+            progress.update(len(batch))
     return [replies[i] for i in range(len(rows))]
 
 
@@ -168,11 +168,11 @@ def _answer_gguf(path: Path, prompts: list[list[Message]], recipe: Recipe) -> li
     replies = []
     with LlamaChild(path, n_ctx=recipe.num_ctx or recipe.max_seq_length,
                     template_kwargs=template_kwargs(recipe)) as child, \
-            _bar(len(prompts), f"answering with {path.name}") as bar:
+            bar(len(prompts), f"answering with {path.name}", "row") as progress:
         for messages in prompts:
             text = "".join(child.stream(with_system(messages, recipe), **gguf_sampling(recipe)))
             replies.append(Reply(text, child.finish_reason == "stop"))
-            bar.update()
+            progress.update()
     return replies
 
 
@@ -182,10 +182,3 @@ def _for_inference(model: Any) -> None:
         model.for_inference()
     else:
         model.eval()
-
-
-def _bar(total: int, what: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit="row", file=sys.stderr, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 5)

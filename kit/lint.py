@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from kit import checks
 from kit.data import fit, rare_collections
+from kit.disk_rows import batches
 from kit.errors import KitError
 from kit.findings import KINDS, Findings
 from kit.lint_figures import Places, histogram, quantile, quantiles
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
     from kit.recipe import Recipe
 
-BATCH = 1000
 SAMPLES = 50  # rows kept to be looked at: so many of each finding, and so many without one
 OUTLIER = 8  # times the 95th percentile of lengths
 
@@ -85,8 +83,7 @@ class _Check:
 
     def _source(self, source: str, split: str) -> None:
         with progress(f"checking {source}", source, self.recipe) as on_bytes:
-            batches = _batches(rows_of(source, self.recipe, on_bytes))
-            located = (self._locate(batch, split) for batch in batches)
+            located = (self._locate(batch, split) for batch in batches(rows_of(source, self.recipe, on_bytes)))
             empty = True
             for found, encoded in self.formatter.encode_ahead(located):
                 empty = False
@@ -302,9 +299,3 @@ class _Check:
             chosen += numbers[repeated(len(numbers), passes, self.recipe.seed)].tolist()
         kept = [number for number in chosen[: self.recipe.max_train_samples] if self.kept[number]]
         return len(kept), sum(self.kept[k] for k in kept), sum(self.kept_trained[k] for k in kept)
-
-
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    rows = iter(rows)
-    while batch := list(islice(rows, BATCH)):
-        yield batch

@@ -9,6 +9,7 @@ from typing import Any
 
 from kit.errors import GateError
 from kit.show import Table, Tokens
+from kit.sources import Place
 
 PLACES = 5  # shown of each finding
 SIGNS = {"error": "✗", "warning": "!", "info": "·"}
@@ -139,9 +140,8 @@ def _about(file: dict[str, Any]) -> str:
 
 
 def _where(place: dict[str, Any], with_file: bool) -> str:
-    line = f" (line {place['line']})" if place["line"] not in (None, place["row"]) else ""
     file = f"{Path(place['file']).name} " if with_file else ""
-    return f"{file}row {place['row']}{line}"
+    return f"{file}{Place(place['file'], place['row'], place['line'])}"
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -161,6 +161,14 @@ def scores(**columns: dict[str, float]) -> Table:
     return Table(["held-out score", *columns], rows) if rows else Table(["held-out score"], [["metric: none"]])
 
 
+def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:
+    """A tqdm bar on standard error; where that is a file, a line every five seconds at most."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 5, **options)
+
+
 def size(count: float) -> str:
     """Bytes for people: 1.2 GB (powers of 1000)."""
     for unit in ("B", "kB", "MB"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from kit.disk_rows import DiskRows, Example
 from kit.errors import KitError
 from kit.prompts import Message
 from kit.recipe import MAX_ERRORS
+from kit.show import bar
 from kit.sources import HELDOUT, files_of, good_rows, held_out_of_starter, refuse, where
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ def read_splits(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
             held_out = _joined(held_out, _picked(rows, chosen.nonzero()[0].tolist()))
             sources[source] = _picked(rows, (~chosen).nonzero()[0].tolist())
     for source, passes in recipe.sources.items():
-        places = repeated(len(sources[source]), passes, recipe.seed)
-        if not places and len(sources[source]):
+        rows = sources[source]
+        if passes != 1:
+            rows = _picked(rows, repeated(len(rows), passes, recipe.seed))
+        if not len(rows) and len(sources[source]):
             raise KitError(f"dataset: {source}: a weight of {passes:g} takes none of its {len(sources[source]):,} rows",
                            "raise the weight, or leave the source out")
-        train = _joined(train, sources[source] if passes == 1 else _picked(sources[source], places))
+        train = _joined(train, rows)
     if held_out_of_starter(recipe):
         held_out = _read(HELDOUT, recipe)
     elif recipe.eval_dataset:
@@ -133,12 +135,9 @@ class progress:
     """A bar over the bytes of a source's files, shown when reading takes more than two seconds."""
 
     def __init__(self, what: str, source: str, recipe: Recipe) -> None:
-        from tqdm import tqdm
-
         files = files_of(source, recipe) or []
-        self.bar = tqdm(total=sum(path.stat().st_size for path in files) or None, desc=what, unit="B", unit_scale=True,
-                        file=sys.stderr, dynamic_ncols=True, leave=False, delay=2,
-                        mininterval=0.5 if sys.stderr.isatty() else 5)
+        self.bar = bar(sum(path.stat().st_size for path in files) or None, what, "B", unit_scale=True, leave=False,
+                       delay=2)
 
     def __enter__(self) -> Callable[[int], None]:
         return lambda count: self.bar.update(count) and None

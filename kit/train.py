@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kit.errors import GateError
 from kit.model import import_unsloth, resolved
 from kit.runs import Run, peak_memory_gb
+from kit.show import bar
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -125,15 +125,13 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
 
 
 def _log_callback(run: Run) -> Any:
-    from tqdm import tqdm
     from transformers import TrainerCallback
 
     class LogCallback(TrainerCallback):  # type: ignore[misc]
         """log.jsonl and a bar with loss, tokens per second and the time that is left."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar = tqdm(total=state.max_steps, desc="training", unit="step", file=sys.stderr,
-                            mininterval=0.5 if sys.stderr.isatty() else 5, dynamic_ncols=True)
+            self.bar = bar(state.max_steps, "training", "step")
             self.began = time.perf_counter()
             run.folder.mkdir(parents=True, exist_ok=True)
 
