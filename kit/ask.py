@@ -17,7 +17,7 @@ def answers(what: str, engine: str | None) -> Callable[[list[Message]], Iterator
 
     Raises KitError when there is no such run, file or engine, or the file is damaged.
     """
-    from kit.gguf import check_gguf
+    from kit.gguf_file import check_gguf
     from kit.infer import stream
     from kit.recipe import Recipe
 

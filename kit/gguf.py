@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kit.errors import GateError, KitError, nearest
+from kit.gguf_file import check_gguf
 from kit.llama_child import LlamaChild, child_command, child_environment, how_it_ended, last_trouble
 from kit.modelfile import around_difference
 
@@ -65,11 +66,12 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
                        "free some room, ask for fewer or smaller quantisations, or put the run on another disk")
 
 
-def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: str) -> list[Path]:
+def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: str, about: str = "") -> list[Path]:
     """Write `folder/<name>-<quant>.gguf` for each quantisation from the merged 16-bit model; return the paths.
 
-    The converter runs once, and q8_0 and the k-quants are made from its 16-bit file. A file appears under its name
-    only when whole; a failure (GateError) leaves an earlier export of that name as it was, and no partial file.
+    `name` becomes general.name of the files, `about` their general.description. The converter runs once, and q8_0 and
+    the k-quants are made from its 16-bit file. A file appears under its name only when whole; a failure (GateError)
+    leaves an earlier export of that name as it was, and no partial file.
     """
     check_quantizations(quantizations)
     names = list(dict.fromkeys(quantizations))
@@ -89,10 +91,10 @@ def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: 
     try:
         for quant in (q for q in names if q not in smaller):
             with _whole(made[quant]) as partial:
-                _convert(merged, partial, quant)
+                _convert(merged, partial, quant, name, about)
         source = made.get(source_type, temporary)
         if smaller and source is temporary:
-            _convert(merged, temporary, source_type)
+            _convert(merged, temporary, source_type, name, about)
         for quant in smaller:
             with _whole(made[quant]) as partial:
                 _run(child_command("quantize", str(source), str(partial), str(FILE_TYPES[quant])),
@@ -143,12 +145,15 @@ def merged_weights(merged: Path) -> tuple[int, str]:
     return sum(counts.values()), max(counts, key=lambda dtype: counts[dtype])
 
 
-def _convert(merged: Path, target: Path, file_type: str) -> None:
+def _convert(merged: Path, target: Path, file_type: str, name: str, about: str) -> None:
     from kit.llama_cpp_setup import converter_dir
 
     script = converter_dir() / "convert_hf_to_gguf.py"
-    _run([sys.executable, str(script), str(merged), "--outfile", str(target), "--outtype", file_type],
-         f"converting {merged} to {file_type}")
+    with tempfile.TemporaryDirectory(prefix="kit-gguf-") as folder:
+        metadata = Path(folder) / "metadata.json"
+        metadata.write_text(json.dumps({"general.name": name, "general.description": about or name}), encoding="utf-8")
+        _run([sys.executable, str(script), str(merged), "--outfile", str(target), "--outtype", file_type,
+              "--metadata", str(metadata)], f"converting {merged} to {file_type}")
 
 
 def _run(command: list[str], what: str) -> None:
@@ -162,94 +167,6 @@ def _run(command: list[str], what: str) -> None:
     if done.returncode:
         raise GateError(f"{what} failed ({how_it_ended(done.returncode)}): {last_trouble(said)}",
                         "mend the cause and export again; nothing has to be trained again")
-
-
-# GGUF version 3, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: little endian; "GGUF", u32 version,
-# u64 tensors, u64 key-value pairs; each pair is a string (u64 length, bytes), a u32 type and the value; each tensor
-# is a string, u32 dimensions, u64 per dimension, u32 type, u64 offset; then padding to general.alignment (32 if it
-# is not given), then the tensors.
-SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-STRING, ARRAY = 8, 9
-# ggml tensor type: (weights per block, bytes per block).
-BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
-          11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 30: (1, 2)}
-
-
-def check_gguf(path: Path) -> int:
-    """Raise KitError if `path` is no GGUF or is shorter than its header says; return the expected bytes.
-
-    Reads only the header. The expected size ends with the last tensor whose type is known here.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise KitError(f"no GGUF at {path}", "export one first (gguf=[q8_0]), or give its path")
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            expected = _expected_bytes(file)
-    except (struct.error, EOFError):
-        raise KitError(f"{path} is cut short: its {size} bytes end inside the header",
-                       "copy it again or run the export again") from None
-    if size < expected:
-        raise KitError(f"{path} is cut short: {expected - size} of {expected} bytes are missing",
-                       "copy it again or run the export again")
-    return expected
-
-
-def _expected_bytes(file: BinaryIO) -> int:
-    if file.read(4) != b"GGUF":
-        raise KitError(f"{file.name} is no GGUF: it does not begin with 'GGUF'", "give the path of a .gguf file")
-    version, tensors, pairs = _unpack(file, "<IQQ")
-    if version not in (2, 3):
-        raise KitError(f"{file.name}: GGUF version {version} is not known here (2 and 3 are)", "export it again")
-    alignment = 32
-    for _ in range(pairs):
-        key = _string(file)
-        (kind,) = _unpack(file, "<I")
-        if key == b"general.alignment" and kind == 4:
-            (alignment,) = _unpack(file, "<I")
-        else:
-            _skip(file, kind)
-    ends = [0]
-    for _ in range(tensors):
-        _string(file)
-        (dimensions,) = _unpack(file, "<I")
-        shape = _unpack(file, f"<{dimensions}Q")
-        kind, offset = _unpack(file, "<IQ")
-        weights, block = BLOCKS.get(kind, (1, 0))
-        count = 1
-        for length in shape:
-            count *= length
-        ends.append(offset + count // weights * block)
-    return -(-file.tell() // alignment) * alignment + max(ends)
-
-
-def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    return struct.unpack(layout, file.read(struct.calcsize(layout)))
-
-
-def _string(file: BinaryIO) -> bytes:
-    (length,) = _unpack(file, "<Q")
-    text = file.read(length)
-    if len(text) < length:
-        raise EOFError
-    return text
-
-
-def _skip(file: BinaryIO, kind: int) -> None:
-    if kind == STRING:
-        _string(file)
-    elif kind == ARRAY:
-        kind, count = _unpack(file, "<IQ")
-        if kind in SCALAR_BYTES:
-            file.seek(count * SCALAR_BYTES[kind], os.SEEK_CUR)
-        else:
-            for _ in range(count):
-                _skip(file, kind)
-    elif kind in SCALAR_BYTES:
-        file.seek(SCALAR_BYTES[kind], os.SEEK_CUR)
-    else:
-        raise KitError(f"{file.name}: value type {kind} is no GGUF type", "the file is damaged: export it again")
 
 
 def smoke_test(gguf: Path, tokenizer: Any, conversation: list[dict[str, str]], max_new_tokens: int,

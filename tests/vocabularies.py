@@ -6,8 +6,8 @@ import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kit.gguf_file import CONTROL, read_header
 from kit.llama_cpp_setup import converter_dir
-from kit.starter import CONTROL, read_gguf
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -186,7 +186,7 @@ def _tokenizer(vocab: str) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    meta, _ = read_gguf(converter_dir() / "models" / f"ggml-vocab-{vocab}.gguf")
+    meta = read_header(converter_dir() / "models" / f"ggml-vocab-{vocab}.gguf").fields
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     build = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma}[meta["tokenizer.ggml.model"]]
     backend = build(meta, {token: i for i, token in enumerate(tokens)})
