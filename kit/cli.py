@@ -56,6 +56,29 @@ def lint(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(
+        metavar="[RECIPE]", help="Also what this recipe needs: memory, disk, model, data")] = None,
+    fields: Fields = None,
+) -> None:
+    """Check this machine before a run: versions, device, room, hub, converter. Downloads nothing."""
+    from kit.doctor import run as examine
+    from kit.recipe import parse_overrides
+
+    raise typer.Exit(examine(recipe, parse_overrides(fields or [])))
+
+
+@app.command()
+def verify(what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder")]) -> None:
+    """Check that what a run ships is what it trained: every gate, with its figure; writes verify.json, report.html."""
+    from kit.verify import verify as check
+
+    gates = check(what)
+    print(gates)
+    raise typer.Exit(0 if gates.passed else 1)
+
+
+@app.command()
 def ask(
     what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
     prompt: Annotated[str | None, typer.Argument(help="The question; without it, a conversation")] = None,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kit.forecast import Forecast
     from kit.recipe import Recipe
 
-MORE = "a recipe's memory, disk, model, data, architecture and secrets: kit doctor recipes/quickstart.yaml"
+MORE = "a recipe's memory, disk, model, data and architecture: kit doctor recipes/quickstart.yaml"
 
 
 def run(source: str | None, overrides: dict[str, Any]) -> int:
@@ -77,7 +77,6 @@ def _begin(recipe: Recipe | None, pool: ThreadPoolExecutor, children: ExitStack)
         start("data", lambda: data(recipe)),
         llama_cpp,
         start("architecture", lambda: architecture(recipe, there.result()[1])),
-        start("secrets", lambda: checks.secrets(recipe)),
         *layers,
     ]
 

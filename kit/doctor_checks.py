@@ -1,8 +1,7 @@
-"""`kit doctor` on packages, device, memory, disk, the GGUF tools, quantised layers and secrets."""
+"""`kit doctor` on packages, device, memory, disk, the GGUF tools and quantised layers."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -12,13 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit.checks import secret
 from kit.doctor_probe import Probe, existing
 from kit.errors import KitError
 from kit.gates import Gate
 from kit.llama_cpp_setup import PACKAGE, SETUP, converter_dir, installed_version
 from kit.platforms import Machine, cache_dir, settings
-from kit.recipe import NO_SECRETS, PROJECT
+from kit.recipe import PROJECT
 from kit.runs import Run, check_free
 
 if TYPE_CHECKING:
@@ -195,15 +193,3 @@ def quantised(recipe: Recipe, machine: Machine, child: Probe) -> Gate:
                     hint=f"set load_in_{bits}bit: false, or install a bitsandbytes for this device")
     return Gate(f"{bits}-bit", True, f"bitsandbytes computes {bits}-bit layers on this "
                 f"{'GPU' if machine.device == 'cuda' else 'CPU: it saves memory, not time'}")
-
-
-def secrets(recipe: Recipe) -> Gate:
-    """No token among the recipe's values: they are written into the run's folder and its notebook.
-
-    `Recipe.load` refuses such a recipe; one made or changed in a notebook comes here unchecked.
-    """
-    found = [f"{name} holds what looks like a {told}" for name, value in recipe
-             if (told := secret(json.dumps(value, ensure_ascii=False), addresses=False))]
-    if found:
-        return Gate("secrets", False, "; ".join(found), hint=f"take it out and revoke it: {NO_SECRETS}")
-    return Gate("secrets", True, "no token in the recipe")

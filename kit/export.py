@@ -6,14 +6,16 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.errors import GateError, KitError
+from kit.gates.provenance import hashes_of
 from kit.platforms import base_folder
-from kit.runs import Run, write_json
+from kit.runs import Run, read_manifest, write_json
 
 if TYPE_CHECKING:
     from kit.recipe import Recipe
@@ -66,36 +68,38 @@ def save_adapter(model: Any, tokenizer: Any, run: Run) -> Path:
 def merge(saved: Path, run: Run, recipe: Recipe) -> Path | None:
     """Merge what `save_adapter` wrote into the base model's 16-bit weights; returns `merged/`, or None.
 
-    W' = W + (lora_alpha / r) B A, in float32, stored in the base's own format (Hu et al. 2021, LoRA, section 4.1;
-    rsLoRA divides by sqrt(r): Kalajdzievski 2023). One shard is in memory at a time. A QLoRA adapter is merged
-    into the original 16-bit weights too, so the result differs slightly from the model it was trained on.
+    W' = W + (lora_alpha / r) B A, in float32 (Hu et al. 2021, LoRA, section 4.1; rsLoRA divides by sqrt(r):
+    Kalajdzievski 2023), stored in the base's own format; to bfloat16 it is rounded by seeded chance, which keeps what
+    rounding to the nearest would lose. One shard is in memory at a time. A QLoRA adapter is merged into the original
+    16-bit weights too, so the result differs slightly from the model it was trained on.
     """
     if recipe.save_merged == "none":
         return None
     if saved == run.merged:
         return saved
-    merge_adapter(base_folder(recipe), saved, run.merged)
+    base = base_folder(recipe)
+    merge_adapter(base, saved, run.merged)
+    manifest = read_manifest(run)
+    if not manifest["base_sha256"]:
+        write_json(run.folder / "manifest.json", {**manifest, "base_sha256": hashes_of(base)})
     return run.merged
 
 
 def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
     """Merge the adapter folder into the base folder's weights and write a complete model folder."""
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    _check_mergeable(config, base)
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    changes = _changes(tensors)
+    _check_mergeable(adapter, base)
+    changes, scale = changes_of(adapter)
     used: set[str] = set()
     with whole_folder(target) as folder:
         for shard in sorted(base.glob("*.safetensors")):
             with safe_open(shard, framework="pt") as file:
                 merged = {}
                 for name in file.keys():  # noqa: SIM118 (safe_open has no iterator)
-                    merged[name] = _merged(file.get_tensor(name), changes.get(name), scale)
+                    merged[name] = merged_tensor(name, file.get_tensor(name), changes.get(name), scale)
                     used |= {name} & set(changes)
                 save_file(merged, folder / shard.name, metadata={"format": "pt"})
         if missing := sorted(set(changes) - used):
@@ -109,7 +113,8 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
         _settle_stop(folder, tokenizer)
 
 
-def _check_mergeable(config: dict[str, Any], base: Path) -> None:
+def _check_mergeable(adapter: Path, base: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters"):
         if config.get(key):
             raise KitError(f"the adapter uses {key}, which can't be merged yet", "set save_merged: none and gguf: []")
@@ -119,8 +124,13 @@ def _check_mergeable(config: dict[str, Any], base: Path) -> None:
                        "set model_name to the 16-bit original; load_in_4bit quantises it while loading")
 
 
-def _changes(tensors: dict[str, Any]) -> dict[str, Any]:
-    """{name in the base: (A, B), or a whole tensor that replaces the base's}."""
+def changes_of(adapter: Path) -> tuple[dict[str, Any], float]:
+    """({name in the base: (A, B), or a whole tensor that replaces the base's}, scale of B A) of an adapter folder."""
+    from safetensors.torch import load_file
+
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
     changes: dict[str, Any] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
@@ -129,16 +139,36 @@ def _changes(tensors: dict[str, Any]) -> dict[str, Any]:
             changes[stem + ".weight"] = (tensor, tensors[f"{PREFIX}{stem}.lora_B.weight"])
         elif not name.endswith(".lora_B.weight"):
             changes[name.replace(".base_layer.", ".")] = tensor
-    return changes
+    return changes, scale
 
 
-def _merged(tensor: Any, change: Any, scale: float) -> Any:
+def merged_tensor(name: str, tensor: Any, change: Any, scale: float) -> Any:
+    """A base tensor with its change from `changes_of` (None for none), in the base's own format."""
+    import torch
+
     if change is None:
         return tensor
     if not isinstance(change, tuple):
         return change.to(tensor.dtype)
     a, b = change
-    return (tensor.float() + scale * (b.float() @ a.float())).to(tensor.dtype)
+    exact = tensor.float() + scale * (b.float() @ a.float())
+    return _rounded_by_chance(exact, name) if tensor.dtype == torch.bfloat16 else exact.to(tensor.dtype)
+
+
+def _rounded_by_chance(exact: Any, name: str) -> Any:
+    """float32 → bfloat16, up or down with the probability that keeps the mean (Gupta et al. 2015, section 3).
+
+    An adapter's changes are mostly smaller than bfloat16's steps (1/256 of a weight). Rounded to the nearest they fall
+    away, all in the same direction: a fifth of a short training is lost. Rounded by chance they are kept on average.
+    The dice are seeded by the tensor's name, so the same merge gives the same bits everywhere.
+    """
+    import torch
+
+    dice = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    bits = exact.cpu().contiguous().view(torch.int32)
+    # bfloat16 is the upper half of float32: adding a random lower half carries into it as often as it should.
+    carried = bits + torch.randint(0, 1 << 16, bits.shape, generator=dice, dtype=torch.int32)
+    return (carried & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def _settle_stop(folder: Path, tokenizer: Any) -> None:

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class Reply(NamedTuple):
-    """An answer, and whether the model stopped by itself (not cut off at max_new_tokens)."""
+    """An answer, whether the model stopped by itself (not cut off at max_new_tokens), and its token ids.
+
+    The ids are without the stop token, and empty for an answer of llama.cpp.
+    """
 
     text: str
     stopped: bool
+    ids: tuple[int, ...] = ()
 
 
 def _messages(prompt: str | list[Message]) -> list[Message]:
@@ -147,7 +151,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[
                 stopped = tokenizer.eos_token_id in new
                 if stopped:
                     new = new[: new.index(tokenizer.eos_token_id)]
-                replies[i] = Reply(tokenizer.decode(new, skip_special_tokens=True), stopped)
+                replies[i] = Reply(tokenizer.decode(new, skip_special_tokens=True), stopped, tuple(new))
             progress.update(len(batch))
     return [replies[i] for i in range(len(rows))]
 

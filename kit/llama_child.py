@@ -119,9 +119,9 @@ class LlamaChild:
         """Token ids of `text`; `special` reads control tokens written in it as such."""
         return self._ask("tokenize", text=text, special=special, add_bos=add_bos)
 
-    def render(self, messages: list[Message]) -> str:
+    def render(self, messages: list[Message], template_kwargs: dict[str, Any] | None = None) -> str:
         """The prompt that the GGUF's own chat template makes, up to where the answer begins."""
-        return self._ask("render", messages=messages)
+        return self._ask("render", messages=messages, template_kwargs=template_kwargs or {})
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """The token ids llama-cpp-python feeds for a chat completion of `messages`."""
@@ -149,18 +149,38 @@ class LlamaChild:
 
     def logprobs(self, ids: list[int]) -> np.ndarray:
         """Natural log probabilities of the next token after each id: float32 (len(ids), vocabulary)."""
+        return self._evaluate(ids, list(range(len(ids))), None)["all"]
+
+    def said(self, ids: list[int], where: list[int], top_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the model holds of the token after each of the n places `where` in `ids`.
+
+        `top_ids` (n, k) are tokens of interest: returned are their natural log probabilities (n, k), the likeliest
+        token (n), and the log probability of the token that really follows (n).
+        """
+        found = self._evaluate(ids, where, top_ids)
+        return found["top"], found["best"], found["next"]
+
+    def _evaluate(self, ids: list[int], where: list[int], top_ids: np.ndarray | None) -> dict[str, np.ndarray]:
         import numpy as np
 
         if not self._load["logits"]:
             raise KitError("this child keeps no logits", "open it with LlamaChild(..., logits=True)")
         with tempfile.TemporaryDirectory(prefix="kit-logprobs-") as folder:
-            file = Path(folder) / "logprobs.npy"
-            self._ask("logprobs", ids=list(map(int, ids)), file=str(file))
-            return np.load(file)
+            asked, file = Path(folder) / "top.npy", Path(folder) / "logprobs.npz"
+            if top_ids is not None:
+                np.save(asked, top_ids)
+            self._ask("evaluate", ids=list(map(int, ids)), where=where, file=str(file),
+                      top="" if top_ids is None else str(asked))
+            with np.load(file) as arrays:
+                return dict(arrays)
 
     def metadata(self) -> dict[str, str]:
         """The GGUF's key-value pairs, arrays left out, every value as text."""
         return self._ask("metadata")
+
+    def ends(self) -> dict[str, Any]:
+        """`eos` and `eot` (token ids, -1 for none), and `add_bos`: whether a BOS is put before every prompt."""
+        return self._ask("ends")
 
     def _ask(self, method: str, **arguments: Any) -> Any:
         return self._receive(self._send(method, **arguments))["result"]
@@ -238,15 +258,15 @@ class Worker:
             eos, bos = self.llama.token_eos(), self.llama.token_bos()
             formatter = Jinja2ChatFormatter(template, eos_token=self._token(eos), bos_token=self._token(bos),
                                             stop_token_ids=[eos])
-            self.format = lambda **request: formatter(**{**request, **template_kwargs})
+            self.format = lambda **request: formatter(**{**template_kwargs, **request})
             self.llama.chat_handler = chat_formatter_to_chat_completion_handler(self.format)
         return True
 
     def tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
         return self.llama.tokenize(text.encode("utf-8"), add_bos=add_bos, special=special)
 
-    def render(self, messages: list[Message]) -> str:
-        return self._formatted(messages).prompt
+    def render(self, messages: list[Message], template_kwargs: dict[str, Any]) -> str:
+        return self._formatted(messages, **template_kwargs).prompt
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         prompt = self._formatted(messages)
@@ -262,28 +282,38 @@ class Worker:
             reason = choice["finish_reason"] or reason
         yield {"finish_reason": reason}
 
-    def logprobs(self, ids: list[int], file: str) -> bool:
+    def evaluate(self, ids: list[int], where: list[int], file: str, top: str) -> bool:
         import numpy as np
 
         if len(ids) > self.llama.n_ctx():
             raise ValueError(f"{len(ids)} tokens exceed the context window of {self.llama.n_ctx()}")
         self.llama.reset()
         self.llama.eval(ids)
-        scores = self.llama.scores[:len(ids)]
+        scores = self.llama.scores[where]
         scores = scores - scores.max(axis=-1, keepdims=True)
-        np.save(file, (scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))).astype(np.float32))
+        logprobs = (scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))).astype(np.float32)
+        if not top:
+            np.savez(file, all=logprobs)
+            return True
+        following = np.array([ids[place + 1] for place in where])
+        np.savez(file, top=np.take_along_axis(logprobs, np.load(top), -1), best=logprobs.argmax(-1),
+                 next=logprobs[np.arange(len(where)), following])
         return True
 
     def metadata(self) -> dict[str, str]:
         return self.llama.metadata
 
+    def ends(self) -> dict[str, Any]:
+        model = self.llama._model
+        return {"eos": model.token_eos(), "eot": model.token_eot(), "add_bos": bool(model.add_bos_token())}
+
     def _token(self, token: int) -> str:
         return self.llama._model.token_get_text(token) if token != -1 else ""
 
-    def _formatted(self, messages: list[Message]) -> Any:
+    def _formatted(self, messages: list[Message], **template_kwargs: Any) -> Any:
         if not hasattr(self, "format"):
             raise ValueError("the GGUF holds no chat template (tokenizer.chat_template)")
-        return self.format(messages=messages)
+        return self.format(messages=messages, **template_kwargs)
 
 
 def serve() -> None:

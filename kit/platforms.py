@@ -176,14 +176,23 @@ def _check_model_folder(path: Path) -> None:
 
 
 def base_folder(recipe: Recipe) -> Path:
-    """The base model's 16-bit weights on this disk: what an adapter is merged into."""
+    """The base model's 16-bit weights on this disk: what an adapter is merged into. Fetched if they are not there.
+
+    Raises KitError when the hub can't be reached or has no such model.
+    """
     name = model_folder(recipe)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return Path(snapshot_download(name, revision=recipe.revision, local_files_only=recipe.local_files_only,
-                                  allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]))
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, revision=recipe.revision, local_files_only=recipe.local_files_only,
+                                      allow_patterns=wanted))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise KitError(f"model_name: the weights of {name} could not be fetched: "
+                       f"{str(error).strip().splitlines()[0][:300]}", hub_hint()) from None
 
 
 def hub_hint() -> str:

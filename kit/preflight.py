@@ -30,7 +30,8 @@ def _model(recipe: Recipe) -> Path | None:
     """The model's folder when it is on this disk; a hub id is left to the loader."""
     from kit.platforms import model_folder
 
-    if recipe.model_name != "starter" and recipe.hub == "modelscope":
+    there = recipe.model_name == "starter" or Path(recipe.model_name).expanduser().exists()
+    if recipe.hub == "modelscope" and not there:
         return None
     name = Path(model_folder(recipe))
     return name if name.is_dir() else None

@@ -6,6 +6,8 @@ papermill and the command line. `Recipe.load(path, learning_rate="1e-4")` reads 
 
 from __future__ import annotations
 
+import json
+import re
 import types
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kit.errors import KitError, nearest
 from kit.gguf import QUANTIZATIONS
 
+# A parameter of such a name holds a secret, and everything a notebook is given is published with it.
+SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|private)_?key)$", re.I)
+NO_SECRETS = "tokens come from the environment (HF_TOKEN) or the hub's own login (hf auth login), never from a recipe"
 PROJECT = Path(__file__).resolve().parent.parent
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_ERRORS = 20
@@ -247,6 +252,7 @@ class Recipe(BaseModel):
             if overrides.get(asked) and other not in overrides:
                 values.pop(other, None)  # the length asked for just now replaces the file's
         values.update(overrides)
+        _refuse_secrets(values)
         try:
             return cls(**values)
         except ValidationError as error:
@@ -271,6 +277,9 @@ class Recipe(BaseModel):
         for name, value in namespace.items():
             if name.startswith("_") or not isinstance(value, plain):
                 continue
+            if SECRET_NAME.search(name) and value:
+                raise KitError(f"the notebook's parameter {name!r} looks like a secret, and papermill writes every "
+                               "parameter into the notebook it makes", f"delete that notebook; {NO_SECRETS}")
             if name in cls.model_fields:
                 taken[name] = value
             elif len(name) > 4 and (close := nearest(name, cls.model_fields, cutoff=0.8)):
@@ -286,6 +295,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise KitError(f"{pair!r} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
+        if SECRET_NAME.search(name):
+            raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
         if name not in Recipe.model_fields:
             raise KitError(f"{name!r} is no recipe field{nearest(name, Recipe.model_fields)}",
                            "every field with its bounds: docs/recipe.md")
@@ -294,6 +305,18 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise KitError(f"{pair!r}: the value is not YAML: {_one_line(error)}", "quote it") from None
     return values
+
+
+def _refuse_secrets(values: dict[str, Any]) -> None:
+    """KitError for a field named like a secret, or a value that looks like one; the value itself is not repeated."""
+    from kit.checks import secret
+
+    for name, value in values.items():
+        if SECRET_NAME.search(name):
+            raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
+        if told := secret(json.dumps(value, ensure_ascii=False, default=str), addresses=False):
+            raise KitError(f"{name} holds what looks like a secret ({told}), and every field is written into the run",
+                           NO_SECRETS)
 
 
 def _find(source: str | Path) -> Path:

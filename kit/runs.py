@@ -1,6 +1,7 @@
 """The run folder: names, manifest, stages and the result that says how a run ended.
 
-runs/<name>/ holds recipe.yaml, manifest.json, log.jsonl, result.json, adapter/, merged/, gguf/ and figures/.
+runs/<name>/ holds recipe.yaml, manifest.json, log.jsonl, result.json, adapter/, merged/, gguf/, figures/, verify.json
+and report.html.
 `result.json` is the truth about a run: its `status` is `running` until `finish` or `fail` is called.
 """
 
@@ -22,10 +23,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from kit.errors import KitError
 
 if TYPE_CHECKING:
+    from kit.gates import Gates
     from kit.recipe import Recipe
 
 MADE = ("recipe.yaml", "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "data.html", "adapter", "merged",
-        "gguf", "figures", "checkpoints")
+        "gguf", "figures", "checkpoints", "reference.safetensors", "verify.json", "report.html")
 
 
 class Run:
@@ -85,6 +87,12 @@ class Run:
         self.result["stage"] = name
         self._save()
 
+    def gate(self, gates: Gates) -> None:
+        """Add gates to result.json; GateError when one of them failed."""
+        self.result.setdefault("gates", {})[gates.title] = gates.as_json()
+        self._save()
+        gates.require()
+
     def note(self, **figures: Any) -> None:
         """Add figures to result.json."""
         self.result.update(figures)
@@ -97,6 +105,11 @@ class Run:
                  for p in sorted(self.folder.rglob("*")) if p.is_file()}
         self.result.update(status="finished", stage="done", finished=_now(), files=files,
                            peak_memory_gb=round(peak_memory_gb(), 2))
+        if "forecast" in self.result:
+            from kit.forecast import score
+
+            said = {**self.result["forecast"], "train_seconds": self.result.get("train", {}).get("forecast_seconds")}
+            self.result.update(forecast=said, forecast_score=score(said, self.result))
         self._save()
 
     def fail(self, reason: str, status: str = "failed") -> None:
@@ -116,6 +129,7 @@ class Run:
         write_json(self.folder / "manifest.json", {
             "model_name": recipe.model_name, "revision": recipe.revision, "dataset": recipe.dataset,
             "data_sha256": data,
+            "base_sha256": _base_hashes(recipe),
             "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "stop_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
             "versions": versions(), "machine": vars(machine(self.folder)), "settings": notes,
@@ -131,6 +145,15 @@ class Run:
 
     def _save(self) -> None:
         write_json(self.folder / "result.json", self.result)
+
+
+def _base_hashes(recipe: Recipe) -> dict[str, str] | None:
+    """Of a base model that lies in a folder; that of a hub id is known when the adapter has been merged into it."""
+    from kit.gates.provenance import hashes_of
+    from kit.platforms import model_folder
+
+    folder = Path(model_folder(recipe))
+    return hashes_of(folder) if folder.is_dir() else None
 
 
 def _watch(run: Run) -> None:
@@ -193,6 +216,15 @@ def read_result(folder: Path) -> dict[str, Any]:
     if result.get("status") == "running" and result.get("pid") != os.getpid() and not _alive(result.get("pid")):
         result.update(status="stopped", reason="the process was killed")
     return dict(result)
+
+
+def read_manifest(run: Run) -> dict[str, Any]:
+    """manifest.json; KitError when there is none, or it is damaged."""
+    path = run.folder / "manifest.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path} can't be read: {error}", "run the recipe again") from None
 
 
 def close_dead(folder: Path, reason: str) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class Table:
         self.title = title
 
     def __repr__(self) -> str:
-        room = max(16, 100 // max(1, len(self.columns)))
-        cells = [[_wrap(text, room) for text in row] for row in [self.columns, *self.rows]]
+        rooms = _rooms([self.columns, *self.rows])
+        cells = [[_wrap(text, room) for text, room in zip(row, rooms, strict=True)]
+                 for row in [self.columns, *self.rows]]
         widths = [max(len(line) for row in cells for line in row[i]) for i in range(len(self.columns))]
         lines = [self.title] if self.title else []
         for number, row in enumerate(cells):
@@ -169,6 +170,14 @@ def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:
                 mininterval=0.5 if sys.stderr.isatty() else 5, **options)
 
 
+def clock(seconds: float) -> str:
+    """Seconds for people: 45 s, 2 min 10 s, 3 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def size(count: float) -> str:
     """Bytes for people: 1.2 GB (powers of 1000)."""
     for unit in ("B", "kB", "MB"):
@@ -180,6 +189,16 @@ def size(count: float) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _rooms(rows: list[list[str]], total: int = 110, least: int = 16) -> list[int]:
+    """Characters for each column: those that need less than their share leave the rest to the others."""
+    needed = [max((len(line) for row in rows for line in row[i].splitlines()), default=1) for i in range(len(rows[0]))]
+    rooms: dict[int, int] = {}
+    for place in sorted(range(len(needed)), key=lambda i: needed[i]):
+        share = (total - sum(rooms.values())) // (len(needed) - len(rooms))
+        rooms[place] = min(needed[place], max(least, share))
+    return [max(1, rooms[i]) for i in range(len(needed))]
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kit.errors import GateError
+from kit.gates import Gates
+from kit.gates.first_step import first_step_callback
 from kit.model import import_unsloth, resolved
 from kit.runs import Run, peak_memory_gb
-from kit.show import bar
+from kit.show import bar, clock
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -30,6 +32,12 @@ class TrainResult:
     tokens: int
     tokens_per_second: float
     peak_memory_gb: float
+    gates: Gates  # of the first step
+    forecast_seconds: float | None = None  # said after two steps
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the gates, for result.json."""
+        return {name: value for name, value in vars(self).items() if name != "gates"}
 
     @property
     def final_loss(self) -> float:
@@ -68,7 +76,6 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(_log_callback(run))
-    _check_first_batch(trainer, tokenizer)
     return trainer
 
 
@@ -87,21 +94,12 @@ def effective(trainer: SFTTrainer, recipe: Recipe) -> list[str]:
     return lines
 
 
-def _check_first_batch(trainer: SFTTrainer, tokenizer: Any) -> None:
-    """The batch the trainer really makes still trains the stop token and never the padding."""
-    rows = [trainer.train_dataset[i] for i in range(min(2, len(trainer.train_dataset)))]
-    batch = trainer.data_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
-    labels = batch["labels"]
-    if not (labels != -100).any():
-        raise GateError("every label of the first batch is masked: nothing would be trained",
-                        "check that rows have answers, and the chat template")
-    if not (labels == tokenizer.eos_token_id).any():
-        raise GateError(f"the stop token {tokenizer.eos_token!r} is in no label of the first batch: the model would "
-                        "never learn to stop", "check the chat template and max_seq_length")
-
-
 def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
-    """Train; log.jsonl gets a line per logged step. Raises GateError when the loss is no number."""
+    """Train; log.jsonl gets a line per logged step.
+
+    Raises GateError in the first step when a gradient is missing or no number, or the loss is worse than guessing
+    (kit.gates.first_step), and later when the loss is no number.
+    """
     import torch
 
     unsloth = import_unsloth()
@@ -109,6 +107,10 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
         trainer.model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    gates = Gates("first step")
+    said: list[float] = []
+    for callback in (first_step_callback(gates, trainer.model), _pace_callback(recipe, trainer.train_dataset, said)):
+        trainer.add_callback(callback)
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
@@ -121,7 +123,30 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
                         "lower learning_rate, or set dtype: float32")
     tokens = int(trainer.state.num_input_tokens_seen)
     return TrainResult(trainer.state.global_step, losses, round(seconds, 2), tokens, round(tokens / seconds, 1),
-                       round(peak_memory_gb(), 2))
+                       round(peak_memory_gb(), 2), gates, said[0] if said else None)
+
+
+def _pace_callback(recipe: Recipe, rows: Any, said: list[float]) -> Any:
+    """Says after two steps how long the training will take, and puts the seconds into `said`."""
+    from transformers import TrainerCallback
+
+    from kit.forecast import Pace, tokens_of
+
+    class PaceCallback(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.pace = Pace(state.max_steps, tokens_of(recipe, rows, state.max_steps))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began, self.tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            now = int(state.num_input_tokens_seen)
+            seconds = self.pace.step(time.perf_counter() - self.began, now - self.tokens)
+            if seconds is not None:
+                said.append(seconds)
+                print(f"forecast after two steps: {clock(seconds)} for all {state.max_steps}", flush=True)
+
+    return PaceCallback()
 
 
 def _log_callback(run: Run) -> Any:

@@ -16,8 +16,8 @@
 # # Fine-tune a model and ship a GGUF you can trust
 #
 # One recipe in, one run folder out: load → LoRA → format → answers before → train → answers after → save → merge →
-# GGUF → a check that llama.cpp answers like the model in this notebook. Run the cells from top to bottom. Every
-# choice is a field of the recipe; `docs/recipe.md` lists them all.
+# GGUF → a verdict: is what you ship what you trained? Run the cells from top to bottom. Every choice is a field of the
+# recipe; `docs/recipe.md` lists them all.
 #
 # Nothing here is a wrapper: `model` is PEFT's model, `trainer` is TRL's `SFTTrainer`, so you can leave the kit at
 # any cell and go on with what you know.
@@ -93,7 +93,19 @@ run.note(data=checked.summary())
 checked.require()
 
 # %% [markdown]
-# ## 5. Load the model and its tokenizer
+# ## 5. Rehearse the export
+#
+# Before anything is paid for, a tiny model of the same architecture, with the real tokenizer and template, goes through
+# merge, conversion, quantisation and llama.cpp. What could not be exported after training stops here.
+
+# %%
+run.stage("rehearsal")
+rehearsal = kit.rehearse(recipe)
+kit.show(rehearsal)
+run.gate(rehearsal)
+
+# %% [markdown]
+# ## 6. Load the model and its tokenizer
 #
 # The tokenizer carries the chat template of the recipe's `prompt_style` from here on: training, the answers below,
 # the merged model, the GGUF and the Modelfile all use this one template and its stop token.
@@ -106,7 +118,7 @@ print(f"{kit.model_label(recipe)}: {model.num_parameters():,} parameters, stop t
       f"pad token {tokenizer.pad_token!r}")
 
 # %% [markdown]
-# ## 6. Add LoRA
+# ## 7. Add LoRA
 #
 # The base model stays frozen; two small matrices per layer learn the difference. `r` is their rank, `lora_alpha / r`
 # their strength. More rank learns more and costs memory; the usual range is 8 to 64.
@@ -119,7 +131,7 @@ print(f"{trainable:,} of {total:,} parameters are trained: {trainable / total:.2
 run.note(trainable_parameters=trainable, parameters=total)
 
 # %% [markdown]
-# ## 7. Format the data
+# ## 8. Format the data
 #
 # Look at this before you pay for training. Highlighted is what the model learns to write: the answer and the token
 # that ends it. If the highlight is missing, cut off or covers the question, training can't repair it.
@@ -137,7 +149,15 @@ kit.show(kit.Tokens(tokenizer, data["train"][0]))
 kit.show(plots.lengths(data["train"], recipe.max_seq_length, run.figures / "lengths.png"))
 
 # %% [markdown]
-# ## 8. Answers before training
+# What the run will need on this machine. `result.json` compares it with what happened.
+
+# %%
+forecast = kit.forecast(recipe, data)
+kit.show(forecast)
+run.note(forecast=forecast.as_json())
+
+# %% [markdown]
+# ## 9. Answers before training
 #
 # The held-out rows, which training never sees, answered by the untrained model.
 
@@ -150,31 +170,38 @@ kit.show(kit.scores(before=score_before))
 run.note(score_before=score_before)
 
 # %% [markdown]
-# ## 9. Train
+# ## 10. Train
 #
 # TRL's `SFTTrainer`. The loss counts the answers only (`train_on_responses_only`). One optimiser step sees
 # `per_device_train_batch_size × gradient_accumulation_steps` rows on each device.
+#
+# First a look at what the trainer was really given: the precision of the layers, the adapters, the labels of its first
+# batch, and settings that a library changed.
 
 # %%
 run.stage("train")
 trainer = kit.make_trainer(model, tokenizer, data, recipe)
-for line in kit.effective(trainer, recipe):
-    print("in effect:", line)
+checks = kit.check_trainer(trainer, tokenizer, recipe)
+kit.show(checks)
+run.gate(checks)
+
+# %%
 result = kit.train(trainer, recipe)
 print(f"{result.steps} steps in {result.train_seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, "
       f"peak memory {result.peak_memory_gb:.1f} GB")
-run.note(train=vars(result))
+run.note(train=result.figures())
+run.gate(result.gates)
 
 # %% [markdown]
 # A healthy curve falls fast, then slowly. Flat from the start: `learning_rate` too low, or nothing is trained (look
-# at step 7). Falling to nearly zero: the rows are learnt by heart; train shorter or on more rows. Jumping up:
+# at step 8). Falling to nearly zero: the rows are learnt by heart; train shorter or on more rows. Jumping up:
 # lower `learning_rate`, or raise `warmup_steps`.
 
 # %%
 kit.show(plots.loss(result, run.figures / "loss.png"))
 
 # %% [markdown]
-# ## 10. Answers after training
+# ## 11. Answers after training
 #
 # One answer streamed as it is written, then the same held-out rows as before.
 
@@ -192,65 +219,52 @@ kit.show(kit.scores(before=score_before, after=score_after))
 run.note(score_after=score_after, stopped_after=sum(reply.stopped for reply in after) / len(after))
 
 # %% [markdown]
-# ## 11. Save the adapter, and load it again
+# ## 12. Save the adapter
 #
-# What was saved must answer like what is in memory; otherwise the next steps would ship something else.
+# Before the model leaves memory, what it holds of some held-out rows is written down: its next-token distributions and
+# its answers. The verdict at the end compares everything that is shipped with this.
 
 # %%
 run.stage("save")
-in_memory = kit.answer(model, tokenizer, prompts[:5], recipe)
 saved = kit.save_adapter(model, tokenizer, run)
+print(kit.record(model, tokenizer, data, after, recipe, run))
 del model, trainer
 kit.free_memory()
-model, tokenizer = kit.reload(saved, recipe)
-again = kit.answer(model, tokenizer, prompts[:5], recipe)
-kit.same_answers(in_memory, again, str(saved))
 
 # %% [markdown]
-# ## 12. Merge into a 16-bit model
+# ## 13. Merge into a 16-bit model
 #
 # The adapter is added to the base model's own 16-bit weights, also after 4-bit or 8-bit training. `merged/` is a
 # complete Hugging Face folder for vLLM or transformers.
 
 # %%
 run.stage("merge")
-del model
-kit.free_memory()
 merged = kit.merge(saved, run, recipe)
 print(merged or "save_merged is none: no merged model, no GGUF")
 
 # %% [markdown]
-# ## 13. GGUF for llama.cpp and Ollama
+# ## 14. GGUF for llama.cpp and Ollama
 #
 # llama.cpp's own converter and quantiser, from the source archive of the installed llama-cpp-python: no clone, no
 # compiler, nothing fetched.
 
 # %%
 run.stage("gguf")
-files = kit.export_gguf(merged, run.gguf, recipe.gguf, kit.model_label(recipe)) if recipe.gguf else []
+files = kit.export_gguf(merged, run.gguf, recipe.gguf, kit.model_label(recipe), kit.about(run)) if recipe.gguf else []
 rows = [[path.name, kit.size(path.stat().st_size)] for path in files]
 kit.show(kit.Table(["file", "size"], rows))
 
 # %% [markdown]
-# ## 14. Does llama.cpp answer like this notebook?
+# ## 15. Answers of llama.cpp
 #
-# Each file is loaded by llama-cpp-python in a process of its own. It must turn a conversation into the very token
-# ids the training saw, answer, and stop by itself. Then the last file of the list answers the held-out rows.
+# The last file of the list, loaded by llama-cpp-python in a process of its own, answers the held-out rows.
 
 # %%
-run.stage("smoke")
-conversations = data["test" if len(data["test"]) else "train"]["messages"]
-shortest = min(conversations, key=lambda messages: len(messages[-1]["content"]))
-smoke = [kit.smoke_test(path, tokenizer, kit.with_system(shortest, recipe), max(256, recipe.max_new_tokens),
-                        template_kwargs=kit.template_kwargs(recipe)) for path in files]
-rows = [[s["gguf"], s["answer"], s["finish_reason"], s["tokens_per_second"]] for s in smoke]
-kit.show(kit.Table(["file", "answer", "ended by", "tokens/s"], rows))
-run.note(smoke=smoke)
-
-# %%
+run.stage("ask")
 scores = {"before": score_before, "after": score_after}
 for path in files[-1:]:
     replies = kit.answer(path, None, prompts, recipe)
+    kit.show(kit.side_by_side(prompts, references, llama_cpp=replies))
     scores[path.stem.rpartition("-")[2]] = kit.score([reply.text for reply in replies], references, recipe.metric)
 kit.show(kit.scores(**scores))
 run.note(scores=scores)
@@ -260,7 +274,7 @@ figure = plots.before_after(scores, run.figures / "scores.png")
 kit.show(figure or "no metric, no figure")
 
 # %% [markdown]
-# ## 15. Modelfile for Ollama
+# ## 16. Modelfile for Ollama
 #
 # Written from the trained template, so that `ollama create` gives a model that sees the prompts it was trained on.
 
@@ -273,10 +287,26 @@ for path in files[-1:]:
     print(modelfile.read_text(encoding="utf-8"))
 
 # %% [markdown]
-# ## 16. What lies where, and what to do next
+# ## 17. Is what you ship what you trained?
+#
+# Everything is read back from the disk and compared with what the trained model held: the adapter, the merged model
+# (tensor by tensor, and as a model), and each GGUF with its tokenizer, template, stop token and Modelfile. `kit verify`
+# does the same later, on this machine or another.
+
+# %%
+run.stage("verify")
+kit.seal(run)
+verdict = kit.verify(run)
+kit.show(verdict)
+run.note(verdict=verdict.verdict)
+verdict.require()
+
+# %% [markdown]
+# ## 18. What lies where, and what to do next
 
 # %%
 run.finish()
+print(f"the run's page, with the verdict on top: {kit.write_report(run)}")
 rows = [[name, kit.size(size)] for name, size in run.result["files"].items()]
 kit.show(kit.Table(["file", "size"], rows, title=str(run.folder)))
 print(f"ask it:     kit ask {run.folder}")
@@ -284,7 +314,7 @@ if files:
     print(f"in Ollama:  cd {run.gguf} && ollama create {recipe.run_name} -f Modelfile && ollama run {recipe.run_name}")
 
 # %% [markdown]
-# - **Answers are poor?** Read the table of step 10 field by field, then add rows that show what is missing. More and
+# - **Answers are poor?** Read the table of step 11 field by field, then add rows that show what is missing. More and
 #   better rows beat every other setting. Still learning when it stopped: more `num_train_epochs` or `max_steps`.
 #   Good in training, poor on held-out rows: fewer epochs, `lora_dropout: 0.05`, or smaller `r`.
 # - **Out of memory?** In this order: `load_in_4bit: true`, `use_gradient_checkpointing: unsloth`, half of

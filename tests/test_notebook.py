@@ -86,8 +86,10 @@ def test_the_data_notebook_runs_with_its_own_file_and_with_another(tmp_path: Pat
 
 def test_every_stage_of_the_promise_is_there() -> None:
     text = "\n".join(code_cells(PROJECT / "notebooks" / "01_finetune.py"))
-    order = ["Recipe.load", "kit.machine", "kit.lint", "load_model", "add_lora", "load_data", "kit.Tokens",
-             "plots.lengths", "kit.answer", "make_trainer", "kit.train(", "plots.loss", "kit.stream", "after=after",
-             "save_adapter", "kit.reload", "kit.merge", "export_gguf", "smoke_test", "write_modelfile", "run.finish"]
+    order = ["Recipe.load", "kit.machine", "kit.lint", "kit.rehearse", "load_model", "add_lora", "load_data",
+             "kit.Tokens", "plots.lengths", "kit.forecast", "kit.answer", "make_trainer", "kit.check_trainer",
+             "kit.train(", "plots.loss", "kit.stream", "after=after", "save_adapter", "kit.record", "kit.merge",
+             "export_gguf", "write_modelfile", "kit.seal", "kit.verify", "verdict.require", "run.finish",
+             "kit.write_report"]
     places = [text.index(name) for name in order]
     assert places == sorted(places)

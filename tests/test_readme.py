@@ -19,6 +19,8 @@ RUN_BY = {
     "kit lint data/messy-faq.csv": ("tests/test_readme.py", "test_the_data_check_of_the_readme"),
     "kit lint --recipe recipes/": ("tests/test_lint_command.py", "--recipe"),
     "kit train recipes/quickstart.yaml": ("tests/test_run.py", '"train", "recipes/quickstart.yaml"'),
+    "kit doctor recipes/quickstart.yaml": ("tests/test_doctor.py", "recipes/quickstart.yaml"),
+    "kit verify quickstart": ("tests/test_run.py", 'kit("verify"'),
     "papermill notebooks/01_finetune.ipynb": ("tests/test_run.py", "test_plain_papermill"),
 }
 

@@ -1,0 +1,130 @@
+"""What kit.forecast says against what happens, with the starter model.
+
+    python benchmarks/forecast.py                     every variant of a short training, a process each
+    python benchmarks/forecast.py 4-bit long          those variants only
+    python benchmarks/forecast.py runs/quickstart     finished runs
+
+A variant trains and does not answer, so `answers` is left out of its forecast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+WORDS = (PROJECT / "README.md").read_text(encoding="utf-8").split()
+LONG: dict[str, Any] = {"dataset": "long", "max_seq_length": 1024, "per_device_train_batch_size": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "quickstart": {},
+    "batch-1": {"per_device_train_batch_size": 1},
+    "batch-8": {"per_device_train_batch_size": 8},
+    "checkpointing": {"use_gradient_checkpointing": True},
+    "long": LONG,
+    "long-checkpointing": {**LONG, "use_gradient_checkpointing": True},
+    "r-64": {"r": 64},
+    "4-bit": {"load_in_4bit": True},
+    "8-bit": {"load_in_8bit": True},
+    "full": {"full_finetuning": True, "learning_rate": 1e-4},
+    "float32": {"dtype": "float32"},
+}
+
+
+def long_rows(path: Path) -> None:
+    """60 rows that fill 600 to 1,000 tokens."""
+    random_ = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(60):
+            text = " ".join(random_.choices([word for word in WORDS if word.isalpha()], k=random_.randint(450, 620)))
+            file.write(json.dumps({"instruction": f"Shorten text {i}.", "input": text, "output": text[:200]}) + "\n")
+
+
+def measure(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Train a few steps here; the forecast, with the time told after two steps, and what happened."""
+    from transformers import TrainerCallback
+
+    from kit import Recipe, add_lora, load_data, load_model, make_trainer, train
+    from kit.forecast import Pace, forecast
+
+    if fields.get("dataset") == "long":
+        long_rows(folder / "long.jsonl")
+        fields = {**fields, "dataset": str(folder / "long.jsonl")}
+    recipe = Recipe.load(PROJECT / "recipes" / "quickstart.yaml", output_dir=str(folder),
+                         **{"max_steps": 6, **fields})
+    model, tokenizer = load_model(recipe)
+    model = add_lora(model, recipe)
+    data = load_data(recipe, tokenizer)
+    said = forecast(recipe, data)
+    trainer = make_trainer(model, tokenizer, data, recipe)
+    assert said.steps
+    pace, seconds = Pace(said.steps, said.tokens), []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began, self.tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            told = pace.step(time.perf_counter() - self.began, int(state.num_input_tokens_seen) - self.tokens)
+            seconds.extend([told] if told else [])
+
+    import time
+
+    trainer.add_callback(Clock())
+    result = train(trainer, recipe)
+    parts = {name: size for name, size in said.memory_gb.items() if name != "answers"}
+    return {"forecast_gb": round(sum(parts.values()), 2), "peak_gb": result.peak_memory_gb, "parts": parts,
+            "forecast_steps": said.steps, "steps": result.steps, "forecast_tokens": said.tokens,
+            "tokens": result.tokens, "forecast_seconds": seconds[0] if seconds else None,
+            "seconds": result.train_seconds}
+
+
+def in_a_process(fields: dict[str, Any]) -> dict[str, Any]:
+    """`measure` in a process of its own, so that its peak memory is its own."""
+    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(fields)], cwd=PROJECT, capture_output=True,
+                          text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"{', '.join(VARIANTS)}; or folders of finished runs")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(json.loads(chosen.one), Path(folder))))
+        return
+    for name in chosen.names or VARIANTS:
+        if name not in VARIANTS:
+            finished(Path(name))
+            continue
+        found = in_a_process(VARIANTS[name])
+        parts = ", ".join(f"{part} {size:.2f}" for part, size in found["parts"].items())
+        print(f"{name:18} memory {found['forecast_gb']:5.2f} said, {found['peak_gb']:5.2f} GB happened "
+              f"({found['peak_gb'] / found['forecast_gb']:.2f}); steps {found['forecast_steps']}, {found['steps']}; "
+              f"seconds {found['forecast_seconds']}, {found['seconds']}; {parts}", flush=True)
+
+
+def finished(folder: Path) -> None:
+    """The score of a run, forecast afresh from its recipe and data."""
+    from kit import load_data, load_tokenizer
+    from kit.forecast import forecast, score
+    from kit.runs import Run
+
+    run = Run.open(folder)
+    said = forecast(run.recipe, load_data(run.recipe, load_tokenizer(run.recipe)))
+    print(f"{folder}: happened / forecast {score(said.as_json(), run.result)}\n{said}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

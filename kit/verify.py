@@ -1,0 +1,261 @@
+"""`kit verify`: is what a run ships what it trained? Every gate over a run folder, and the verdict.
+
+Checked are the files (hashes, secrets, origin), the merge tensor by tensor, tokenizer, shape, template and stop token
+of each artefact, and parity: the trained model's next-token distributions, kept by `kit.record`, against the adapter
+loaded again, the merged model and each GGUF.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kit.errors import KitError
+from kit.gates import Gates
+from kit.gates.contents import check_contents
+from kit.gates.merge import check_merge
+from kit.gates.parity import DIFFERS, TOLERANCES, compare, gguf_engine, itself, judge
+from kit.gates.provenance import about, check_hashes, check_origin, check_secrets
+from kit.gates.reference import Reference, in_float32, reread, torch_engine
+from kit.gates.stop import Stops, check_rates
+from kit.gates.template import Case, cases, check_gguf_template, check_modelfile
+from kit.gguf_file import check_gguf, read_header
+from kit.prompts import Message
+from kit.runs import Run, write_json
+
+if TYPE_CHECKING:
+    from kit.recipe import Recipe
+
+TRAINING_ROWS = 200  # whose labels are made again and looked at
+POINTS = 0.05  # by which a GGUF's held-out score may be below the adapter's
+
+
+class Held(NamedTuple):
+    """What the run held out, and the trained tokenizer with some rows as it encodes them."""
+
+    tokenizer: Any
+    talks: list[list[Message]]
+    encoded: list[tuple[list[int], list[int]]]
+
+
+def verify(run: Run | str | Path) -> Gates:
+    """Check a run's artefacts, write verify.json and report.html into its folder, and return the gates.
+
+    A failed gate is in the result, not an exception. Raises KitError when there is no such run, or it made no model.
+    """
+    from kit.report import write_report
+
+    run = run if isinstance(run, Run) else Run.open(run)
+    recipe = run.recipe
+    saved = run.adapter if (run.adapter / "adapter_config.json").is_file() else run.merged
+    if not (saved / "tokenizer_config.json").is_file():
+        raise KitError(f"{run.folder} holds no trained model ({run.result.get('status', 'not started')} at "
+                       f"{run.result.get('stage', 'the start')})", "let the run come to its end first")
+    began = time.perf_counter()
+    gates = Gates(f"verify {run.folder.name}", _recorded(run))
+    scores = _check_all(gates, run, recipe, saved)
+    write_json(run.folder / "verify.json", {
+        "passed": gates.passed, "verdict": gates.verdict, "checked": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(time.perf_counter() - began, 1), "gates": gates.as_json(), "scores": scores,
+        "tolerances": {name: tolerance._asdict() for name, tolerance in TOLERANCES.items()}})
+    write_report(run)
+    return gates
+
+
+def _recorded(run: Run) -> list[Any]:
+    """The gates that passed before training, a line for each stage."""
+    summary = Gates("")
+    for stage, found in run.result.get("gates", {}).items():
+        earlier = Gates.from_json(stage, found)
+        summary.check(stage, earlier.passed, earlier.verdict, "", "; ".join(gate.detail for gate in earlier.failed))
+    return summary.gates
+
+
+def _check_all(gates: Gates, run: Run, recipe: Recipe, saved: Path) -> dict[str, dict[str, float]]:
+    """Every gate, the cheap ones first; returns the held-out scores by artefact."""
+    _say("files")
+    with gates.guard("sha256"):
+        check_hashes(gates, run)
+    check_secrets(gates, run)
+    reference = held = None
+    with gates.guard("reference"):
+        reference = Reference.load(run.folder / "reference.safetensors")
+        held = _held(saved, recipe)
+    if reference is None or held is None:
+        return {}
+    own = itself(reference)
+    conversations = sum(row.held_out for row in reference.rows)
+    gates.check("in memory", None, f"NLL {own.nll:.4f} on {own.tokens:,} answer tokens of {conversations} held-out "
+                f"conversations, in {reference.precision}", "", "what the others are compared with")
+    merged = run.merged if (run.merged / "config.json").is_file() else None
+    files = sorted(run.gguf.glob("*.gguf"))
+    _check_stops(gates, run, held, merged, files)
+    if saved == run.adapter:
+        if merged:
+            from kit.platforms import base_folder
+
+            _say("merge")
+            with gates.guard("merge"):
+                check_merge(gates, base_folder(recipe), saved, merged)
+        _say("adapter and base")
+        with gates.guard("parity adapter"):
+            _check_adapter(gates, saved, recipe, reference)
+    if merged:
+        _say("merged model")
+        with gates.guard("parity merged"):
+            reference = _check_merged(gates, merged, recipe, reference)
+    if not merged:
+        files = []
+    modelfile = run.gguf / "Modelfile"
+    every = list(cases(held.tokenizer, recipe, held.talks))
+    shipped = {}
+    for path in files:
+        _say(path.name)
+        with gates.guard(f"file {path.stem}"):
+            replies = _check_file(gates, path, run, recipe, reference, held, every, modelfile)
+            if replies:
+                shipped[path.stem.rpartition("-")[2]] = replies
+    if modelfile.is_file() and not any(gate.name == "template Modelfile" for gate in gates.gates):
+        gates.check("template Modelfile", False, "not checked", "the training's token ids",
+                    "the GGUF that it names is not there or not sound", "export again")
+    return _check_answers(gates, recipe, reference, held, shipped)
+
+
+def _say(what: str) -> None:
+    print(f"verify: {what} …", flush=True)
+
+
+def _held(saved: Path, recipe: Recipe) -> Held:
+    from transformers import AutoTokenizer
+
+    from kit.masks import Formatter
+    from kit.splits import read_splits
+
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    train, held_out = read_splits(recipe)
+    talks = [row.messages for row in (held_out if len(held_out) else train)]
+    trained = [row.messages for row in train[:TRAINING_ROWS]]
+    return Held(tokenizer, talks, list(Formatter(tokenizer, recipe).encode(trained + talks[:TRAINING_ROWS])))
+
+
+def _check_stops(gates: Gates, run: Run, held: Held, merged: Path | None, files: list[Path]) -> None:
+    with gates.guard("stop token"):
+        stops = Stops(held.tokenizer, held.encoded)
+        for folder in (run.adapter, merged):
+            if folder and folder.is_dir():
+                stops.add_folder(folder)
+        for path in files:
+            try:
+                stops.add_gguf(path.stem.rpartition("-")[2], read_header(path).fields)
+            except KitError:
+                continue  # the file's own gate says what is wrong with it
+        if (run.gguf / "Modelfile").is_file():
+            stops.add_modelfile((run.gguf / "Modelfile").read_text(encoding="utf-8"))
+        stops.check(gates)
+
+
+def _check_adapter(gates: Gates, adapter: Path, recipe: Recipe, reference: Reference) -> None:
+    """The adapter from disk against the one in memory, and, as a control, the base without it."""
+    from kit.model import free_memory, reload
+
+    model, _ = reload(adapter, recipe)
+    with in_float32(model):
+        judge(gates, "adapter", compare(reference, torch_engine(model)), "adapter", reference.precision)
+        with model.disable_adapter():
+            base = compare(reference, torch_engine(model))
+    del model
+    free_memory()
+    changed = base.mean_kl > DIFFERS
+    gates.check("control: the base differs", changed, str(base), f"mean KL > {DIFFERS:g}", "" if changed else
+                "the adapter changes nothing: the base model predicts the same", "train longer, or with a higher "
+                "learning_rate; a loss that does not fall says the same")
+
+
+def _check_merged(gates: Gates, merged: Path, recipe: Recipe, reference: Reference) -> Reference:
+    """The merged folder in transformers. Returns what GGUFs are to be compared with.
+
+    An adapter trained on a quantised base and merged into the 16-bit one gives another model than was trained; files
+    made from it are then compared with it, not with the model in memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kit.model import free_memory
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", trust_remote_code=recipe.trust_remote_code,
+                                                 device_map=device)
+    quantised = recipe.load_in_4bit or recipe.load_in_8bit
+    with in_float32(model) as precision:
+        kind = "merged from a quantised base" if quantised else "merged"
+        judge(gates, "merged", compare(reference, torch_engine(model)), kind, reference.precision)
+        if quantised:
+            reference = reread(model, reference)._replace(precision=precision)
+    del model
+    free_memory()
+    return reference
+
+
+def _check_file(gates: Gates, path: Path, run: Run, recipe: Recipe, reference: Reference, held: Held,
+                every: list[Case], modelfile: Path) -> dict[int, tuple[str, bool]]:
+    """One GGUF, from its bytes to its answers; returns {held-out row: (answer, stopped)}, {} when it is not sound."""
+    from kit.llama_child import LlamaChild
+
+    quantization = path.stem.rpartition("-")[2]
+    check_gguf(path)
+    header = read_header(path)
+    check_origin(gates, quantization, header, about(run))
+    if not check_contents(gates, quantization, header, run.merged):
+        return {}  # llama.cpp would split text in another way, or end its process
+    longest = max(max(len(row.ids) for row in reference.rows), *(len(case.ids) for case in every))
+    with LlamaChild(path, n_ctx=longest + 16, logits=True) as child:
+        check_gguf_template(gates, quantization, child, held.tokenizer, every)
+        figures = compare(reference, gguf_engine(child))
+        against = "against merged, whose base was quantised in training" if \
+            recipe.load_in_4bit or recipe.load_in_8bit else ""
+        judge(gates, quantization, figures, quantization, reference.precision, against)
+        if modelfile.is_file() and f"FROM ./{path.name}\n" in modelfile.read_text(encoding="utf-8", errors="replace"):
+            check_modelfile(gates, modelfile, child, held.tokenizer, every, recipe.system_prompt or "")
+    return _answers(path, recipe, reference, held, figures.answers)
+
+
+def _answers(path: Path, recipe: Recipe, reference: Reference, held: Held,
+             same: dict[int, bool]) -> dict[int, tuple[str, bool]]:
+    """The GGUF's greedy answers to the reference's rows; only those that differ from the adapter's are generated."""
+    from kit.infer import answer
+
+    replies = {number: reference.answers[number] for number, equal in same.items() if equal}
+    others = [number for number, equal in same.items() if not equal]
+    if others:
+        greedy = recipe.model_copy(update={"temperature": 0.0, "repetition_penalty": 1.0})
+        found = answer(path, None, [held.talks[number][:-1] for number in others], greedy)
+        replies |= {number: (reply.text, reply.stopped) for number, reply in zip(others, found, strict=True)}
+    return replies
+
+
+def _check_answers(gates: Gates, recipe: Recipe, reference: Reference, held: Held,
+                   shipped: dict[str, dict[int, tuple[str, bool]]]) -> dict[str, dict[str, float]]:
+    """Stop rates and held-out scores of adapter and GGUFs over the rows that all of them answered."""
+    from kit.score import score
+
+    numbers = sorted({row.number for row in reference.rows if row.own})
+    if not numbers:
+        return {}
+    replies = {"adapter": {number: reference.answers[number] for number in numbers}, **shipped}
+    rates = {name: sum(answers[n][1] for n in numbers) / len(numbers) for name, answers in replies.items()}
+    check_rates(gates, rates.pop("adapter"), rates, len(numbers))
+    references = [held.talks[number][-1]["content"] for number in numbers]
+    scores = {name: score([answers[n][0] for n in numbers], references, recipe.metric)
+              for name, answers in replies.items()}
+    if recipe.metric == "none":
+        return {}
+    adapter = scores["adapter"]["exact"]
+    low = {name: values["exact"] for name, values in scores.items()
+           if name in ("f16", "bf16", "q8_0") and values["exact"] < adapter - POINTS}
+    gates.check("held-out score", not low,
+                ", ".join(f"{name} {values['exact']:.1%}" for name, values in scores.items()),
+                f"f16, bf16, q8_0: at most {100 * POINTS:.0f} points below the adapter",
+                f"{len(numbers)} rows" + "".join(f"; {name} is below" for name in low),
+                "export again; a k-quant that loses too much: q8_0" if low else "")
+    return scores
