@@ -53,7 +53,6 @@ _HOMES = {
     "show": "show",
     "side_by_side": "show",
     "size": "show",
-    "smoke_test": "gguf",
     "stream": "infer",
     "template_kwargs": "prompts",
     "train": "train",

@@ -27,8 +27,6 @@ INDEX = "model.safetensors.index.json"
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder that appears complete or not at all; what it replaces stays until then."""
-    from safetensors import SafetensorError
-
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -39,7 +37,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # safetensors and tokenizers raise types of their own, with the system's words in them.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
         raise KitError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}",
                        "free disk space or choose another output_dir") from error
     finally:
@@ -79,8 +80,7 @@ def merge(saved: Path, run: Run, recipe: Recipe) -> Path | None:
         return saved
     base = base_folder(recipe)
     merge_adapter(base, saved, run.merged)
-    manifest = read_manifest(run)
-    if not manifest["base_sha256"]:
+    if (run.folder / "manifest.json").is_file() and not (manifest := read_manifest(run)).get("base_sha256"):
         write_json(run.folder / "manifest.json", {**manifest, "base_sha256": hashes_of(base)})
     return run.merged
 

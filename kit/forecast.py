@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,6 +257,3 @@ def score(said: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
 
 def _folder(name: str) -> str:
     return name.replace("\\", "/").partition("/")[0]
-
-
-__all__: Sequence[str] = ("Forecast", "Pace", "forecast", "score")

@@ -7,10 +7,12 @@ dropout masks; RMSNorm keeps its input in float32; a gated MLP keeps three tenso
 keeps no input, but each LoRA module keeps a 16-bit copy of its own. PyTorch's saved_tensors_hooks count 30.4 kB per
 layer and token for two rows of 750 tokens of the starter model, and this 30.1.
 
-Measured with `benchmarks/forecast.py` on a CPU (starter model, six steps; happened / forecast): 0.82 to 1.3 over batch
-sizes 1 to 8, rows of 256 and 1,024 tokens, with and without checkpointing, 4-bit, 8-bit, float32, r=64 and full
-finetuning. What is not exact is how the heap is cut up, which differs between two runs of one recipe. The GPU's figures
-have not been measured.
+Measured with `benchmarks/forecast.py` on a CPU (starter model, six steps; happened / forecast): 0.90 to 1.07 over
+batch sizes 1 to 8, rows of 115 and 760 tokens, 4-bit, 8-bit, float32, r=64, full finetuning and checkpointing; 1.32
+for the long rows with checkpointing. Longer runs need more, as the heap gets more holes: the demo's 125 steps, with
+answers before them, took 2.66 GB, 1.31 times the forecast, and its whole notebook 3.96 GB, 1.96 times. 1.1 GB of that
+are copies of the output head, made by PyTorch on a CPU when a batch of prompts is read; they are not forecast. A GPU's
+figures have not been measured.
 """
 
 from __future__ import annotations

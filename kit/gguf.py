@@ -13,12 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from kit.errors import GateError, KitError, nearest
 from kit.gguf_file import check_gguf
-from kit.llama_child import LlamaChild, child_command, child_environment, how_it_ended, last_trouble
-from kit.modelfile import around_difference
+from kit.llama_child import child_command, child_environment, how_it_ended, last_trouble
 
 QUANTIZATIONS: dict[str, str] = {
     "f16": "16 bits per weight: exact for nearly every trained weight; the reference when sizes are compared",
@@ -167,64 +165,3 @@ def _run(command: list[str], what: str) -> None:
     if done.returncode:
         raise GateError(f"{what} failed ({how_it_ended(done.returncode)}): {last_trouble(said)}",
                         "mend the cause and export again; nothing has to be trained again")
-
-
-def smoke_test(gguf: Path, tokenizer: Any, conversation: list[dict[str, str]], max_new_tokens: int,
-               seconds: float = 120, template_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Load the GGUF in a child, compare prompt and token ids with the trainer's tokenizer, and let it answer.
-
-    `conversation` ends with a user's turn; an assistant's turn after it (the expected answer) is compared in tokens
-    too, but not shown to the model. Raises GateError for a differing prompt or token, an answer that does not stop
-    by itself within `max_new_tokens`, or a child that dies or is silent for `seconds`. Returns gguf, answer,
-    finish_reason, prompt_tokens, load_seconds and tokens_per_second.
-    """
-    check_gguf(gguf)
-    options = template_kwargs or {}
-    prompt = conversation[:-1] if conversation[-1]["role"] == "assistant" else conversation
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
-    whole_ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-
-    start = time.monotonic()
-    with LlamaChild(gguf, n_ctx=max(len(ids), len(whole_ids)) + max_new_tokens + 8, seconds=seconds,
-                    template_kwargs=options) as child:
-        load_seconds = time.monotonic() - start
-        _same_text(text, child.render(prompt), Path(gguf).name)
-        _same_ids(tokenizer, ids, child.prompt_ids(prompt), Path(gguf).name)
-        _same_ids(tokenizer, whole_ids, child.tokenize(whole), Path(gguf).name)
-        answer, times = "", []
-        for piece in child.stream(prompt, max_new_tokens):
-            answer += piece
-            times.append(time.monotonic())
-        reason = child.finish_reason
-    if reason != "stop":
-        raise GateError(f"{Path(gguf).name} did not stop by itself within {max_new_tokens} tokens; it ended with "
-                        f"{answer[-80:]!r}",
-                        "train longer, allow more max_new_tokens, or check that the template's stop token is trained")
-    speed = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0  # reading the prompt left out
-    return {"gguf": str(gguf), "answer": answer, "finish_reason": reason, "prompt_tokens": len(ids),
-            "load_seconds": round(load_seconds, 2), "tokens_per_second": round(speed, 1)}
-
-
-def _same_text(trained: str, shipped: str, name: str) -> None:
-    if trained != shipped:
-        expected, found = around_difference(trained, shipped)
-        raise GateError(f"{name}: its chat template makes another prompt than the trained one: "
-                        f"trained {expected!r}, GGUF {found!r}",
-                        "export again from the folder whose tokenizer holds the trained template")
-
-
-def _same_ids(tokenizer: Any, trained: list[int], shipped: list[int], name: str) -> None:
-    if trained != shipped:
-        at = next((i for i, (a, b) in enumerate(zip(trained, shipped, strict=False)) if a != b),
-                  min(len(trained), len(shipped)))
-        before = tokenizer.decode(trained[max(0, at - 8):at])
-        raise GateError(f"{name} splits text into other tokens than the trainer's tokenizer: after {before!r} "
-                        f"(token {at}) the trainer has {_tokens(tokenizer, trained[at:at + 5])}, "
-                        f"the GGUF {_tokens(tokenizer, shipped[at:at + 5])}",
-                        "the converter took the tokenizer for another kind: check the merged tokenizer.json")
-
-
-def _tokens(tokenizer: Any, ids: list[int]) -> str:
-    return f"{ids} {tokenizer.convert_ids_to_tokens(ids)}"

@@ -14,6 +14,10 @@ _PAIR = re.compile(r'^\{\{- (?:else )?if and \(eq \$previous "(\w*)"\) \(eq \.Ro
                    r'(?:\{\{ if eq \(len \(slice \$\.Messages \$i\)\) 1 \}\}' + _TEXT + r'\{\{ else \}\})?' + _TEXT)
 _OPENING = re.compile(r'^\{\{- if eq \$previous "user" \}\}' + _TEXT)
 _ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|U([0-9a-f]{8})|(.))")
+# A comment, a text between triple quotes (the closing ones stand at a line's end), a word, a parameter; or nothing.
+_COMMAND = re.compile(r'(?:(?P<comment>#) ?(?P<note>.*)|(?P<block>TEMPLATE|SYSTEM) """(?P<text>(?s:.*?))"""|'
+                      r'(?P<word>FROM|PARAMETER) (?P<value>.*\S)|)[ \t]*(?:\n|\Z)')
+ONCE = ("FROM", "TEMPLATE", "SYSTEM")
 WRITE_AGAIN = "write it again: kit.write_modelfile, or kit run of the recipe"
 
 
@@ -34,19 +38,40 @@ class Modelfile(NamedTuple):
 
 
 def read_modelfile(path: Path) -> Modelfile:
-    """Raises KitError for a missing file, one without FROM or TEMPLATE, and a template that the kit did not write."""
+    """Raises KitError for a missing file, and for one that sends something else than what the kit writes can send."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # carriage returns are sent to the model too
     except (OSError, UnicodeDecodeError) as error:
         raise KitError(f"{path} can't be read: {error}", WRITE_AGAIN) from None
-    gguf = re.search(r"^FROM (?:\./)?(.+)$", text, re.MULTILINE)
-    template = re.search(r'^TEMPLATE """(.*?)"""', text, re.MULTILINE | re.DOTALL)
-    if not gguf or not template:
-        raise KitError(f"{path} has no {'FROM' if not gguf else 'TEMPLATE'}: Ollama would guess one", WRITE_AGAIN)
-    system = re.search(r'^SYSTEM """(.*?)"""', text, re.MULTILINE | re.DOTALL)
-    return Modelfile(gguf[1].strip(), _joints(path, template[1]), system[1] if system else "",
-                     re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE),
-                     re.findall(r"^# (.*)$", text[:gguf.start()], re.MULTILINE))
+    commands = _commands(path, text)
+    notes = [value for name, value in commands if name == "#"]
+    found = {name: value for name, value in commands if name in ONCE}
+    for name in ("FROM", "TEMPLATE"):
+        if name not in found:
+            raise KitError(f"{path} has no {name}: Ollama would guess one", WRITE_AGAIN)
+    parameters = [value.partition(" ") for name, value in commands if name == "PARAMETER"]
+    stops = [value.removeprefix('"').removesuffix('"') for name, _, value in parameters if name == "stop"]
+    return Modelfile(found["FROM"].removeprefix("./"), _joints(path, found["TEMPLATE"]), found.get("SYSTEM", ""), stops,
+                     notes)
+
+
+def _commands(path: Path, text: str) -> list[tuple[str, str]]:
+    """[(command, or # for a comment, its value)]; KitError for a line that Ollama might read in another way."""
+    commands: list[tuple[str, str]] = []
+    at = 0
+    while at < len(text):
+        found = _COMMAND.match(text, at)
+        part = found.groupdict(default="") if found else {}
+        name = part.get("comment") or part.get("block") or part.get("word") or ""
+        if not found or (name in ONCE and name in dict(commands)):
+            line = text[at:].partition("\n")[0]
+            why = "there is one already" if found else "it is not of a form that the kit writes"
+            raise KitError(f"{path}: line {text.count(chr(10), 0, at) + 1}, {line[:80]!r}: {why}, so what Ollama sends "
+                           "to the model is not known", WRITE_AGAIN)
+        if name:
+            commands.append((name, part["note"] or part["text"] or part["value"]))
+        at = found.end()
+    return commands
 
 
 def _joints(path: Path, template: str) -> Joints:

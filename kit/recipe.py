@@ -272,12 +272,14 @@ class Recipe(BaseModel):
 
         A variable that is nearly a field's name is taken for a slip and refused.
         """
+        from kit.checks import secret
+
         plain = (str, int, float, bool, list, dict, types.NoneType)
         taken = {}
         for name, value in namespace.items():
             if name.startswith("_") or not isinstance(value, plain):
                 continue
-            if SECRET_NAME.search(name) and value:
+            if value and (SECRET_NAME.search(name) or (isinstance(value, str) and secret(value, addresses=False))):
                 raise KitError(f"the notebook's parameter {name!r} looks like a secret, and papermill writes every "
                                "parameter into the notebook it makes", f"delete that notebook; {NO_SECRETS}")
             if name in cls.model_fields:
@@ -290,11 +292,14 @@ class Recipe(BaseModel):
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """['learning_rate=1e-4', 'gguf=[q8_0]'] → fields; each value is read as YAML."""
+    from kit.checks import secret
+
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise KitError(f"{pair!r} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
+            told = secret(pair, addresses=False)  # not to be repeated in a log
+            raise KitError(f"{told or repr(pair)} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
         if SECRET_NAME.search(name):
             raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
         if name not in Recipe.model_fields:

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kit.errors import GateError, KitError
 from kit.export import merge_adapter, save_adapter, whole_folder
 from kit.gates import Gates
+from kit.gates.contents import check_contents
 from kit.gates.merge import check_merge
-from kit.gguf import _same_ids, _same_text, export_gguf
+from kit.gates.template import cases, check_gguf_template
+from kit.gguf import export_gguf
+from kit.gguf_file import read_header
 from kit.llama_child import LlamaChild
 from kit.modelfile import write_modelfile
 from kit.platforms import hub_hint, model_folder
-from kit.prompts import load_tokenizer, render, template_kwargs, with_system
+from kit.prompts import load_tokenizer, render, template_kwargs
 from kit.runs import Run
 from kit.shrink import random_model, shrunk
 
@@ -46,8 +49,8 @@ LONGEST = 128  # tokens whose logits are compared
 RANK = 8
 SEED = 3407
 EMBEDDINGS = ("embed_tokens", "lm_head")  # trained whole when target_modules names them
-NO_EXPORT = ("this model can't be exported with the llama.cpp set up here: choose another model, or train without "
-             "an export (gguf: [])")
+NO_EXPORT = ("this model can't be exported with what is set up here: choose another model, or train without an export "
+             "(gguf: [], and if the merge failed save_merged: none)")
 
 
 class _Stopped(Exception):
@@ -105,14 +108,17 @@ def _steps(recipe: Recipe, folder: Path, gates: Gates) -> None:
     expected = _logprobs(_merged_model(tiny), ids)  # before a converter has seen the folder
     with _step(gates, "convert"):
         files = _export(tiny, gates)
+    with _step(gates, "tokenizer"):  # before llama.cpp reads them: a wrong one ends its process
+        for file in files:
+            check_contents(gates, _quantization(file), read_header(file), tiny.run.merged)
     with ExitStack() as stack:
         with _step(gates, "load"):
             children = [stack.enter_context(LlamaChild(file, 4 * LONGEST, logits=True,
                                                        template_kwargs=template_kwargs(recipe))) for file in files]
-        with _step(gates, "tokens"):
-            _same_tokens(children, tiny, texts, gates)
         with _step(gates, "template"):
-            _same_template(children, tiny, gates)
+            every = list(cases(tokenizer, recipe, []))
+            for child in children:
+                check_gguf_template(gates, _quantization(child.gguf), child, tokenizer, every)
         with _step(gates, "logits"):
             for child in children:
                 _same_logits(child, expected, ids, gates)
@@ -126,8 +132,12 @@ def _steps(recipe: Recipe, folder: Path, gates: Gates) -> None:
 def _step(gates: Gates, name: str) -> Iterator[None]:
     """A KitError inside is a failed gate of this name. Shows what was checked; ends the rehearsal if it failed."""
     before = len(gates.gates)
-    with gates.guard(name):
+    try:
         yield
+    except KitError as error:
+        # What a GateError advises is for a model that is trained already.
+        hint = NO_EXPORT if isinstance(error, GateError) else error.hint
+        gates.check(name, False, "failed", detail=error.message, hint=hint)
     for gate in gates.gates[before:]:
         print(f"  {gate.sign} {gate.name}: {gate.figure}", flush=True)
     if gates.failed:
@@ -209,30 +219,11 @@ def _verb(quant: str) -> str:
     return f"{'convert' if quant in ('f16', 'bf16') else 'quantise'} {quant}"
 
 
-def _same_tokens(children: list[LlamaChild], tiny: _Tiny, texts: list[str], gates: Gates) -> None:
-    count = 0
-    for child in children:
-        for text in texts:
-            ids = _ids(tiny.tokenizer, text)
-            _same_ids(tiny.tokenizer, ids, child.tokenize(text), child.gguf.name)
-            count += len(ids)
-    gates.check("tokens", True, f"{count} tokens of {len(texts)} texts in {len(children)} files", "equal")
-
-
-def _same_template(children: list[LlamaChild], tiny: _Tiny, gates: Gates) -> None:
-    prompt = render(tiny.tokenizer, QUESTION, tiny.recipe, add_generation_prompt=True)
-    messages = with_system(QUESTION, tiny.recipe)
-    for child in children:
-        _same_text(prompt, child.render(messages), child.gguf.name)
-        _same_ids(tiny.tokenizer, _ids(tiny.tokenizer, prompt), child.prompt_ids(messages), child.gguf.name)
-    gates.check("template", True, f"a prompt of {len(prompt)} characters in {len(children)} files", "equal")
-
-
 def _same_logits(child: LlamaChild, expected: Any, ids: list[int], gates: Gates) -> None:
     """Gate `logits <quant>`: mean KL of the next-token distributions, sum p (log p - log q), p the merged model's."""
     import torch
 
-    quant = child.gguf.stem.rpartition("-")[2]
+    quant = _quantization(child.gguf)
     found = torch.from_numpy(child.logprobs(ids))
     known = min(expected.shape[-1], found.shape[-1])  # a converter may cut rows that no token has
     p, q = expected[:, :known].log_softmax(-1), found[:, :known].log_softmax(-1)
@@ -277,6 +268,10 @@ def _logprobs(model: Any, ids: list[int]) -> Any:
 
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def _quantization(gguf: Path) -> str:
+    return gguf.stem.rpartition("-")[2]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from kit.gates.contents import check_contents
 from kit.gates.merge import check_merge
 from kit.gates.parity import DIFFERS, TOLERANCES, compare, gguf_engine, itself, judge
 from kit.gates.provenance import about, check_hashes, check_origin, check_secrets
-from kit.gates.reference import Reference, in_float32, reread, torch_engine
+from kit.gates.reference import Reference, greedy, in_float32, reread, torch_engine
 from kit.gates.stop import Stops, check_rates
 from kit.gates.template import Case, cases, check_gguf_template, check_modelfile
 from kit.gguf_file import check_gguf, read_header
@@ -90,7 +90,7 @@ def _check_all(gates: Gates, run: Run, recipe: Recipe, saved: Path) -> dict[str,
                 f"conversations, in {reference.precision}", "", "what the others are compared with")
     merged = run.merged if (run.merged / "config.json").is_file() else None
     files = sorted(run.gguf.glob("*.gguf"))
-    _check_stops(gates, run, held, merged, files)
+    _check_stops(gates, run, recipe, held, merged, files)
     if saved == run.adapter:
         if merged:
             from kit.platforms import base_folder
@@ -129,19 +129,28 @@ def _say(what: str) -> None:
 def _held(saved: Path, recipe: Recipe) -> Held:
     from transformers import AutoTokenizer
 
+    from kit.data import fit
     from kit.masks import Formatter
     from kit.splits import read_splits
 
     tokenizer = AutoTokenizer.from_pretrained(saved)
+    formatter = Formatter(tokenizer, recipe)
     train, held_out = read_splits(recipe)
-    talks = [row.messages for row in (held_out if len(held_out) else train)]
-    trained = [row.messages for row in train[:TRAINING_ROWS]]
-    return Held(tokenizer, talks, list(Formatter(tokenizer, recipe).encode(trained + talks[:TRAINING_ROWS])))
+    first = [row.messages for row in train[:TRAINING_ROWS]]
+
+    def kept(talks: list[list[Message]]) -> list[list[Message]]:
+        """As kit.load_data numbers them: without those that are too long, or shortened."""
+        fitted = [fit(formatter, talk, *tokens) for talk, tokens in zip(talks, formatter.encode(talks), strict=True)]
+        return [row.messages for row in fitted if row.ids]
+
+    talks = kept([row.messages for row in held_out]) or kept(first)
+    return Held(tokenizer, talks, list(formatter.encode(first + talks[:TRAINING_ROWS])))
 
 
-def _check_stops(gates: Gates, run: Run, held: Held, merged: Path | None, files: list[Path]) -> None:
+def _check_stops(gates: Gates, run: Run, recipe: Recipe, held: Held, merged: Path | None,
+                 files: list[Path]) -> None:
     with gates.guard("stop token"):
-        stops = Stops(held.tokenizer, held.encoded)
+        stops = Stops(held.tokenizer, held.encoded, not recipe.train_on_responses_only)
         for folder in (run.adapter, merged):
             if folder and folder.is_dir():
                 stops.add_folder(folder)
@@ -151,7 +160,7 @@ def _check_stops(gates: Gates, run: Run, held: Held, merged: Path | None, files:
             except KitError:
                 continue  # the file's own gate says what is wrong with it
         if (run.gguf / "Modelfile").is_file():
-            stops.add_modelfile((run.gguf / "Modelfile").read_text(encoding="utf-8"))
+            stops.add_modelfile((run.gguf / "Modelfile").read_text(encoding="utf-8", errors="replace"))
         stops.check(gates)
 
 
@@ -228,8 +237,7 @@ def _answers(path: Path, recipe: Recipe, reference: Reference, held: Held,
     replies = {number: reference.answers[number] for number, equal in same.items() if equal}
     others = [number for number, equal in same.items() if not equal]
     if others:
-        greedy = recipe.model_copy(update={"temperature": 0.0, "repetition_penalty": 1.0})
-        found = answer(path, None, [held.talks[number][:-1] for number in others], greedy)
+        found = answer(path, None, [held.talks[number][:-1] for number in others], greedy(recipe))
         replies |= {number: (reply.text, reply.stopped) for number, reply in zip(others, found, strict=True)}
     return replies
 

@@ -6,7 +6,6 @@ A copy shares its files with the run by hard links. So every change here writes 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import struct
@@ -94,15 +93,3 @@ def overwrite_gguf(path: Path, tensor: str, content: bytes) -> None:
     [place] = [header.start + one.offset for one in header.tensors if one.name == tensor]
     assert place + len(content) <= len(whole)
     replace(path, whole[:place] + content + whole[place + len(content):])
-
-
-def two_swapped(merges: list[str]) -> list[str]:
-    """The merges with the two that make " the" and " is" of their letters in each other's place."""
-    one, other = merges.index("Ġt he"), merges.index("Ġ is")
-    swapped = list(merges)
-    swapped[one], swapped[other] = merges[other], merges[one]
-    return swapped
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)

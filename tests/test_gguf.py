@@ -24,7 +24,6 @@ from kit.gguf import (
     export_gguf,
     merged_weights,
     needed_bytes,
-    smoke_test,
 )
 from kit.gguf_file import check_gguf, read_header
 from kit.llama_child import LlamaChild, last_trouble
@@ -185,27 +184,6 @@ def test_template_variables_reach_the_embedded_template(starter: Path, tokenizer
     with LlamaChild(path, n_ctx=256, template_kwargs={"enable_thinking": False}) as child:
         assert child.render(QUESTION).endswith("Sum: ")
         assert child.tokenize("Sum: ") == child.prompt_ids(QUESTION)[-len(child.tokenize("Sum: ")):]
-    smoke_test(path, changed, QUESTION, 60, template_kwargs={"enable_thinking": False})
-    with pytest.raises(GateError, match=r"another prompt than the trained one.*assistant"):
-        smoke_test(path, tokenizer, QUESTION, 60, template_kwargs={"enable_thinking": False})
-
-
-@pytest.mark.slow
-def test_smoke_test_passes_and_fails_for_its_reasons(exported: dict[str, Path], tokenizer) -> None:
-    import copy
-
-    told = smoke_test(exported["q8_0"], tokenizer, [*QUESTION, {"role": "assistant", "content": "4 は四"}], 60)
-    assert set(told) == {"gguf", "answer", "finish_reason", "prompt_tokens", "load_seconds", "tokens_per_second"}
-    assert told["finish_reason"] == "stop"
-    assert told["answer"]
-    with pytest.raises(GateError, match="did not stop by itself within 2 tokens"):
-        smoke_test(exported["q8_0"], tokenizer, QUESTION, 2)
-    from tokenizers.normalizers import Lowercase
-
-    other = copy.deepcopy(tokenizer)
-    other._tokenizer.normalizer = Lowercase()
-    with pytest.raises(GateError, match=r"other tokens than the trainer's tokenizer: after .*the GGUF \["):
-        smoke_test(exported["q8_0"], other, QUESTION, 40)
 
 
 def as_sentencepiece(path: Path) -> bytes:
@@ -223,8 +201,9 @@ def test_native_abort_is_an_error_with_its_cause(exported: dict[str, Path], toke
     file = tmp_path / "wrong.gguf"
     file.write_bytes(as_sentencepiece(exported["q8_0"]))
     check_gguf(file)
-    with pytest.raises(GateError, match=r"llama.cpp died \(killed by SIGABRT\); llama.cpp said: what\(\): .*"):
-        smoke_test(file, tokenizer, QUESTION, 20)
+    died = r"llama.cpp died \(killed by SIGABRT\); llama.cpp said: what\(\): .*"
+    with pytest.raises(GateError, match=died), LlamaChild(file) as child:
+        child.tokenize("Hello")
 
 
 @pytest.mark.slow

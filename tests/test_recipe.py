@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import kit
 
 from kit.errors import KitError
 from kit.recipe import PROJECT, Recipe, parse_overrides, reference
@@ -129,6 +133,78 @@ def test_notebook_parameters() -> None:
     assert Recipe.given(given) == {"learning_rate": 1e-4, "gguf": ["q8_0"]}
     with pytest.raises(KitError, match="did you mean 'learning_rate'"):
         Recipe.given({"learning_rat": 1})
+
+
+# Made up, in the form of real ones.
+TOKENS = ["hf_" + "Ab3dE5gH" * 5, "sk-proj-" + "aB3dE6gH9" * 5, "ghp_" + "x1Y2z3W4v" * 4]
+SECRET_FIELDS = ["hf_token", "HF_TOKEN", "token", "wandb_api_key", "api_key", "apikey", "private_key", "password",
+                 "hub_secret", "aws_credentials"]
+
+
+def without_the_secret(call: Callable[[], object], secret: str, words: str) -> None:
+    """KitError with these words; it says where tokens belong and does not repeat the secret."""
+    with pytest.raises(KitError, match=words) as caught:
+        call()
+    text = str(caught.value)
+    assert secret not in text and "HF_TOKEN" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", SECRET_FIELDS)
+def test_a_field_named_like_a_secret_is_refused(tmp_path: Path, name: str) -> None:
+    secret, path = "correct-horse-battery", tmp_path / "r.yaml"
+    path.write_text(f"r: 8\n{name}: {secret}\n")
+    for call in (lambda: parse_overrides([f"{name}={secret}"]), lambda: Recipe.load(path),
+                 lambda: Recipe.load({}, **{name: secret}), lambda: Recipe.given({name: secret})):
+        without_the_secret(call, secret, f"{name}' looks like a secret")
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=lambda token: token[:4])
+@pytest.mark.parametrize("name, wrapped", [
+    ("model_name", "{}"), ("dataset", "https://user:{}@host/rows.jsonl"), ("system_prompt", "Use {} to log in."),
+    ("report_to", "{}")])
+def test_a_value_that_looks_like_a_token_is_refused(tmp_path: Path, name: str, wrapped: str, token: str) -> None:
+    value, path = wrapped.format(token), tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({name: value}))
+    for call in (lambda: Recipe.load(path), lambda: Recipe.load({}, **{name: value}),
+                 lambda: Recipe.load({}, dataset=["starter", value])):
+        without_the_secret(call, token, "holds what looks like a secret")
+
+
+def test_names_and_values_that_only_remind_of_secrets_are_taken(tmp_path: Path) -> None:
+    fields = {"max_new_tokens": 64, "system_prompt": "You answer questions about tokens, keys and passwords.",
+              "model_name": "Qwen/Qwen3-4B", "run_name": "token_test", "columns": {"prompt": "token", "answer": "key"}}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    assert Recipe.load(path).max_new_tokens == 64
+    assert parse_overrides(["max_new_tokens=8"]) == {"max_new_tokens": 8}
+    # A notebook holds other variables too, and one that was never filled in gives nothing away.
+    namespace = {"tokens": [1, 2], "stop_token_id": 2, "n_tokens": 5, "keys": ["a"], "hf_token": "", "token": None}
+    assert Recipe.given({**namespace, "max_new_tokens": 8}) == {"max_new_tokens": 8}
+
+
+@pytest.mark.slow
+def test_no_command_takes_a_token_and_nothing_of_it_is_written(tmp_path: Path) -> None:
+    token = TOKENS[0]
+    for arguments, code in ((["run", "recipes/quickstart.yaml", f"hf_token={token}"], 2),
+                            (["train", "recipes/quickstart.yaml", f"model_name={token}"], 2),
+                            (["lint", "starter", f"api_key={token}"], 2)):
+        fields = [] if arguments[0] == "lint" else [f"output_dir={tmp_path}"]
+        done = kit(*arguments, *fields, timeout=120)
+        told = done.stdout + done.stderr
+        assert done.returncode == code and "a secret" in told and "→" in told, told[-2000:]
+        assert token not in told and "Traceback" not in told
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_papermill_with_a_token_stops_before_anything_is_made(tmp_path: Path) -> None:
+    notebook = PROJECT / "notebooks" / "01_finetune.ipynb"
+    done = subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-p",
+                           "HF_TOKEN", TOKENS[0], "-p", "output_dir", str(tmp_path / "runs")],
+                          cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "HF_TOKEN' looks like a secret" in done.stderr
+    assert "delete that notebook" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_reference_page_is_current() -> None:

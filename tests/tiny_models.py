@@ -13,13 +13,13 @@ from vocabularies import real_tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+QWEN2: tuple[str, str, str, dict[str, Any]] = ("qwen2", "Qwen-Qwen2.5-7B-Instruct", "Qwen2Config",
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "bos_token_id": 151643})
 # {family: (vocabulary, template, config class, what its config has besides SHAPE)}. llama.cpp's archive holds one
 # Gemma vocabulary, that of Gemma 4, and the converter asks for a SentencePiece file for the earlier ones: so Gemma 4.
 FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "qwen2": ("qwen2", "Qwen-Qwen2.5-7B-Instruct", "Qwen2Config",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "bos_token_id": 151643}),
-    "qwen2-base": ("qwen2", "Qwen-Qwen2.5-7B-Instruct", "Qwen2Config",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "bos_token_id": 151643}),
+    "qwen2": QWEN2,
+    "qwen2-base": QWEN2,
     "qwen3": ("qwen2", "Qwen-Qwen3-0.6B", "Qwen3Config",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "head_dim": 32,
          "tie_word_embeddings": True, "bos_token_id": 151643}),

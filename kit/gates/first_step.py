@@ -25,7 +25,8 @@ def check_trainer(trainer: SFTTrainer, tokenizer: Any, recipe: Recipe) -> Gates:
     gates = Gates("before training")
     check_precision(gates, trainer.model, recipe)
     check_lora(gates, trainer.model, recipe)
-    check_labels(gates, trainer, tokenizer)
+    with gates.guard("labels"):
+        check_labels(gates, trainer, tokenizer)
     from kit.train import effective
 
     changed = effective(trainer, recipe)

@@ -108,9 +108,14 @@ class Reference(NamedTuple):
 def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe, run: Run) -> Path:
     """Write the run's reference: what `model`, in memory, holds of the first held-out conversations.
 
-    `replies` are its answers to all of them, in order. On a CPU everything is computed in float32, on a GPU in the
-    model's own format (the file says which).
+    `replies` are its answers to all of them, in order; where the recipe samples, greedy ones are made instead. On a
+    CPU everything is computed in float32, on a GPU in the model's own format (the file says which).
     """
+    from kit.infer import answer
+
+    if greedy(recipe) != recipe:
+        split = data["test" if len(data["test"]) else "train"]
+        replies = answer(model, tokenizer, split[: min(ROWS, len(replies))]["prompt"], greedy(recipe))
     rows = rows_of(tokenizer, data, replies, recipe)
     replies = replies[: 1 + max(row.number for row in rows)]
     top_ids, said = [], []
@@ -121,6 +126,11 @@ def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: 
     path = run.folder / "reference.safetensors"
     Reference(precision, rows, [(reply.text, reply.stopped) for reply in replies], top_ids, said).save(path)
     return path
+
+
+def greedy(recipe: Recipe) -> Recipe:
+    """The recipe whose answers are each time the likeliest token: only those can be compared token by token."""
+    return recipe.model_copy(update={"temperature": 0.0, "repetition_penalty": 1.0})
 
 
 def reread(model: Any, reference: Reference) -> Reference:

@@ -17,14 +17,17 @@ FEWER = 0.05  # share of held-out answers; a GGUF may stop that much more seldom
 class Stops:
     """Collects what each artefact takes for the stop token; `trained` is the id that ends every trained answer."""
 
-    def __init__(self, tokenizer: Any, encoded: list[tuple[list[int], list[int]]]) -> None:
+    def __init__(self, tokenizer: Any, encoded: list[tuple[list[int], list[int]]], whole_rows: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.whole_rows = whole_rows  # what a template writes behind the stop token is trained too
         self.encoded = encoded
         self.found: dict[str, int | str | None] = {}
 
     def trained(self) -> set[int]:
-        """The last trained token of every row."""
-        return {next((label for label in reversed(labels) if label != -100), -1) for _, labels in self.encoded}
+        """The last trained token of every row; where whole rows are trained, the last special one."""
+        special = set(self.tokenizer.all_special_ids)
+        return {next((label for label in reversed(labels) if label != -100
+                      and (label in special or not self.whole_rows)), -1) for _, labels in self.encoded}
 
     def name(self, token: int | str | None) -> str:
         if token is None or token == -1:
