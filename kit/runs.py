@@ -141,6 +141,7 @@ class Run:
             seconds = self.result.setdefault("seconds", {})
             name = self.result["stage"]
             seconds[name] = round(seconds.get(name, 0) + now - self._stage_began, 2)
+            self.result.setdefault("peak_memory_gb_until", {})[name] = round(peak_memory_gb(), 2)
         self._stage_began = now
 
     def _save(self) -> None:
