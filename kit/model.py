@@ -76,7 +76,20 @@ def _load(name: str, recipe: Recipe) -> tuple[Any, Any]:
         hint = "check the folder's files, or fetch the model again" if Path(name).is_dir() else hub_hint()
         raise KitError(f"model_name: {recipe.model_name} could not be loaded: {reason}", hint) from error
     _check_precision(model, recipe)
+    if there.device == "cpu":
+        _head_in_one_piece(model)
     return model, tokenizer
+
+
+def _head_in_one_piece(model: Any) -> None:
+    """Give the output head contiguous rows.
+
+    `generate` hands it the last place of each row of a batch, a view with gaps, for which a CPU's matrix product copies
+    the whole head once per row: 1 GB more for 20 prompts of the starter model with an adapter, and a third more time.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
 
 
 def _load_8bit(name: str, dtype: Any, common: dict[str, Any]) -> tuple[Any, Any]:

@@ -252,8 +252,10 @@ def _check_answers(gates: Gates, recipe: Recipe, reference: Reference, held: Hel
         return {}
     replies = {"adapter": {number: reference.answers[number] for number in numbers}, **shipped}
     rates = {name: sum(answers[n][1] for n in numbers) / len(numbers) for name, answers in replies.items()}
-    check_rates(gates, rates.pop("adapter"), rates, len(numbers))
     references = [held.talks[number][-1]["content"] for number in numbers]
+    fits = any(len(held.tokenizer(text, add_special_tokens=False)["input_ids"]) < recipe.max_new_tokens
+               for text in references)
+    check_rates(gates, rates.pop("adapter"), rates, len(numbers), fits)
     scores = {name: score([answers[n][0] for n in numbers], references, recipe.metric)
               for name, answers in replies.items()}
     if recipe.metric == "none":

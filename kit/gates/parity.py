@@ -132,4 +132,4 @@ def _agree(top_ids: np.ndarray, reference: Said, found: Said) -> np.ndarray:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2g}" if value >= 1e-9 else "0"
+    return "0" if value < 1e-9 else f"{value:.2g}"  # not a number stays told as such

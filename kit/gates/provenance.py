@@ -51,7 +51,7 @@ def about(run: Run) -> str:
     weights = {path.name: sha256(path) for path in sorted(adapter.glob("*.safetensors"))}
     parts = {"base": manifest.get("base_sha256"), "data": manifest.get("data_sha256") or manifest.get("dataset"),
              "template": manifest.get("template_sha256"), "adapter" if run.adapter.is_dir() else "weights": weights}
-    return f"{run.folder.name}: " + ", ".join(f"{name} {_digest(part)}" for name, part in parts.items())
+    return f"{run.recipe.run_name}: " + ", ".join(f"{name} {_digest(part)}" for name, part in parts.items())
 
 
 def check_hashes(gates: Gates, run: Run) -> bool:

@@ -92,15 +92,20 @@ class Stops:
                            "export again, so that the trained tokenizer's stop token is written") and good
 
 
-def check_rates(gates: Gates, adapter: float, shipped: dict[str, float], count: int) -> None:
-    """Add `stops by itself`: the shares of `count` held-out answers that ended with the stop token."""
+def check_rates(gates: Gates, adapter: float, shipped: dict[str, float], count: int, fits: bool) -> None:
+    """Add `stops by itself`: the shares of `count` held-out answers that ended with the stop token.
+
+    `fits` says whether any of the expected answers is shorter than max_new_tokens: none could end otherwise.
+    """
     worst = min(shipped, key=lambda name: shipped[name], default=None)
     figure = ", ".join(f"{name} {rate:.0%}" for name, rate in {"adapter": adapter, **shipped}.items())
     cause = ""
     if worst is not None and shipped[worst] < adapter - FEWER:
         cause = f"{worst} ends {shipped[worst]:.0%} of its answers by itself, the adapter {adapter:.0%}"
-    elif adapter == 0:
+    elif adapter == 0 and fits:
         cause = f"none of {count} answers ended before max_new_tokens"
-    gates.check("stops by itself", not cause, figure, f"as the adapter, at most {FEWER:.0%} fewer", cause,
+    remark = "" if fits else "max_new_tokens is too small for every held-out answer: none could end by itself"
+    gates.check("stops by itself", not cause if cause or fits else None, figure,
+                f"as the adapter, at most {FEWER:.0%} fewer", cause or remark,
                 "raise max_new_tokens if answers are cut off; train longer if they ramble" if adapter == 0 else
                 "the template or the stop token of that file is not the trained one: export again")
