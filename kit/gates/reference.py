@@ -146,6 +146,7 @@ def rows_of(tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe) -> 
     for number in range(min(ROWS, len(replies))):
         ids, labels = split[number]["input_ids"], split[number]["labels"]
         where = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
+        ids = ids[: where[-1] + 2] if where else ids  # what a template writes behind the stop token is of no account
         asked = prompt_ids(tokenizer, split[number]["prompt"], recipe)
         answer = [*replies[number].ids, *([tokenizer.eos_token_id] if replies[number].stopped else [])]
         both = [Row(number, ids, where, held_out=True, own=False),
