@@ -110,10 +110,24 @@ class _Reader:
             self._count(count)
             if item in SCALARS:
                 return list(self._unpack(f"{count}{SCALARS[item]}"))
+            if item == STRING:
+                return self._strings(count)
             return [self._value(item) for _ in range(count)]
         if kind not in SCALARS:
             raise KitError(f"{self.path}: value type {kind} is no GGUF type", "the file is damaged: export it again")
         return self._unpack(SCALARS[kind])[0]
+
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary has 150,000: no call and no question about the file for each."""
+        read, length_of = self.file.read, struct.Struct("<Q").unpack
+        texts = []
+        for _ in range(count):
+            (length,) = length_of(read(8))
+            text = read(min(length, self.size))
+            if len(text) < length:
+                raise EOFError
+            texts.append(text.decode("utf-8"))
+        return texts
 
     def _string(self) -> str:
         (length,) = self._unpack("Q")

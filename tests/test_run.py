@@ -89,7 +89,8 @@ def test_the_verdict(finished_run: Path) -> None:
     assert first["passed"] and not [gate for gate in first["gates"] if gate["passed"] is False]
     for name in ("export rehearsal", "before training", "first step", "sha256", "secrets", "labels", "stop token",
                  "in memory", "merged config", "merge", "parity adapter", "control: the base differs", "parity merged",
-                 "tokenizer f16", "shape f16", "template f16", "parity f16", "origin q8_0", "parity q8_0",
+                 "template merged", "tokenizer f16",
+                 "shape f16", "template f16", "parity f16", "origin q8_0", "parity q8_0",
                  "template Modelfile", "stops by itself", "held-out score"):
         assert name in names, name
     done = kit("verify", str(finished_run))

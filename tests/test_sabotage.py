@@ -109,6 +109,7 @@ def test_an_untouched_run_passes(finished: Path) -> None:
     assert {gate["passed"] for gate in said["gates"]} <= {True, None}
     names = {gate["name"] for gate in said["gates"]}
     assert names >= {"sha256", "secrets", "labels", "stop token", "merged config", "merge", "template Modelfile",
+                     "template merged",
                      "control: the base differs", "parity adapter", "parity merged", "stops by itself"}
     assert names >= {f"{gate} {kind}" for gate in ("origin", "tokenizer", "shape", "template", "parity")
                      for kind in ("f16", "q8_0")}
@@ -226,6 +227,13 @@ def base_models_eos(run: Run, another: Path) -> None:
     edit_json(run.merged / "generation_config.json", eos_token_id=ENDOFTEXT)
 
 
+def another_template_in_merged(run: Run, another: Path) -> None:
+    path = run.merged / "chat_template.jinja"
+    text = path.read_text(encoding="utf-8")
+    path.unlink()
+    path.write_text(text + "{{ ' ' }}", encoding="utf-8")
+
+
 def pad_is_the_stop(run: Run, another: Path) -> None:
     edit_json(run.adapter / "tokenizer_config.json", pad_token="<|im_end|>")
 
@@ -238,6 +246,7 @@ def pad_is_the_stop(run: Run, another: Path) -> None:
     (untrained, ["control: the base differs"], "^the adapter changes nothing: the base model predicts the same"),
     (base_models_eos, ["stop token"],
      r"^merged/generation_config\.json has <\|endoftext\|> \(151643\), trained is <\|im_end\|> \(151645\)"),
+    (another_template_in_merged, ["template merged"], r"^one turn: the training has '.*', merged '.* '"),
     (pad_is_the_stop, ["labels"], r"^the pad token is the stop token <\|im_end\|> \(151645\)"),
 ]))
 def test_the_folders(finished: Path, another: Path, tmp_path: Path, sabotage: Callable[[Run, Path], None],

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kit.recipe import Recipe
 
 FP16_PATIENCE = 10  # steps
+BAND = 1.5  # nats: a model that has learnt nothing may be that much worse than guessing, by its random weights
 LABEL_ROWS = 8  # looked at before training
 CHECKPOINTING = ("with gradient checkpointing the inputs must ask for gradients: use_gradient_checkpointing: false "
                  "shows whether it is that")
@@ -152,10 +153,10 @@ def check_gradients(gates: Gates, model: Any) -> None:
 
 
 def check_loss(gates: Gates, loss: float, vocabulary: int) -> None:
-    """A first loss above ln(vocabulary) + 1 is worse than guessing: labels or weights are wrong."""
-    band = math.log(vocabulary) + 1
+    """A first loss above ln(vocabulary) + BAND is worse than guessing: labels or weights are wrong."""
+    band = math.log(vocabulary) + BAND
     good = math.isfinite(loss) and 0 < loss <= band
-    gates.check("first loss", good, f"{loss:.3f}", f"above 0, at most ln({vocabulary:,}) + 1 = {band:.2f}",
+    gates.check("first loss", good, f"{loss:.3f}", f"above 0, at most ln({vocabulary:,}) + {BAND} = {band:.2f}",
                 "" if good else "worse than guessing among all tokens: labels, template or weights are wrong",
                 "look at the highlighted tokens of the first row, and at the model's files")
 

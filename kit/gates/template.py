@@ -65,6 +65,24 @@ def cases(tokenizer: Any, recipe: Recipe, held_out: list[list[Message]]) -> Iter
             yield Case(name + suffix, with_system(messages, variant), options, text, ids, not suffix)
 
 
+def check_folder_template(gates: Gates, folder: Path, every: list[Case]) -> None:
+    """Add `template <folder>`: the tokenizer and template that lie in a Hugging Face folder, as vLLM would use them."""
+    from transformers import AutoTokenizer
+
+    tokenizer, cause = AutoTokenizer.from_pretrained(folder), ""
+    for case in every:
+        text = str(tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True,
+                                                 **case.options))
+        if text != case.text:
+            cause = f"{case.name}: {_texts(case.text, text, folder.name)}"
+        elif (ids := tokenizer(text, add_special_tokens=False)["input_ids"]) != case.ids:
+            cause = f"{case.name}: {_tokens(tokenizer, case.ids, ids, folder.name)}"
+        if cause:
+            break
+    gates.check(f"template {folder.name}", not cause, f"{len(every)} conversations", "the training's token ids", cause,
+                "merge again: kit.merge takes tokenizer and template from the adapter's folder")
+
+
 def check_gguf_template(gates: Gates, name: str, child: LlamaChild, tokenizer: Any, every: list[Case]) -> None:
     """Add `template <name>`: the GGUF's embedded template, as llama-cpp-python renders and splits it."""
     cause = ""
