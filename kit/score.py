@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+# As Qwen3 and others write it, also around nothing.
+THOUGHT = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 def score(answers: list[str], references: list[str], metric: str) -> dict[str, float]:
     """Shares from 0 to 1: `exact` for the whole answer and, with metric `json`, one per field.
 
-    `exact`: equal text, white space at the ends ignored. `json`: equal values, so spacing does not count.
+    `exact`: equal text, white space at the ends ignored. `json`: equal values, so spacing does not count. Thinking
+    before an answer does not count.
     """
     if metric == "none" or not references:
         return {}
+    answers, references = ([THOUGHT.sub("", text) for text in texts] for texts in (answers, references))
     if metric == "exact":
         return {"exact": _share([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])}
     pairs = [(_object(a), _object(r)) for a, r in zip(answers, references, strict=True)]

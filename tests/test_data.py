@@ -522,3 +522,9 @@ def test_scores() -> None:
     assert score(['{"order":true,"topic":"x"}'], [right], "json")["exact"] == 0
     assert score(["a\n", "b"], ["a", "c"], "exact") == {"exact": 0.5}
     assert score(["a"], ["a"], "none") == {}
+
+
+def test_thinking_before_an_answer_is_not_scored() -> None:
+    assert score(["<think>\n\n</think>\n\n42", "<think>\nhm\n</think>\n41"], ["42", "42"], "exact") == {"exact": 0.5}
+    assert score(['<think>\n\n</think>\n\n{"a": 1}'], ['{"a": 1}'], "json") == {"exact": 1.0, "a": 1.0}
+    assert score(["42 <think>no</think>"], ["42"], "exact") == {"exact": 0.0}
