@@ -8,6 +8,7 @@ loaded again, the merged model and each GGUF.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from kit.gates.reference import Reference, greedy, in_float32, reread, torch_eng
 from kit.gates.stop import Stops, check_rates
 from kit.gates.template import Case, cases, check_folder_template, check_gguf_template, check_modelfile
 from kit.gguf_file import check_gguf, read_header
+from kit.modelfile_reader import read_modelfile
 from kit.prompts import Message
 from kit.runs import Run, write_json
 
@@ -159,13 +161,13 @@ def _check_stops(gates: Gates, run: Run, recipe: Recipe, held: Held, merged: Pat
         for folder in (run.adapter, merged):
             if folder and folder.is_dir():
                 stops.add_folder(folder)
+        # Of a file that can't be read its own gate says what is wrong with it.
         for path in files:
-            try:
+            with suppress(KitError):
                 stops.add_gguf(path.stem.rpartition("-")[2], read_header(path).fields)
-            except KitError:
-                continue  # the file's own gate says what is wrong with it
         if (run.gguf / "Modelfile").is_file():
-            stops.add_modelfile((run.gguf / "Modelfile").read_text(encoding="utf-8", errors="replace"))
+            with suppress(KitError):
+                stops.add_modelfile(read_modelfile(run.gguf / "Modelfile").stops)
         stops.check(gates)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import PROJECT
 
 from kit.errors import GateError, KitError
 from kit.gates import Gate, Gates
@@ -91,3 +92,17 @@ def test_the_table_shows_figures_and_the_remedy_of_failures_only() -> None:
         assert "FAILED: c" in shown and "3 of 3" in shown and "do this" in shown
         assert "never said" not in shown
     assert "<0>" in text and "&lt;0&gt;" in page and "no <b>" not in page
+
+
+def test_the_page_of_gates_has_the_tolerances_of_the_code() -> None:
+    from kit.gates.parity import NOISE_16BIT, TOLERANCES
+
+    page = (PROJECT / "docs" / "gates.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("|")]
+    allowed = {name: row for row in rows if len(row) == 6 for name in row[1].split(", ")}
+    places = {"adapter": "adapter", "merged from a quantised base": "merged after 4-bit or 8-bit training"}
+    for name, tolerance in TOLERANCES.items():
+        row = allowed[places.get(name, name)]
+        assert float(row[2]) == tolerance.mean_kl, name
+        assert row[3] == (f"{100 * tolerance.top1:.4g} %" if tolerance.top1 else ""), name
+    assert f"{NOISE_16BIT.mean_kl:g} is" in " ".join(page.split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +54,8 @@ class Stops:
         if "tokenizer.ggml.eot_token_id" in fields:
             self.found[f"eot of {name}"] = fields["tokenizer.ggml.eot_token_id"]
 
-    def add_modelfile(self, text: str) -> None:
+    def add_modelfile(self, stops: list[str]) -> None:
         """The Modelfile's stop parameters: the trained token must be one of them."""
-        stops = re.findall(r'^PARAMETER stop "?(.*?)"?$', text, re.MULTILINE)
         [expected] = self.trained() if len(self.trained()) == 1 else [None]
         word = self.tokenizer.convert_ids_to_tokens([expected])[0] if expected is not None else None
         self.found["the Modelfile"] = expected if word in stops else ", ".join(stops) or None
