@@ -139,7 +139,7 @@ def run(tmp_path: Path) -> Run:
 def test_a_verified_run_says_so_and_shows_each_gate(run: Run) -> None:
     verified(run, gate("parity f16", figure="KL 0.0003", tolerance="≤ 0.02"), gate("speed", None, detail="only told"))
     shown = page(run)
-    assert shown.verdict == ("VERIFIED: what is shipped is what was trained all 1 gates passed; "
+    assert shown.verdict == ("VERIFIED: what is shipped is what was trained 1 gate passed; "
                              "checked 2026-11-21 08:12 +0000, in 41.2 s")
     assert shown.rows["gates"] == [["", "Gate", "Measured", "Allowed", "Remarks"],
                                    ["✓", "parity f16", "KL 0.0003", "≤ 0.02", ""],
@@ -361,7 +361,7 @@ def test_a_browser_shows_it_without_complaint_and_without_sideways_scrolling(run
 @pytest.mark.slow
 def test_a_real_run_has_a_whole_page(finished_run: Path) -> None:
     shown = Page(write_report(Run.open(finished_run)))
-    assert shown.verdict.startswith("not verified: kit verify")
+    assert shown.verdict.startswith("VERIFIED: what is shipped is what was trained")
     assert {"numbers", "scores", "uses", "pictures", "stages", "recipe", "files", "manifest"} <= set(shown.below)
     assert shown.tags.count("img") == 3
     assert "notebook.ipynb" in shown.values("a", "href")
