@@ -256,4 +256,4 @@ def test_train_is_the_same_run_without_a_kernel(tmp_path: Path) -> None:
     done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}", "gguf=[]", *FEW_STEPS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert read_result(tmp_path / "quickstart")["status"] == "finished"
-    assert "── 9. Train ──" in done.stdout and "⟦" in done.stdout
+    assert "── 10. Train ──" in done.stdout and "⟦" in done.stdout
