@@ -9,10 +9,8 @@ layer and token for two rows of 750 tokens of the starter model, and this 30.1.
 
 Measured with `benchmarks/forecast.py` on a CPU (starter model, six steps; happened / forecast): 0.90 to 1.07 over
 batch sizes 1 to 8, rows of 115 and 760 tokens, 4-bit, 8-bit, float32, r=64, full finetuning and checkpointing; 1.32
-for the long rows with checkpointing. Longer runs need more, as the heap gets more holes: the demo's 125 steps, with
-answers before them, took 2.66 GB, 1.31 times the forecast, and its whole notebook 3.96 GB, 1.96 times. 1.1 GB of that
-are copies of the output head, made by PyTorch on a CPU when a batch of prompts is read; they are not forecast. A GPU's
-figures have not been measured.
+for the long rows with checkpointing. Longer runs need more, as the heap gets more holes: the demo's 125 steps took
+2.74 GB, 1.36 times the forecast, and its whole notebook 3.27 GB, 1.62 times. A GPU's figures have not been measured.
 """
 
 from __future__ import annotations
