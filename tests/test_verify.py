@@ -103,7 +103,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "8bit": ("qwen2", {"load_in_8bit": True, "gguf": ["q8_0"]}),
     "full": ("qwen3", {"full_finetuning": True, "learning_rate": 2e-3, "gguf": ["q8_0"]}),
     "rslora": ("qwen3", {"use_rslora": True, "lora_alpha": 8, "gguf": ["q8_0"]}),
-    "alpaca": ("qwen2", {"prompt_style": "alpaca", "max_steps": 80, "gguf": ["q8_0"]}),
     "system": ("qwen2", {"system_prompt": "简短回答。 Be brief.", "gguf": ["q8_0"]}),
     "think": ("qwen3", {"enable_thinking": True, "gguf": ["q8_0"]}),
     "no-think": ("qwen3", {"enable_thinking": False, "gguf": ["q8_0"]}),
