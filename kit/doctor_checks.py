@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit.doctor_probe import Probe, existing
+from kit.doctor_probe import Probe
 from kit.errors import KitError
 from kit.gates import Gate
 from kit.llama_cpp_setup import PACKAGE, SETUP, converter_dir, installed_version
-from kit.platforms import Machine, cache_dir, settings
+from kit.platforms import Machine, cache_dir, existing, settings
 from kit.recipe import PROJECT
 from kit.runs import Run, check_free
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
-import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from typing import Any, Self
 
 from kit.errors import KitError
 from kit.llama_child import child_environment, how_it_ended, last_trouble
-from kit.platforms import Machine, _cpu_name
+from kit.platforms import look
 
 UNKNOWN = "unknown model architecture"  # llama.cpp's words
 NO_SUCH_ARCHITECTURE = "kit-doctor-no-such-architecture"
@@ -62,31 +60,6 @@ class Probe:
         said = last_trouble(self._stderr.read().decode("utf-8", "replace"))
         ended = f"no answer within {self._seconds:.0f} s" if self._late else how_it_ended(code)
         raise KitError(f"{ended}: {said}" if said else ended)
-
-
-def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above that is there."""
-    there = folder.expanduser().resolve()
-    while not there.exists():
-        there = there.parent
-    return there
-
-
-def look(folder: Path) -> Machine:
-    """What `platforms.machine` says, without the seconds that importing Unsloth takes."""
-    import psutil
-    import torch
-
-    disk = shutil.disk_usage(existing(folder)).free / 1e9
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        bf16 = gpu.major >= 8
-        reason = f"compute capability {gpu.major}.{gpu.minor} {'has' if bf16 else 'has no'} bfloat16"
-        return Machine("cuda", gpu.name, cores, gpu.total_memory / 1e9, disk, bf16, reason)
-    bf16 = bool(unsloth_cpu().cpu_bf16_supported())
-    reason = f"this CPU {'computes' if bf16 else 'does not compute'} in bfloat16 itself"
-    return Machine("cpu", _cpu_name(), cores, psutil.virtual_memory().total / 1e9, disk, bf16, reason)
 
 
 def free_memory_gb(device: str) -> float:
@@ -165,7 +138,8 @@ def known_architectures(names: list[str], folder: Path) -> dict[str, bool]:
 
 def torch_child(folder: str, bits: str) -> None:
     """First the machine, then whether layers of `bits` run on it ('0': not asked)."""
-    machine = look(Path(folder))
+    # What `platforms.machine` says, without the seconds that importing Unsloth takes.
+    machine = look(Path(folder), lambda: unsloth_cpu().cpu_bf16_supported())
     say(machine=vars(machine), free_memory_gb=free_memory_gb(machine.device))
     if bits != "0":
         try:

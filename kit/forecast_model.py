@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kit.gguf import safetensors_header
+
 if TYPE_CHECKING:
     from kit.recipe import Recipe
 
@@ -66,7 +68,8 @@ def local_model(recipe: Recipe) -> Checkpoint | str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {**config, **config.get("text_config", {})}
-        tensors = dict(tensor for file in sorted(folder.glob("*.safetensors")) for tensor in _header(file))
+        tensors = {name: tensor for file in sorted(folder.glob("*.safetensors"))
+                   for name, tensor in safetensors_header(file).items()}
         index = folder / "model.safetensors.index.json"
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
     except (OSError, ValueError, KeyError, struct.error, OverflowError, MemoryError):
@@ -98,11 +101,3 @@ def _folder(recipe: Recipe) -> Path | str:
     if isinstance(config, str):
         return Path(config).parent
     return f"{recipe.model_name} is not on this disk: its size is known when it has been fetched"
-
-
-def _header(file: Path) -> list[tuple[str, tuple[tuple[int, ...], str]]]:
-    """A safetensors file starts with its header's length (u64, little endian) and the header as JSON."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    return [(name, (tuple(tensor["shape"]), tensor["dtype"])) for name, tensor in header.items()
-            if name != "__metadata__"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -17,6 +18,7 @@ from pathlib import Path
 from kit.errors import GateError, KitError, nearest
 from kit.gguf_file import check_gguf
 from kit.llama_child import child_command, child_environment, how_it_ended, last_trouble
+from kit.platforms import existing
 
 QUANTIZATIONS: dict[str, str] = {
     "f16": "16 bits per weight: exact for nearly every trained weight; the reference when sizes are compared",
@@ -54,13 +56,11 @@ def needed_bytes(parameters: int, names: Sequence[str]) -> int:
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raise KitError if the disk of `folder` (which need not exist yet) has less than `needed_bytes` free."""
-    existing = Path(folder).resolve()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    there = existing(Path(folder))
+    free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise KitError(f"too little disk for the export: {needed_bytes / 1e9:.2f} GB needed, "
-                       f"{free / 1e9:.2f} GB free at {existing}",
+                       f"{free / 1e9:.2f} GB free at {there}",
                        "free some room, ask for fewer or smaller quantisations, or put the run on another disk")
 
 
@@ -119,7 +119,6 @@ def _whole(path: Path) -> Iterator[Path]:
 def merged_weights(merged: Path) -> tuple[int, str]:
     """(number of weights, most used dtype such as 'BF16') of a Hugging Face folder, from its safetensors headers.
 
-    A safetensors file starts with its header's length (u64, little endian) and the header as JSON.
     Raises KitError if the folder holds no model.
     """
     files = sorted(merged.glob("*.safetensors"))
@@ -129,18 +128,26 @@ def merged_weights(merged: Path) -> tuple[int, str]:
     counts: dict[str, int] = {}
     for file in files:
         try:
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+            tensors = safetensors_header(file)
         except (ValueError, struct.error, OverflowError, MemoryError):
             raise KitError(f"{file} is damaged: it has no readable safetensors header",
                            "fetch or write the model again") from None
-        for key, tensor in header.items():
-            if key != "__metadata__":
-                size = 1
-                for length in tensor["shape"]:
-                    size *= length
-                counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + size
+        for shape, dtype in tensors.values():
+            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
     return sum(counts.values()), max(counts, key=lambda dtype: counts[dtype])
+
+
+def safetensors_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{tensor: (shape, dtype)} of a file, which begins with its header: length (u64, little endian), then JSON."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    return {name: (tuple(tensor["shape"]), tensor["dtype"]) for name, tensor in header.items()
+            if name != "__metadata__"}
+
+
+def quantization_of(gguf: Path) -> str:
+    """q8_0 of <name>-q8_0.gguf."""
+    return gguf.stem.rpartition("-")[2]
 
 
 def _convert(merged: Path, target: Path, file_type: str, name: str, about: str) -> None:

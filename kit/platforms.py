@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,20 +55,30 @@ def machine(folder: Path = Path(".")) -> Machine:
     from kit.model import import_unsloth
 
     unsloth = import_unsloth()  # before torch's users, as it asks for
+    return look(folder, unsloth.is_bfloat16_supported)
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above that is there."""
+    there = folder.expanduser().resolve()
+    while not there.exists():
+        there = there.parent
+    return there
+
+
+def look(folder: Path, cpu_bf16: Callable[[], bool]) -> Machine:
+    """The machine; `cpu_bf16`, asked where there is no GPU, says whether the CPU computes in bfloat16."""
     import psutil
     import torch
 
-    there = folder.resolve()
-    while not there.exists():
-        there = there.parent
-    disk = shutil.disk_usage(there).free / 1e9
+    disk = shutil.disk_usage(existing(folder)).free / 1e9
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         bf16 = gpu.major >= 8
         reason = f"compute capability {gpu.major}.{gpu.minor} {'has' if bf16 else 'has no'} bfloat16"
         return Machine("cuda", gpu.name, cores, gpu.total_memory / 1e9, disk, bf16, reason)
-    bf16 = bool(unsloth.is_bfloat16_supported())
+    bf16 = bool(cpu_bf16())
     reason = f"this CPU {'computes' if bf16 else 'does not compute'} in bfloat16 itself"
     return Machine("cpu", _cpu_name(), cores, psutil.virtual_memory().total / 1e9, disk, bf16, reason)
 

@@ -19,7 +19,7 @@ from kit.gates import Gates
 from kit.gates.contents import check_contents
 from kit.gates.merge import check_merge
 from kit.gates.template import cases, check_gguf_template
-from kit.gguf import export_gguf
+from kit.gguf import export_gguf, quantization_of
 from kit.gguf_file import read_header
 from kit.llama_child import LlamaChild
 from kit.modelfile import write_modelfile
@@ -110,7 +110,7 @@ def _steps(recipe: Recipe, folder: Path, gates: Gates) -> None:
         files = _export(tiny, gates)
     with _step(gates, "tokenizer"):  # before llama.cpp reads them: a wrong one ends its process
         for file in files:
-            check_contents(gates, _quantization(file), read_header(file), tiny.run.merged)
+            check_contents(gates, quantization_of(file), read_header(file), tiny.run.merged)
     with ExitStack() as stack:
         with _step(gates, "load"):
             children = [stack.enter_context(LlamaChild(file, 4 * LONGEST, logits=True,
@@ -118,7 +118,7 @@ def _steps(recipe: Recipe, folder: Path, gates: Gates) -> None:
         with _step(gates, "template"):
             every = list(cases(tokenizer, recipe, []))
             for child in children:
-                check_gguf_template(gates, _quantization(child.gguf), child, tokenizer, every)
+                check_gguf_template(gates, quantization_of(child.gguf), child, tokenizer, every)
         with _step(gates, "logits"):
             for child in children:
                 _same_logits(child, expected, ids, gates)
@@ -223,7 +223,7 @@ def _same_logits(child: LlamaChild, expected: Any, ids: list[int], gates: Gates)
     """Gate `logits <quant>`: mean KL of the next-token distributions, sum p (log p - log q), p the merged model's."""
     import torch
 
-    quant = _quantization(child.gguf)
+    quant = quantization_of(child.gguf)
     found = torch.from_numpy(child.logprobs(ids))
     known = min(expected.shape[-1], found.shape[-1])  # a converter may cut rows that no token has
     p, q = expected[:, :known].log_softmax(-1), found[:, :known].log_softmax(-1)
@@ -268,10 +268,6 @@ def _logprobs(model: Any, ids: list[int]) -> Any:
 
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def _quantization(gguf: Path) -> str:
-    return gguf.stem.rpartition("-")[2]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

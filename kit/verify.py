@@ -21,6 +21,7 @@ from kit.gates.provenance import about, check_hashes, check_origin, check_secret
 from kit.gates.reference import Reference, greedy, in_float32, reread, torch_engine
 from kit.gates.stop import Stops, check_rates
 from kit.gates.template import Case, cases, check_folder_template, check_gguf_template, check_modelfile
+from kit.gguf import quantization_of
 from kit.gguf_file import check_gguf, read_header
 from kit.modelfile_reader import read_modelfile
 from kit.prompts import Message
@@ -122,7 +123,7 @@ def _check_all(gates: Gates, run: Run, recipe: Recipe, saved: Path) -> dict[str,
         with gates.guard(f"file {path.stem}"):
             replies = _check_file(gates, path, run, recipe, reference, held, every, modelfile)
             if replies:
-                shipped[path.stem.rpartition("-")[2]] = replies
+                shipped[quantization_of(path)] = replies
     if modelfile.is_file() and not any(gate.name == "template Modelfile" for gate in gates.gates):
         gates.check("template Modelfile", False, "not checked", "the training's token ids",
                     "the GGUF that it names is not there or not sound", "export again")
@@ -164,7 +165,7 @@ def _check_stops(gates: Gates, run: Run, recipe: Recipe, held: Held, merged: Pat
         # Of a file that can't be read its own gate says what is wrong with it.
         for path in files:
             with suppress(KitError):
-                stops.add_gguf(path.stem.rpartition("-")[2], read_header(path).fields)
+                stops.add_gguf(quantization_of(path), read_header(path).fields)
         if (run.gguf / "Modelfile").is_file():
             with suppress(KitError):
                 stops.add_modelfile(read_modelfile(run.gguf / "Modelfile").stops)
@@ -218,7 +219,7 @@ def _check_file(gates: Gates, path: Path, run: Run, recipe: Recipe, reference: R
     """One GGUF, from its bytes to its answers; returns {held-out row: (answer, stopped)}, {} when it is not sound."""
     from kit.llama_child import LlamaChild
 
-    quantization = path.stem.rpartition("-")[2]
+    quantization = quantization_of(path)
     check_gguf(path)
     header = read_header(path)
     check_origin(gates, quantization, header, about(run))

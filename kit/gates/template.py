@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,34 +69,25 @@ def check_folder_template(gates: Gates, folder: Path, every: list[Case]) -> None
     """Add `template <folder>`: the tokenizer and template that lie in a Hugging Face folder, as vLLM would use them."""
     from transformers import AutoTokenizer
 
-    tokenizer, cause = AutoTokenizer.from_pretrained(folder), ""
-    for case in every:
-        text = str(tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True,
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def rendered(case: Case) -> str:
+        return str(tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True,
                                                  **case.options))
-        if text != case.text:
-            cause = f"{case.name}: {_texts(case.text, text, folder.name)}"
-        elif (ids := tokenizer(text, add_special_tokens=False)["input_ids"]) != case.ids:
-            cause = f"{case.name}: {_tokens(tokenizer, case.ids, ids, folder.name)}"
-        if cause:
-            break
+
+    cause = _first_difference(every, tokenizer, folder.name, rendered,
+                              lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     gates.check(f"template {folder.name}", not cause, f"{len(every)} conversations", "the training's token ids", cause,
                 "merge again: kit.merge takes tokenizer and template from the adapter's folder")
 
 
 def check_gguf_template(gates: Gates, name: str, child: LlamaChild, tokenizer: Any, every: list[Case]) -> None:
     """Add `template <name>`: the GGUF's embedded template, as llama-cpp-python renders and splits it."""
-    cause = ""
-    template = child.metadata().get("tokenizer.chat_template")
-    if not template:
+    if child.metadata().get("tokenizer.chat_template"):
+        cause = _first_difference(every, tokenizer, "the GGUF", lambda case: child.render(case.messages, case.options),
+                                  child.tokenize)
+    else:
         cause = "the GGUF holds no chat template: llama.cpp would use another one"
-    for case in [] if cause else every:
-        text = child.render(case.messages, case.options)
-        if text != case.text:
-            cause = f"{case.name}: {_texts(case.text, text, 'the GGUF')}"
-        elif (ids := child.tokenize(text)) != case.ids:
-            cause = f"{case.name}: {_tokens(tokenizer, case.ids, ids, 'the GGUF')}"
-        if cause:
-            break
     gates.check(f"template {name}", not cause, f"{len(every)} conversations", "the training's token ids", cause,
                 "export again from the folder whose tokenizer holds the trained template")
 
@@ -125,6 +116,18 @@ def check_modelfile(gates: Gates, path: Path, child: LlamaChild, tokenizer: Any,
                                             else _tokens(tokenizer, case.ids, ids, "the Modelfile"))
         gates.check("template Modelfile", not cause, f"{count} conversations", "the training's token ids", cause,
                     "write the Modelfile again: kit.write_modelfile")
+
+
+def _first_difference(every: list[Case], tokenizer: Any, where: str, rendered: Callable[[Case], str],
+                      split: Callable[[str], list[int]]) -> str:
+    """The first conversation that `where` renders or splits in another way than the training, told; '' for none."""
+    for case in every:
+        text = rendered(case)
+        if text != case.text:
+            return f"{case.name}: {_texts(case.text, text, where)}"
+        if (ids := split(text)) != case.ids:
+            return f"{case.name}: {_tokens(tokenizer, case.ids, ids, where)}"
+    return ""
 
 
 def _beyond(modelfile: Modelfile, case: Case) -> bool:
