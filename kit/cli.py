@@ -23,7 +23,7 @@ Overwrite = Annotated[bool, typer.Option(help="Replace a finished run of that na
 def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
     """Run a recipe: the notebook with papermill, into runs/<name>/."""
     from kit.batch import run_notebook
-    from kit.recipe import parse_overrides
+    from kit.recipe_file import parse_overrides
 
     raise typer.Exit(run_notebook(recipe, parse_overrides(fields or []), overwrite))
 
@@ -32,7 +32,7 @@ def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False)
 def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
     """The same run without a kernel: the notebook's cells in this process."""
     from kit.batch import run_cells
-    from kit.recipe import parse_overrides
+    from kit.recipe_file import parse_overrides
 
     raise typer.Exit(run_cells(recipe, parse_overrides(fields or []), overwrite))
 
@@ -50,7 +50,7 @@ def lint(
 ) -> None:
     """Check data before training: shapes, lengths, masks, doubles, what is wrong and where."""
     from kit.lint_command import check
-    from kit.recipe import parse_overrides
+    from kit.recipe_file import parse_overrides
 
     raise typer.Exit(check(data, recipe, parse_overrides(fields or []), html, fix, json, rows))
 
@@ -63,7 +63,7 @@ def doctor(
 ) -> None:
     """Check this machine before a run: versions, device, room, hub, converter. Downloads nothing."""
     from kit.doctor import run as examine
-    from kit.recipe import parse_overrides
+    from kit.recipe_file import parse_overrides
 
     raise typer.Exit(examine(recipe, parse_overrides(fields or [])))
 

@@ -6,21 +6,15 @@ papermill and the command line. `Recipe.load(path, learning_rate="1e-4")` reads 
 
 from __future__ import annotations
 
-import json
-import re
-import types
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from kit.errors import KitError, nearest
+from kit.errors import nearest
 from kit.gguf import QUANTIZATIONS
 
-# A parameter of such a name holds a secret, and everything a notebook is given is published with it.
-SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|private)_?key)$", re.I)
-NO_SECRETS = "tokens come from the environment (HF_TOKEN) or the hub's own login (hf auth login), never from a recipe"
 PROJECT = Path(__file__).resolve().parent.parent
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MAX_ERRORS = 20
@@ -51,12 +45,18 @@ class Recipe(BaseModel):
         None, "Number format of the weights; by default the best this machine computes in.")
     load_in_4bit: bool = _field(False, "QLoRA: freeze the base model in 4-bit NF4, a quarter of the memory.")
     load_in_8bit: bool = _field(False, "Freeze the base model in 8-bit, half of the memory.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _field("nf4", "4-bit number format; nf4 suits weights better.")
+    bnb_4bit_use_double_quant: bool = _field(True, "Quantise the scales of the 4-bit weights too: 0.4 bits less each.")
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = _field(
+        None, "Number format in which 4-bit weights are multiplied; by default that of dtype.")
     full_finetuning: bool = _field(False, "Train all weights instead of a LoRA adapter.")
     trust_remote_code: bool = _field(False, "Run Python code that comes with the model: only for authors you trust.")
     local_files_only: bool = _field(False, "Never ask the hub; use folders and the local cache only.")
     hub: Literal["huggingface", "modelscope"] = _field("huggingface", "Where hub ids are looked up.")
 
     # LoRA
+    adapter_name_or_path: str | None = _field(None, "Go on training this adapter (a folder or hub id) instead of a "
+                                              "fresh one; its rank and targets are kept.", min_length=1)
     r: int = _field(16, "Rank of the adapter: more learns more and costs memory; 8 to 64 is usual.", "",
                     ge=1, le=1024)
     lora_alpha: int = _field(16, "Strength: the adapter is scaled by lora_alpha / r; keep that in 0.5 to 2.", "",
@@ -70,6 +70,8 @@ class Recipe(BaseModel):
         "unsloth", "Recompute activations to save memory; `unsloth` also offloads them on a GPU.")
     random_state: int = _field(3407, "Seed of the adapter's first values.", ge=0, le=2**32 - 1)
     use_rslora: bool = _field(False, "Scale by lora_alpha / sqrt(r): steadier at high rank.")
+    use_dora: bool = _field(False, "DoRA: train direction and length of each weight apart; slower, often better at "
+                            "low rank.")
     loftq_config: dict[str, Any] | None = _field(None, "PEFT's LoftQ settings for a start that corrects 4-bit error.")
 
     # Data
@@ -129,15 +131,36 @@ class Recipe(BaseModel):
     packing: bool = _field(False, "Join short rows to full length (GPU): faster on short rows.")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = _field(
         "random", "Order of rows; group_by_length wastes less padding.")
+    dataloader_pin_memory: bool = _field(True, "Faster copies to a GPU; false saves memory of the host.")
     dataloader_num_workers: int = _field(0, "Extra processes that load rows.", "processes", ge=0, le=64)
     logging_steps: int = _field(1, "Steps between two log lines.", "steps", ge=1)
-    save_strategy: Literal["no", "steps", "epoch"] = _field("no", "When checkpoints are written.")
+    eval_strategy: Literal["no", "steps", "epoch"] = _field(
+        "no", "When the held-out rows are evaluated during training: loss, perplexity, token accuracy.")
+    eval_steps: int = _field(100, "Steps between two evaluations.", "steps", ge=1)
+    per_device_eval_batch_size: int | None = _field(None, "Rows per evaluation pass; by default as in training.",
+                                                    "rows", ge=1, le=4096)
+    early_stopping_patience: int | None = _field(None, "Stop after so many evaluations without a lower loss.",
+                                                 "evaluations", ge=1)
+    early_stopping_threshold: float = _field(0.0, "How much lower counts as lower.", "nats", ge=0)
+    load_best_model_at_end: bool = _field(False, "Keep the checkpoint of the lowest held-out loss, and end with it.")
+    save_strategy: Literal["no", "steps", "epoch"] = _field("no", "Checkpoints by steps or epochs, besides "
+                                                            "save_minutes.")
     save_steps: int = _field(500, "Steps between two checkpoints.", "steps", ge=1)
+    save_minutes: float | None = _field(10, "Wall time between two checkpoints; null for none.", "minutes", gt=0)
     save_total_limit: int | None = _field(2, "Checkpoints kept, the newest.", "checkpoints", ge=1)
+    checkpoint_dir: str | None = _field(None, "Where checkpoints go instead of the run folder, for example a mounted "
+                                        "drive that outlives the machine; each run has a folder in it.", "path")
+    resume_from_checkpoint: bool = _field(True, "Go on from the newest sound checkpoint of a run that was stopped.")
+    fsdp: bool = _field(False, "Several processes: shard the model over them with Unsloth's FSDP2.")
+    deepspeed: str | None = _field(None, "Several processes: a DeepSpeed configuration, for example "
+                                   "recipes/deepspeed/zero2.json.", "path")
+    ddp_timeout: int = _field(7200, "How long processes wait for the slowest before they give up.", "seconds", ge=60)
     report_to: str = _field("none", "Where curves are sent besides the run folder: none, tensorboard, wandb.")
     seed: int = _field(3407, "Seed of row order and dropout.", ge=0, le=2**32 - 1)
 
     # Inference
+    max_input_length: int | None = _field(None, "Longest prompt of kit answer; of a longer one the middle is cut. By "
+                                          "default max_seq_length.", "tokens", ge=8)
     max_new_tokens: int = _field(128, "Longest answer.", "tokens", ge=1, le=131_072)
     temperature: float = _field(0.0, "0 answers with the likeliest token; higher is more varied.", "", ge=0, le=5)
     top_p: float = _field(1.0, "Sample from the likeliest tokens that make up this share.", "share", gt=0, le=1)
@@ -146,8 +169,14 @@ class Recipe(BaseModel):
     repetition_penalty: float = _field(1.0, "Above 1 makes repeated tokens less likely.", "", gt=0, le=5)
 
     # Export
-    save_merged: Literal["none", "16bit"] = _field("16bit", "Whether the adapter is merged into a 16-bit model.")
+    save_merged: Literal["none", "16bit", "4bit"] = _field(
+        "16bit", "Merge the adapter into a 16-bit model; 4bit also writes it in bitsandbytes' NF4 to merged-4bit/.")
     gguf: list[str] = _field([], f"GGUF files to write: {', '.join(QUANTIZATIONS)}; [] for none.")
+    push_to_hub: list[Literal["adapter", "merged", "gguf"]] = _field(
+        [], "What of a verified run is pushed to the hub; [] for nothing.")
+    hub_model_id: str | None = _field(None, "Repository to push to, user/name; by default run_name in the login's own "
+                                      "account.", pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    hub_private_repo: bool = _field(True, "Whether a repository that is made is private.")
     num_ctx: int | None = _field(None, "Context in the Modelfile; by default max_seq_length.", "tokens", ge=8)
 
     @field_validator("dataset", mode="before")
@@ -206,6 +235,8 @@ class Recipe(BaseModel):
             ("load_in_4bit", "load_in_8bit", "the base model has one precision; keep one of them"),
             ("load_in_4bit", "full_finetuning", "quantised weights can't be trained; set one of them to false"),
             ("load_in_8bit", "full_finetuning", "quantised weights can't be trained; set one of them to false"),
+            ("fsdp", "deepspeed", "both shard the model; keep one of them"),
+            ("full_finetuning", "adapter_name_or_path", "full finetuning has no adapter; keep one of them"),
             ("fp16", "bf16", "mixed precision has one format; keep one, or neither for the machine's best"),
         ]
         problems = [f"{a} and {b} are both set: {why}" for a, b, why in both if getattr(self, a) and getattr(self, b)]
@@ -220,6 +251,10 @@ class Recipe(BaseModel):
         if self.loftq_config and self.save_merged != "none":
             problems.append("a LoftQ adapter belongs to its own quantised base and can't be merged into the 16-bit "
                             "one: set save_merged: none and gguf: [], or leave loftq_config out")
+        if self.eval_strategy == "no" and (self.early_stopping_patience or self.load_best_model_at_end):
+            problems.append("early_stopping_patience and load_best_model_at_end need evaluations: set eval_strategy")
+        if self.eval_strategy != "no" and not (self.eval_dataset or self.test_size):
+            problems.append("eval_strategy needs held-out rows: set eval_dataset or test_size")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -237,30 +272,9 @@ class Recipe(BaseModel):
 
         Raises KitError that lists up to 20 problems, each with its line in the file.
         """
-        lines: dict[str, int] = {}
-        where = ""
-        if isinstance(source, Recipe):
-            values = source.model_dump(exclude_unset=True)
-        elif isinstance(source, dict):
-            values = dict(source)
-        else:
-            path = _find(source)
-            where = str(source)
-            values, lines = _read_yaml(path)
-            values.setdefault("run_name", path.stem)
-        for asked, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
-            if overrides.get(asked) and other not in overrides:
-                values.pop(other, None)  # the length asked for just now replaces the file's
-        values.update(overrides)
-        _refuse_secrets(values)
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            found = [_explain(e, where, lines, overrides) for e in error.errors()[:MAX_ERRORS]]
-            what = where or "the recipe"
-            count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-            raise KitError(f"{what}: {count}\n  " + "\n  ".join(found),
-                           "every field with its bounds: docs/recipe.md") from None
+        from kit.recipe_file import checked
+
+        return checked(source, overrides)
 
     def dump(self) -> str:
         """All fields, resolved, as YAML."""
@@ -272,109 +286,9 @@ class Recipe(BaseModel):
 
         A variable that is nearly a field's name is taken for a slip and refused.
         """
-        from kit.checks import secret
+        from kit.recipe_file import given
 
-        plain = (str, int, float, bool, list, dict, types.NoneType)
-        taken = {}
-        for name, value in namespace.items():
-            if name.startswith("_") or not isinstance(value, plain):
-                continue
-            if value and (SECRET_NAME.search(name) or (isinstance(value, str) and secret(value, addresses=False))):
-                raise KitError(f"the notebook's parameter {name!r} looks like a secret, and papermill writes every "
-                               "parameter into the notebook it makes", f"delete that notebook; {NO_SECRETS}")
-            if name in cls.model_fields:
-                taken[name] = value
-            elif len(name) > 4 and (close := nearest(name, cls.model_fields, cutoff=0.8)):
-                raise KitError(f"the notebook's parameter {name!r} is no recipe field{close}",
-                               "correct its name, or rename the variable")
-        return taken
-
-
-def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """['learning_rate=1e-4', 'gguf=[q8_0]'] → fields; each value is read as YAML."""
-    from kit.checks import secret
-
-    values = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            told = secret(pair, addresses=False)  # not to be repeated in a log
-            raise KitError(f"{told or repr(pair)} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
-        if SECRET_NAME.search(name):
-            raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
-        if name not in Recipe.model_fields:
-            raise KitError(f"{name!r} is no recipe field{nearest(name, Recipe.model_fields)}",
-                           "every field with its bounds: docs/recipe.md")
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise KitError(f"{pair!r}: the value is not YAML: {_one_line(error)}", "quote it") from None
-    return values
-
-
-def _refuse_secrets(values: dict[str, Any]) -> None:
-    """KitError for a field named like a secret, or a value that looks like one; the value itself is not repeated."""
-    from kit.checks import secret
-
-    for name, value in values.items():
-        if SECRET_NAME.search(name):
-            raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
-        if told := secret(json.dumps(value, ensure_ascii=False, default=str), addresses=False):
-            raise KitError(f"{name} holds what looks like a secret ({told}), and every field is written into the run",
-                           NO_SECRETS)
-
-
-def _find(source: str | Path) -> Path:
-    """The recipe file: as given, or below the project."""
-    for path in (Path(source).expanduser(), PROJECT / source):
-        if path.is_file():
-            return path
-        if path.is_dir():
-            raise KitError(f"{source} is a folder, not a recipe", "name a .yaml file")
-    known = sorted(p.name for p in (PROJECT / "recipes").glob("*.yaml"))
-    raise KitError(f"there is no recipe {source}{nearest(Path(source).name, known)}",
-                   "recipes here: " + ", ".join(f"recipes/{name}" for name in known))
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's fields and the line each stands on."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise KitError(f"{path}: not UTF-8 text (byte {error.start})", "save the recipe as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise KitError(f"{path}: not YAML: {_one_line(error)}", "a recipe is lines of `field: value`") from None
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise KitError(f"{path}: a recipe is lines of `field: value`, this is a {type(values).__name__}",
-                       "see recipes/quickstart.yaml")
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        if key.value in lines:
-            raise KitError(f"{path}:{key.start_mark.line + 1}: {key.value} is set twice "
-                           f"(first on line {lines[key.value]})", "keep one")
-        lines[key.value] = key.start_mark.line + 1
-    return {str(k): v for k, v in values.items()}, lines
-
-
-def _explain(error: Any, where: str, lines: dict[str, int], overrides: dict[str, Any]) -> str:
-    name = str(error["loc"][0]) if error["loc"] else ""
-    place = f"{where}:{lines[name]}: " if name in lines and name not in overrides else ""
-    if error["type"] == "extra_forbidden":
-        return f"{place}{name!r} is no recipe field{nearest(name, Recipe.model_fields)}"
-    text = error["msg"].removeprefix("Value error, ")
-    if not name:
-        return text
-    field = Recipe.model_fields.get(name)
-    about = f" ({field.description})" if field and field.description else ""
-    return f"{place}{name}: {error['input']!r}: {text[:1].lower()}{text[1:]}{about}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        return given(namespace)
 
 
 def reference() -> str:

@@ -39,7 +39,7 @@ GPU = Machine("cuda", "a GPU", 8, 16.0, 100.0, False, "compute capability 7.5 ha
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`kit doctor RECIPE FIELD=VALUE …` in a process of its own."""
-    code = ("import sys; from kit.doctor import run; from kit.recipe import parse_overrides; "
+    code = ("import sys; from kit.doctor import run; from kit.recipe_file import parse_overrides; "
             "sys.exit(run(sys.argv[1] if sys.argv[1:] else None, parse_overrides(sys.argv[2:])))")
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=PROJECT, capture_output=True, text=True,
                           timeout=120, env={**os.environ, **environment})

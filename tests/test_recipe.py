@@ -13,7 +13,8 @@ import yaml
 from conftest import kit
 
 from kit.errors import KitError
-from kit.recipe import PROJECT, Recipe, parse_overrides, reference
+from kit.recipe import PROJECT, Recipe, reference
+from kit.recipe_file import parse_overrides
 
 RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
 

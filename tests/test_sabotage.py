@@ -30,7 +30,8 @@ from kit.gates.merge import check_merge
 from kit.gates.provenance import about, check_hashes, check_origin, check_secrets
 from kit.gates.stop import Stops
 from kit.gguf_file import read_header
-from kit.recipe import Recipe, parse_overrides
+from kit.recipe import Recipe
+from kit.recipe_file import parse_overrides
 from kit.runs import Run
 
 pytestmark = pytest.mark.slow

@@ -379,7 +379,8 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 def asked_for(name: str, hub: str, tmp_path: Path, recipe: str = "", **environment: str) -> str:
     """What a fresh process says: the hub's settings are read when its library is imported."""
-    code = "import sys; from kit.errors import KitError; from kit.recipe import Recipe, parse_overrides\n" \
+    code = "import sys; from kit.errors import KitError; from kit.recipe import Recipe\n" \
+           "from kit.recipe_file import parse_overrides\n" \
            "from kit.sources import read_conversations\n" \
            "try: read_conversations(sys.argv[1], Recipe.load({}, **parse_overrides(sys.argv[2:])))\n" \
            "except KitError as error: print(error)"
