@@ -8,7 +8,7 @@ import sys
 import traceback
 from typing import Any
 
-from kit.errors import KitError
+from kit.errors import KitError, Stopped
 from kit.preflight import preflight
 from kit.recipe import PROJECT, Recipe
 from kit.runs import Run, clear, close_dead, read_result
@@ -63,7 +63,7 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
         return _ended(run, "interrupted", 130)
     except KitError as error:
         print(f"kit: {error}", file=sys.stderr)
-        _fail(namespace, f"{type(error).__name__}: {error}")
+        _fail(namespace, f"{type(error).__name__}: {error}", "stopped" if isinstance(error, Stopped) else "failed")
         return _ended(run, str(error), error.exit_code)
     except SystemExit as stop:
         reason = f"a cell called exit({stop.code})"
@@ -85,10 +85,10 @@ def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Run:
     return run
 
 
-def _fail(namespace: dict[str, Any], reason: str) -> None:
+def _fail(namespace: dict[str, Any], reason: str, status: str = "failed") -> None:
     run = namespace.get("run")
     if isinstance(run, Run) and run.result.get("status") == "running":
-        run.fail(reason)
+        run.fail(reason, status)
 
 
 def _ended(run: Run, reason: str, code: int) -> int:

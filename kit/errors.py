@@ -10,7 +10,7 @@ class KitError(Exception):
     """A mistake the user can mend: `message` says what is wrong and where, `hint` what to change.
 
     The command line prints both without a traceback and exits with `exit_code`
-    (2 for bad input, 1 for a check that failed).
+    (2 for bad input, 1 for a check that failed, 75 for a training stopped with a checkpoint).
     """
 
     exit_code = 2
@@ -28,6 +28,12 @@ class GateError(KitError):
     """A check that failed: the input was fine, what came out of it is not."""
 
     exit_code = 1
+
+
+class Stopped(KitError):
+    """A training that was asked to stop and saved its state: the same command goes on. 75 is sysexits' EX_TEMPFAIL."""
+
+    exit_code = 75
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kit.processes import is_main
 from kit.runs import Run, check_free
 
 if TYPE_CHECKING:
@@ -14,7 +15,12 @@ ADAPTER_SHARE = 0.1
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raise KitError for what would stop the run later on. Writes nothing into the run folder, loads no weights."""
+    """Raise KitError for what would stop the run later on. Writes nothing into the run folder, loads no weights.
+
+    Of several processes the main one looks for all.
+    """
+    if not is_main():
+        return
     check_free(Run.of(recipe))
     folder = _model(recipe)
     _data(recipe)

@@ -20,14 +20,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kit.errors import KitError
+from kit.errors import KitError, Stopped
+from kit.processes import is_main
 
 if TYPE_CHECKING:
     from kit.gates import Gates
     from kit.recipe import Recipe
 
 MADE = ("recipe.yaml", "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "data.html", "adapter", "merged",
-        "gguf", "figures", "checkpoints", "reference.safetensors", "verify.json", "report.html")
+        "merged-4bit", "gguf", "figures", "checkpoints", "reference.safetensors", "verify.json", "report.html")
 
 
 class Run:
@@ -35,25 +36,33 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.adapter, self.merged = folder / "adapter", folder / "merged"
+        self.adapter, self.merged, self.merged_4bit = folder / "adapter", folder / "merged", folder / "merged-4bit"
         self.gguf, self.figures = folder / "gguf", folder / "figures"
         self.log, self.checkpoints = folder / "log.jsonl", folder / "checkpoints"
         self.result: dict[str, Any] = {}
         self._stage_began = 0.0
+        self._silent = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> Run:
-        return cls(Path(recipe.output_dir).expanduser() / recipe.run_name)
+        run = cls(Path(recipe.output_dir).expanduser() / recipe.run_name)
+        if recipe.checkpoint_dir:
+            run.checkpoints = Path(recipe.checkpoint_dir).expanduser() / recipe.run_name
+        return run
 
     @classmethod
     def start(cls, recipe: Recipe) -> Run:
         """Make the folder and write what is known before the first step.
 
-        Raises KitError when it holds a finished run. What an unfinished run left is replaced.
+        Raises KitError when it holds a finished run. What an unfinished run left is replaced, but for its checkpoints,
+        which `kit.train` goes on from. Of several processes the main one writes for all.
         """
         run = cls.of(recipe)
+        run._silent = not is_main()
+        if run._silent:
+            return run
         check_free(run)
-        clear(run, keep=("notebook.ipynb",))
+        clear(run, keep=("notebook.ipynb", *(("checkpoints",) if recipe.resume_from_checkpoint else ())))
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / "recipe.yaml", recipe.dump())
         run.result = {"status": "running", "stage": "start", "pid": os.getpid(), "started": _now(),
@@ -120,6 +129,8 @@ class Run:
 
     def manifest(self, recipe: Recipe, tokenizer: Any, notes: list[str]) -> None:
         """Write manifest.json: what went in, so that a run can be told from another."""
+        if self._silent:
+            return
         from kit.platforms import machine, versions
         from kit.sources import data_files
 
@@ -145,7 +156,8 @@ class Run:
         self._stage_began = now
 
     def _save(self) -> None:
-        write_json(self.folder / "result.json", self.result)
+        if not self._silent:
+            write_json(self.folder / "result.json", self.result)
 
 
 def _base_hashes(recipe: Recipe) -> dict[str, str] | None:
@@ -175,7 +187,7 @@ def _watch(run: Run) -> None:
     def after_cell(result: Any) -> None:
         error = result.error_in_exec or result.error_before_exec
         if error is not None and run.result.get("status") == "running":
-            run.fail(f"{type(error).__name__}: {error}")
+            run.fail(f"{type(error).__name__}: {error}", "stopped" if isinstance(error, Stopped) else "failed")
 
     shell.events.register("post_run_cell", after_cell)
 
@@ -197,9 +209,9 @@ def check_free(run: Run) -> None:
 
 
 def clear(run: Run, keep: tuple[str, ...] = ()) -> None:
-    """Remove what a run made in its folder, and nothing else."""
+    """Remove what a run made in its folder, and its checkpoints; nothing else."""
     for name in MADE:
-        path = run.folder / name
+        path = run.checkpoints if name == "checkpoints" else run.folder / name
         if name in keep:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -166,7 +166,9 @@ def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:
     """A tqdm bar on standard error; where that is a file, a line every five seconds at most."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True,
+    from kit.processes import is_main
+
+    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=not is_main(),
                 mininterval=0.5 if sys.stderr.isatty() else 5, **options)
 
 

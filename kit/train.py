@@ -1,19 +1,25 @@
-"""The trainer and the training itself: TRL's SFTTrainer, a log line per step, a progress bar."""
+"""The trainer and the training itself: TRL's SFTTrainer, a log line per step, checkpoints, a progress bar."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kit.errors import GateError
+from kit.checkpoints import identity, newest, problem, restore_log
+from kit.errors import GateError, KitError, Stopped
+from kit.evaluate import evaluate
 from kit.gates import Gates
 from kit.gates.first_step import first_step_callback
 from kit.model import import_unsloth, resolved
+from kit.processes import deepspeed_settings, from_main, is_main, sharding
 from kit.runs import Run, peak_memory_gb
+from kit.saving import TrainedAlready, best_step, save_callback
 from kit.show import bar, clock
+from kit.stopping import StopWish
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -22,9 +28,17 @@ if TYPE_CHECKING:
     from kit.recipe import Recipe
 
 
+METRICS = ("loss", "perplexity", "token_accuracy")
+LOGGED = ("loss", "learning_rate", "grad_norm", *(f"eval_{name}" for name in METRICS))
+
+
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did. Losses are means over the trained tokens of the logged steps, in nats."""
+    """What training did. Losses are means over the trained tokens of the logged steps, in nats.
+
+    Of a training that went on from a checkpoint `losses`, `evaluations`, `tokens` and `train_seconds` are those of the
+    whole, `tokens_per_second` and `peak_memory_gb` those since then.
+    """
 
     steps: int
     losses: list[tuple[int, float]]
@@ -34,6 +48,9 @@ class TrainResult:
     peak_memory_gb: float
     gates: Gates  # of the first step
     forecast_seconds: float | None = None  # said after two steps
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # step, loss, perplexity, token_accuracy
+    best_step: int | None = None  # whose weights the model has, with load_best_model_at_end
+    resumed_from: int | None = None  # the checkpoint's step
 
     def figures(self) -> dict[str, Any]:
         """Everything but the gates, for result.json."""
@@ -59,23 +76,39 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
     same = {name: getattr(recipe, name) for name in (
         "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps",
         "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "neftune_noise_alpha",
-        "train_sampling_strategy", "dataloader_num_workers", "logging_steps", "save_strategy", "save_steps",
-        "save_total_limit", "report_to", "seed")}
-    rows = data["train"]
+        "train_sampling_strategy", "dataloader_num_workers", "dataloader_pin_memory", "logging_steps", "eval_strategy",
+        "eval_steps", "ddp_timeout", "report_to", "seed")}
+    if recipe.deepspeed:
+        same |= {"deepspeed": deepspeed_settings(recipe)}
+    rows, held_out = data["train"], data["test"] if recipe.eval_strategy != "no" else None
     lazy = "input_ids" not in rows.column_names  # tokens are made when a row is taken: nothing to prepare or remove
     if lazy:
         same |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+
+    class EvaluatingTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFTTrainer with the evaluation of `kit.evaluate`, whose memory does not grow with the vocabulary."""
+
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
+            found = evaluate(self.model, tokenizer, self.eval_dataset, size)
+            metrics = {f"eval_{name}": value for name, value in found.items()}
+            self.log(dict(metrics))
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
     args = SFTConfig(
         output_dir=str(run.checkpoints), max_length=recipe.max_seq_length, packing=chosen.packing, optim=chosen.optim,
         bf16=chosen.bf16, fp16=chosen.fp16, gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
-        include_num_input_tokens_seen="non_padding", disable_tqdm=True, **duration, **same)
+        include_num_input_tokens_seen="non_padding", disable_tqdm=True, save_strategy="no", **duration, **same)
     disable_progress_bars()  # TRL walks over the rows twice; on rows that are ready this takes no time
-    trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer,
-                         train_dataset=rows if lazy else rows.select_columns(["input_ids", "labels"]))
+    trainer = EvaluatingTrainer(model=model, args=args, processing_class=tokenizer,
+                                train_dataset=rows if lazy else rows.select_columns(["input_ids", "labels"]),
+                                eval_dataset=held_out and held_out.select_columns(["input_ids", "labels"]))
     enable_progress_bars()
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(_log_callback(run))
+    if is_main():
+        trainer.add_callback(_log_callback(run))
     return trainer
 
 
@@ -95,10 +128,11 @@ def effective(trainer: SFTTrainer, recipe: Recipe) -> list[str]:
 
 
 def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
-    """Train; log.jsonl gets a line per logged step.
+    """Train; log.jsonl gets a line per logged step. Goes on from the run's newest sound checkpoint, if there is one.
 
     Raises GateError in the first step when a gradient is missing or no number, or the loss is worse than guessing
-    (kit.gates.first_step), and later when the loss is no number.
+    (kit.gates.first_step), and later when the loss is no number; Stopped when a signal ended it with a checkpoint;
+    KitError when the checkpoint was made of other data or settings.
     """
     import torch
 
@@ -107,23 +141,58 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
         trainer.model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    run = Run.of(recipe)
+    made_of = identity(recipe, trainer.processing_class, trainer.train_dataset, trainer.eval_dataset,
+                       sharding(recipe))
+    resumed = from_main(lambda: newest(run.checkpoints, made_of)) if recipe.resume_from_checkpoint else None
+    if is_main() and resumed:
+        print(f"goes on from {resumed.folder.name}")
+        restore_log(resumed.folder, run.log)
     gates = Gates("first step")
     said: list[float] = []
-    for callback in (first_step_callback(gates, trainer.model), _pace_callback(recipe, trainer.train_dataset, said)):
-        trainer.add_callback(callback)
     began = time.perf_counter()
-    trainer.train()
+    with StopWish() as wish:
+        saving = save_callback(trainer, recipe, run, wish, made_of, resumed)
+        for callback in (saving, first_step_callback(gates, trainer.model),
+                         _pace_callback(recipe, trainer.train_dataset, said)):
+            trainer.add_callback(callback)
+        with suppress(TrainedAlready):
+            trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
     seconds = time.perf_counter() - began
+    state = trainer.state
+    if saving.stopping:
+        raise Stopped(f"stopped by {wish.asked or 'a signal'} after step {state.global_step} of {state.max_steps}; "
+                      f"{run.checkpoints / f'checkpoint-{saving.saved}'} is complete",
+                      "the same command goes on from there")
+    best = _load_best(trainer, run) if recipe.load_best_model_at_end else None
     # Without the trainer's autocast around forward, the model answers as it will after saving and loading.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    losses = [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+    losses = [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
     bad = [step for step, loss in losses if not math.isfinite(loss)]
     if bad or not losses:
         raise GateError(f"the loss is no finite number at step {bad[0] if bad else 0}",
                         "lower learning_rate, or set dtype: float32")
-    tokens = int(trainer.state.num_input_tokens_seen)
-    return TrainResult(trainer.state.global_step, losses, round(seconds, 2), tokens, round(tokens / seconds, 1),
-                       round(peak_memory_gb(), 2), gates, said[0] if said else None)
+    found = [{"step": entry["step"], **{name: entry[f"eval_{name}"] for name in METRICS}}
+             for entry in state.log_history if "eval_loss" in entry]
+    tokens = int(state.num_input_tokens_seen)
+    new = tokens - int(trainer._initial_num_input_tokens_seen)
+    return TrainResult(state.global_step, losses, round(seconds + (resumed.seconds if resumed else 0), 2), tokens,
+                       round(new / seconds, 1), round(peak_memory_gb(), 2), gates, said[0] if said else None, found,
+                       best, resumed.step if resumed else None)
+
+
+def _load_best(trainer: SFTTrainer, run: Run) -> int:
+    """Give the model the weights of the checkpoint with the lowest held-out loss; returns its step."""
+    step = best_step(trainer.state.log_history)
+    folder = run.checkpoints / f"checkpoint-{step}"
+    if reason := from_main(lambda: problem(folder)):
+        raise KitError(f"load_best_model_at_end: {folder} can't be used: {reason}",
+                       "train again, or set load_best_model_at_end: false for the last step's weights")
+    if step != trainer.state.global_step:
+        trainer.state.best_model_checkpoint = str(folder)
+        trainer._load_best_model()
+        print(f"the model has the weights of step {step}, the lowest held-out loss")
+    return int(step or 0)
 
 
 def _pace_callback(recipe: Recipe, rows: Any, said: list[float]) -> Any:
@@ -156,24 +225,29 @@ def _log_callback(run: Run) -> Any:
         """log.jsonl and a bar with loss, tokens per second and the time that is left."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.bar = bar(state.max_steps, "training", "step")
-            self.began = time.perf_counter()
+            self.bar = bar(state.max_steps, "training", "step", initial=state.global_step)
+            self.began, self.tokens = time.perf_counter(), int(state.num_input_tokens_seen)
             run.folder.mkdir(parents=True, exist_ok=True)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.update(state.global_step - self.bar.n)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if not logs or "loss" not in logs:
+            shown = {k: v for k, v in (logs or {}).items() if k in LOGGED}
+            if not shown:
                 return
             seconds = time.perf_counter() - self.began
             line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), "seconds": round(seconds, 2),
-                    "tokens": int(state.num_input_tokens_seen),
-                    **{k: v for k, v in logs.items() if k in ("loss", "learning_rate", "grad_norm")}}
+                    "tokens": int(state.num_input_tokens_seen), **shown}
             with run.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            speed = f"{state.num_input_tokens_seen / seconds:.0f} tok/s"
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed}", refresh=False)
+            if "loss" in shown:
+                speed = (state.num_input_tokens_seen - self.tokens) / seconds
+                self.bar.set_postfix_str(f"loss {float(shown['loss']):.3f}, {speed:.0f} tok/s", refresh=False)
+            else:
+                loss, perplexity, accuracy = (shown[f"eval_{name}"] for name in METRICS)
+                print(f"\nheld-out rows after step {state.global_step}: loss {loss:.4f}, perplexity {perplexity:.2f}, "
+                      f"token accuracy {accuracy:.1%}", flush=True)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar.close()
