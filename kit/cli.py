@@ -79,6 +79,41 @@ def verify(what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name
 
 
 @app.command()
+def push(
+    what: Annotated[str, typer.Argument(metavar="RUN", help="A verified run's name or folder")],
+    kinds: Annotated[str | None, typer.Option(
+        "--what", help="adapter, merged, gguf, several with commas; by default push_to_hub, or all there is")] = None,
+    to: Annotated[str | None, typer.Option(help="user/name, or a name in your own account")] = None,
+    public: Annotated[bool, typer.Option("--public", help="New repositories are public, not private")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of a base model that came from a folder")] = None,
+) -> None:
+    """Push what kit verify passed to the recipe's hub, each kind with a card. Logins: HF_TOKEN or `hf auth login`."""
+    from kit.hub import made_by
+    from kit.hub import push as send
+    from kit.runs import Run
+
+    found = Run.open(what)
+    chosen = kinds.split(",") if kinds else found.recipe.push_to_hub or made_by(found)
+    send(found, [kind.strip() for kind in chosen], to, False if public else None, base_model)
+
+
+@app.command()
+def export(
+    what: Annotated[str, typer.Argument(
+        metavar="WHAT", help="A run's name or folder, or the folder of an adapter trained elsewhere")],
+    base: Annotated[str | None, typer.Option(
+        help="The adapter's base model: a folder or hub id; by default the one it names")] = None,
+    gguf: Annotated[list[str] | None, typer.Option(help="A GGUF to write, q8_0 for example; may be repeated")] = None,
+    save_merged: Annotated[str | None, typer.Option(help="16bit, or 4bit for merged-4bit/ besides")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is made of an adapter")] = None,
+) -> None:
+    """Make what a run does not have yet, or of an adapter: merged model, 4-bit copy, GGUFs with their Modelfile."""
+    from kit.export_command import export as make
+
+    raise typer.Exit(make(what, base, gguf or [], save_merged, out))
+
+
+@app.command()
 def ask(
     what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
     prompt: Annotated[str | None, typer.Argument(help="The question; without it, a conversation")] = None,
@@ -96,6 +131,33 @@ def ask(
     while (question := _read_question()) is not None:
         history.append({"role": "user", "content": question})
         history.append({"role": "assistant", "content": _say(ask_one(history))})
+
+
+@app.command()
+def answer(
+    what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, a .gguf file, or a recipe (its "
+                                        "base model)")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Questions: .txt (a line each), .csv, .tsv, .jsonl, "
+                                         ".json or .xlsx")],
+    fields: Fields = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="By default beside FILE: <stem>.answers<suffix>")]
+    = None,
+    engine: Annotated[str | None, typer.Option(
+        help="gguf, merged, adapter or base; by default the lightest that is there")] = None,
+    column: Annotated[str | None, typer.Option(
+        help="The questions' column; by default prompt or question, else the first")] = None,
+    answer_column: Annotated[str, typer.Option(help="The column that answers come into")] = "answer",
+    batch_size: Annotated[int, typer.Option(help="Rows answered at once", min=1)] = 20,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT, and answers kept of another request")] = False,
+) -> None:
+    """Answer a whole file, the other columns kept; after a kill the same command goes on. Exit code 1: rows failed."""
+    from kit.answer_file import answer_file
+    from kit.recipe_file import parse_overrides
+
+    done = answer_file(what, file, out, engine=engine, column=column, answer_column=answer_column,
+                       batch_size=batch_size, overwrite=overwrite, **parse_overrides(fields or []))
+    print(done)
+    raise typer.Exit(1 if done.failed else 0)
 
 
 def _say(pieces: object) -> str:

@@ -132,28 +132,54 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[
     if isinstance(model, (str, Path)):
         return _answer_gguf(Path(model), prompts, recipe)
     assert tokenizer is not None
+    rows = [prompt_ids(tokenizer, messages, recipe) for messages in prompts]
+    replies: dict[int, Reply] = {}
+    with bar(len(rows), "answering", "row") as progress:
+        for batch in by_length([len(ids) for ids in rows], batch_size):
+            found = answer_batch(model, tokenizer, [rows[i] for i in batch], recipe)
+            replies.update(zip(batch, found, strict=True))
+            progress.update(len(batch))
+    return [replies[i] for i in range(len(rows))]
+
+
+def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Places in `lengths`, in batches of like length; the longest first, so that too little memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def answer_batch(model: Any, tokenizer: Any, rows: list[list[int]], recipe: Recipe) -> list[Reply]:
+    """The answers to prompts given as token ids, from one batch."""
+    out = generate(model, tokenizer, rows, **sampling(recipe))
+    replies = []
+    for new in out[:, max(map(len, rows)):].tolist():
+        stopped = tokenizer.eos_token_id in new
+        if stopped:
+            new = new[: new.index(tokenizer.eos_token_id)]
+        replies.append(Reply(tokenizer.decode(new, skip_special_tokens=True), stopped, tuple(new)))
+    return replies
+
+
+def generate(model: Any, tokenizer: Any, rows: list[list[int]], **how: Any) -> Any:
+    """What `model.generate` returns for prompts given as token ids, in one batch; `how` are its keywords."""
     import torch
 
     _for_inference(model)
-    rows = [prompt_ids(tokenizer, messages, recipe) for messages in prompts]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    replies: dict[int, Reply] = {}
-    with bar(len(rows), "answering", "row") as progress, torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            batch = order[start:start + batch_size]
-            width = max(len(rows[i]) for i in batch)
-            pad = [[tokenizer.pad_token_id] * (width - len(rows[i])) for i in batch]
-            ids = torch.tensor([p + rows[i] for p, i in zip(pad, batch, strict=True)], device=model.device)
-            mask = torch.tensor([[0] * len(p) + [1] * (width - len(p)) for p in pad], device=model.device)
-            out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id,
-                                 eos_token_id=tokenizer.eos_token_id, **sampling(recipe))
-            for i, new in zip(batch, out[:, width:].tolist(), strict=True):
-                stopped = tokenizer.eos_token_id in new
-                if stopped:
-                    new = new[: new.index(tokenizer.eos_token_id)]
-                replies[i] = Reply(tokenizer.decode(new, skip_special_tokens=True), stopped, tuple(new))
-            progress.update(len(batch))
-    return [replies[i] for i in range(len(rows))]
+    ids, mask = padded(rows, tokenizer.pad_token_id)
+    with torch.no_grad():
+        return model.generate(
+            input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how)
+
+
+def padded(rows: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of one width and their attention mask (1 for a token, 0 for padding).
+
+    Padding stands on the left: an answer goes on where its prompt ends.
+    """
+    width = max(map(len, rows))
+    return ([[pad] * (width - len(ids)) + ids for ids in rows],
+            [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
 
 
 def same_answers(before: list[Reply], after: list[Reply], what: str) -> None:

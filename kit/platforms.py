@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from kit.recipe import Recipe
 
 GPU_ONLY_OPTIMIZERS = ("8bit", "paged", "bnb", "apex", "npu", "xla")
+# Of a model on a hub; other formats of its weights would double the download.
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "tokenizer.model"]
 
 
 def cache_dir() -> Path:
@@ -168,7 +170,12 @@ def model_folder(recipe: Recipe) -> str:
             raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope")
         from modelscope import snapshot_download
 
-        return str(snapshot_download(recipe.model_name, revision=recipe.revision))
+        try:
+            return str(snapshot_download(recipe.model_name, revision=recipe.revision, allow_patterns=MODEL_FILES))
+        except Exception as error:  # of its own, of requests, of the disk
+            reason = " ".join(str(error).split())[:300]
+            raise KitError(f"model_name: {recipe.model_name} could not be fetched from ModelScope: {reason}",
+                           hub_hint()) from None
     return recipe.model_name
 
 
@@ -197,10 +204,9 @@ def base_folder(recipe: Recipe) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
     try:
         return Path(snapshot_download(name, revision=recipe.revision, local_files_only=recipe.local_files_only,
-                                      allow_patterns=wanted))
+                                      allow_patterns=MODEL_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise KitError(f"model_name: the weights of {name} could not be fetched: "
                        f"{str(error).strip().splitlines()[0][:300]}", hub_hint()) from None

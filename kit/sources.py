@@ -55,7 +55,8 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None] 
     `on_bytes` is told how many further bytes of the files have been read. Raises KitError for what can't be read
     at all.
     """
-    files = files_of(source, recipe)
+    there = _fetched(source, recipe) if _on_modelscope(source, recipe) else source
+    files = files_of(there, recipe)
     for path in files or ():
         name = str(source) if len(files or ()) == 1 else str(path)
         for item in read_rows(path, on_bytes):
@@ -65,7 +66,7 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None] 
             else:
                 yield _row(place, item.value, recipe)
     if files is None:
-        for number, value in enumerate(_from_hub(str(source), recipe), 1):
+        for number, value in enumerate(_from_hub(str(there), recipe), 1):
             yield _row(Place(str(source), number, None), value, recipe)
 
 
@@ -163,8 +164,6 @@ def _from_hub(name: str, recipe: Recipe) -> Iterable[Any]:
                 raise KitError(f"dataset: {name} has no split {recipe.dataset_split!r}; there are: {', '.join(saved)}",
                                "set dataset_split to one of them")
             return saved[recipe.dataset_split] if isinstance(saved, datasets.DatasetDict) else saved
-        if folder is None and recipe.hub == "modelscope":
-            return _from_modelscope(name, recipe)
         with _offline(recipe.local_files_only):
             return datasets.load_dataset(
                 str(folder or name), recipe.dataset_config, split=recipe.dataset_split,
@@ -197,17 +196,24 @@ def _offline(wanted: bool) -> Iterator[None]:
             switch.HF_HUB_OFFLINE = value
 
 
-def _from_modelscope(name: str, recipe: Recipe) -> Iterable[Any]:
+def _on_modelscope(source: str | Path, recipe: Recipe) -> bool:
+    return recipe.hub == "modelscope" and source not in ("starter", HELDOUT) and local_path(source) is None
+
+
+def _fetched(name: str | Path, recipe: Recipe) -> Path:
+    """A data set of ModelScope as a folder. Its own loader would need an older `datasets` and a dozen packages more."""
     if recipe.local_files_only:
         raise KitError(f"dataset: {name}: ModelScope is not asked with local_files_only",
                        "name the folder the data set was downloaded to")
     try:
-        from modelscope.msdatasets import MsDataset
+        from modelscope import dataset_snapshot_download
     except ImportError:
         raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope") from None
-    version = {"version": recipe.dataset_revision} if recipe.dataset_revision else {}
-    found = MsDataset.load(name, subset_name=recipe.dataset_config, split=recipe.dataset_split, **version)
-    return found.to_hf_dataset() if hasattr(found, "to_hf_dataset") else found
+    try:
+        return Path(dataset_snapshot_download(str(name), revision=recipe.dataset_revision))
+    except Exception as error:  # of its own, of requests, of the disk
+        reason = " ".join(str(error).split())[:300]
+        raise KitError(f"dataset: {name}: {type(error).__name__}: {reason}", hub_hint()) from None
 
 
 def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:

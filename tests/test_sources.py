@@ -418,74 +418,64 @@ def test_with_local_files_only_nothing_is_asked_for(tmp_path: Path, hub: tuple[s
 
 
 class Stand:
-    """ModelScope's MsDataset as far as it is used."""
+    """The package modelscope as far as it is used: it puts a data set's files into a folder (test_modelscope.py has
+    the real one)."""
 
-    calls: list[tuple[str, dict[str, Any]]]
-    rows: list[Any]
-    error: Exception | None = None
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls: list[tuple[str, str | None]] = []
+        self.error: Exception | None = None
 
-    def __init__(self, rows: list[Any]) -> None:
-        self._rows = rows
-
-    @classmethod
-    def load(cls, name: str, **options: Any) -> Stand:
-        cls.calls.append((name, options))
-        if cls.error:
-            raise cls.error
-        return cls(cls.rows)
-
-    def to_hf_dataset(self) -> list[Any]:
-        return self._rows
+    def fetch(self, name: str, revision: str | None = None) -> str:
+        self.calls.append((name, revision))
+        if self.error:
+            raise self.error
+        return str(self.folder)
 
 
 @pytest.fixture
-def modelscope(monkeypatch: pytest.MonkeyPatch) -> type[Stand]:
-    stand = type("MsDataset", (Stand,), {"calls": [], "rows": [alpaca(), alpaca("dog")], "error": None})
-    module = types.ModuleType("modelscope.msdatasets")
-    module.MsDataset = stand  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "modelscope", types.ModuleType("modelscope"))
-    monkeypatch.setitem(sys.modules, "modelscope.msdatasets", module)
+def modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
+    stand = Stand(folder_of(tmp_path / "fetched", "train.jsonl", "test.jsonl"))
+    module = types.ModuleType("modelscope")
+    module.dataset_snapshot_download = stand.fetch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modelscope", module)
     return stand
 
 
-@pytest.mark.slow
-def test_modelscope_is_asked_for_what_the_recipe_names(modelscope: type[Stand]) -> None:
-    assert answers("cats/talk", hub="modelscope") == ["cat", "dog"]
-    assert answers("cats/talk", hub="modelscope", dataset_config="small", dataset_split="test",
-                   dataset_revision="v1") == ["cat", "dog"]
-    assert modelscope.calls == [("cats/talk", {"subset_name": None, "split": "train"}),
-                                ("cats/talk", {"subset_name": "small", "split": "test", "version": "v1"})]
+def test_modelscope_is_asked_for_what_the_recipe_names(modelscope: Stand) -> None:
+    assert answers("cats/talk", hub="modelscope") == ["train.jsonl"]
+    assert answers("cats/talk", hub="modelscope", dataset_split="test", dataset_revision="v1") == ["test.jsonl"]
+    assert modelscope.calls == [("cats/talk", None), ("cats/talk", "v1")]
 
 
 @pytest.mark.slow
-def test_modelscope_may_give_the_rows_themselves(modelscope: type[Stand], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modelscope, "load", lambda name, **_: [alpaca("bird")])
-    assert answers("cats/talk", hub="modelscope") == ["bird"]
+def test_a_data_set_of_modelscope_may_have_a_card(modelscope: Stand, datasets: Any) -> None:
+    (modelscope.folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files: test.jsonl\n"
+        "- config_name: large\n  data_files: train.jsonl\n---\n")
+    assert answers("cats/talk", hub="modelscope", dataset_config="small", dataset_revision="v1") == ["test.jsonl"]
 
 
-@pytest.mark.slow
-def test_bad_rows_and_errors_of_modelscope_are_named(modelscope: type[Stand]) -> None:
-    modelscope.rows = [alpaca(), alpaca("")]
+def test_bad_rows_and_errors_of_modelscope_are_named(modelscope: Stand) -> None:
+    write(modelscope.folder / "train.jsonl", alpaca(), alpaca(""))
     assert "dataset: cats/talk: bad rows (1):\n  row 2: the answer is empty" in refusal("cats/talk", hub="modelscope")
     modelscope.error = ConnectionError("no route to modelscope.cn\nmore")
     message = refusal("cats/talk", hub="modelscope")
     assert "dataset: cats/talk: ConnectionError: no route to modelscope.cn more\n" in message and helps(message)
 
 
-@pytest.mark.slow
-def test_a_path_on_this_disk_is_not_looked_for_on_modelscope(tmp_path: Path, modelscope: type[Stand]) -> None:
-    assert answers(folder_of(tmp_path, "rows.jsonl"), hub="modelscope") == ["rows.jsonl"]
+def test_what_lies_on_this_disk_is_not_looked_for_on_modelscope(tmp_path: Path, modelscope: Stand) -> None:
+    assert answers(folder_of(tmp_path / "here", "rows.jsonl"), hub="modelscope") == ["rows.jsonl"]
+    assert answers("starter", hub="modelscope") == answers("starter")
     assert modelscope.calls == []
 
 
-@pytest.mark.slow
-def test_modelscope_is_not_asked_with_local_files_only(modelscope: type[Stand]) -> None:
+def test_modelscope_is_not_asked_with_local_files_only(modelscope: Stand) -> None:
     message = refusal("cats/talk", hub="modelscope", local_files_only=True)
     assert "ModelScope is not asked with local_files_only" in message and "name the folder" in message
     assert modelscope.calls == []
 
 
-@pytest.mark.slow
 def test_without_its_package_modelscope_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", None)
     message = refusal("cats/talk", hub="modelscope")

@@ -1,0 +1,272 @@
+"""A stand-in for the Hugging Face hub's HTTP interface, as far as huggingface_hub uses it to push and to load a model.
+
+The requests are those of huggingface_hub/hf_api.py, _commit_api.py and lfs.py; large files go by Git LFS
+(https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md), Xet is switched off.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+TOKEN = "hf_" + "standin" * 5
+USER = "cat"
+PIECE = 1 << 20
+
+
+class Refused(Exception):
+    """An answer other than 200; `code` is what the hub calls it."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Repository:
+    """Its files by path, each a blob's sha256; `commits` holds the paths that each commit changed."""
+
+    def __init__(self, private: bool) -> None:
+        self.private = private
+        self.files: dict[str, str] = {}
+        self.commits: list[list[str]] = []
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(repr(self.commits).encode()).hexdigest()
+
+
+class HubStandIn:
+    """What the hub holds, what it was sent, and what is to go wrong.
+
+    `trouble` has {words in a request's path: (status, message), or None to cut the connection}; `once` takes it back
+    after the first time. `received` names the requests that carried something, with the number of bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.blobs = folder / "blobs"
+        self.blobs.mkdir(parents=True)
+        self.repositories: dict[str, Repository] = {}
+        self.received: list[tuple[str, int]] = []
+        self.bodies: list[bytes] = []
+        self.trouble: dict[str, tuple[int, str] | None] = {}
+        self.once = False
+        self.overruled = False  # an organisation that makes every repository public
+        self.url = ""
+
+    def sent(self, words: str) -> int:
+        """Bytes received in requests whose path holds `words`."""
+        return sum(count for path, count in self.received if words in path)
+
+    def content(self, repo_id: str, path: str) -> bytes:
+        return (self.blobs / self.repositories[repo_id].files[path]).read_bytes()
+
+    def holds(self, words: bytes) -> list[str]:
+        """Where `words` stand in anything that was received."""
+        return [path.name for path in self.blobs.iterdir() if words in path.read_bytes()] + \
+            [body[:60].decode("utf-8", "replace") for body in self.bodies if words in body]
+
+    def repository(self, repo_id: str) -> Repository:
+        if repo_id not in self.repositories:
+            raise Refused(404, "Repository not found", "RepoNotFound")
+        return self.repositories[repo_id]
+
+    def keep(self, data: bytes) -> str:
+        oid = hashlib.sha256(data).hexdigest()
+        (self.blobs / oid).write_bytes(data)
+        return oid
+
+    def whoami(self, _: Any) -> dict[str, Any]:
+        return {"type": "user", "name": USER, "auth": {"accessToken": {"role": "write"}}}
+
+    def create(self, body: dict[str, Any]) -> dict[str, Any]:
+        repo_id = f"{body['organization'] or USER}/{body['name']}"
+        if repo_id in self.repositories:
+            raise Refused(409, "You already created this model repo")
+        self.repositories[repo_id] = Repository(body["visibility"] == "private" and not self.overruled)
+        return {"url": f"{self.url}/{repo_id}"}
+
+    def validate(self, body: dict[str, Any]) -> dict[str, Any]:
+        header = re.match(r"---\n(.*?)\n---\n", body["content"], re.DOTALL)
+        try:
+            fields = yaml.safe_load(header[1]) if header else {}
+        except yaml.YAMLError as error:
+            raise Refused(400, str(error)) from None
+        if not isinstance(fields, dict) or "/" not in fields.get("base_model", "a/b"):
+            raise Refused(400, "base_model must be a hub id")
+        return {"errors": [], "warnings": []}
+
+    def info(self, _: Any, repo_id: str) -> dict[str, Any]:
+        found = self.repository(repo_id)
+        return {"id": repo_id, "modelId": repo_id, "sha": found.sha, "private": found.private, "tags": [],
+                "siblings": [{"rfilename": path} for path in found.files]}
+
+    def tree(self, _: Any, repo_id: str) -> list[dict[str, Any]]:
+        return [{"type": "file", "path": path, "size": (self.blobs / oid).stat().st_size, "oid": oid}
+                for path, oid in self.repository(repo_id).files.items()]
+
+    def preupload(self, body: dict[str, Any], repo_id: str) -> dict[str, Any]:
+        known = self.repository(repo_id).files
+        answer = []
+        for file in body["files"]:
+            path = file["path"]
+            large = file["size"] > 10 * PIECE or path.endswith((".safetensors", ".gguf"))
+            oid = known.get(path)
+            if oid and not large:  # Git's name of a blob
+                data = (self.blobs / oid).read_bytes()
+                oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            mode = "lfs" if large else "regular"
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return {"files": answer}
+
+    def batch(self, body: dict[str, Any], repo_id: str) -> dict[str, Any]:
+        self.repository(repo_id)
+        objects = []
+        for wanted in body["objects"]:
+            if not (self.blobs / wanted["oid"]).exists():
+                wanted["actions"] = {"upload": {"href": f"{self.url}/object/{wanted['oid']}?signature=secret"},
+                                     "verify": {"href": f"{self.url}/lfs-verify"}}
+            objects.append(wanted)
+        return {"transfer": "basic", "objects": objects}
+
+    def verify(self, body: dict[str, Any]) -> dict[str, Any]:
+        path = self.blobs / body["oid"]
+        if not path.exists() or path.stat().st_size != body["size"]:
+            raise Refused(422, "the object has not arrived whole")
+        return {}
+
+    def commit(self, body: list[dict[str, Any]], repo_id: str) -> dict[str, Any]:
+        found = self.repository(repo_id)
+        changed = []
+        for line in body:
+            value = line["value"]
+            if line["key"] == "file":
+                found.files[value["path"]] = self.keep(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                if not (self.blobs / value["oid"]).exists():
+                    raise Refused(400, f"{value['path']} has not been uploaded")
+                found.files[value["path"]] = value["oid"]
+            changed += [value["path"]] if line["key"] in ("file", "lfsFile") else []
+        found.commits.append(changed)
+        return {"success": True, "commitOid": found.sha, "commitUrl": f"{self.url}/{repo_id}/commit/{found.sha}"}
+
+    def resolve(self, repo_id: str, path: str) -> tuple[Path, str]:
+        found = self.repository(repo_id)
+        if path not in found.files:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        return self.blobs / found.files[path], found.sha
+
+
+NAME = r"([\w.-]+/[\w.-]+)"
+CALLS: list[tuple[str, str, Callable[..., Any]]] = [
+    ("GET", r"/api/whoami-v2", HubStandIn.whoami),
+    ("POST", r"/api/repos/create", HubStandIn.create),
+    ("POST", r"/api/validate-yaml", HubStandIn.validate),
+    ("GET", rf"/api/models/{NAME}(?:/revision/\w+)?", HubStandIn.info),
+    ("GET", rf"/api/models/{NAME}/tree/\w+", HubStandIn.tree),
+    ("POST", rf"/api/models/{NAME}/preupload/main", HubStandIn.preupload),
+    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", HubStandIn.batch),
+    ("POST", r"/lfs-verify", HubStandIn.verify),
+    ("POST", rf"/api/models/{NAME}/commit/main", HubStandIn.commit),
+]
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[HubStandIn]:
+    """The stand-in at work on this machine; its address is `url`."""
+    hub = HubStandIn(folder)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if words := next((words for words in hub.trouble if words in path), None):
+                wrong = hub.trouble.pop(words) if hub.once else hub.trouble[words]
+                self.close_connection = True
+                if wrong:
+                    self.say({"error": wrong[1]}, wrong[0], "")
+                return
+            try:
+                if self.command == "PUT":
+                    self.take(path.removeprefix("/object/"))
+                    return self.say({})
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if body:
+                    hub.received.append((path, len(body)))
+                    hub.bodies.append(body)
+                self.admit()
+                if found := re.fullmatch(rf"/{NAME}/resolve/\w+/(.+)", path):
+                    return self.give(*hub.resolve(*found.groups()))
+                for method, pattern, call in CALLS:
+                    if method == self.command and (found := re.fullmatch(pattern, path)):
+                        lines = "ndjson" in self.headers.get("Content-Type", "")
+                        value = [json.loads(line) for line in body.splitlines()] if lines else json.loads(body or b"{}")
+                        return self.say(call(hub, value, *found.groups()))
+                raise Refused(404, f"no such call: {self.command} {path}")
+            except Refused as error:
+                self.say({"error": str(error)}, error.status, error.code)
+
+        do_GET = do_HEAD = do_POST = do_PUT = answer
+
+        def admit(self) -> None:
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                raise Refused(401, "Invalid credentials in Authorization header")
+
+        def take(self, oid: str) -> None:
+            count = left = int(self.headers["Content-Length"])
+            digest = hashlib.sha256()
+            partial = hub.blobs / f"{oid}.partial"
+            with partial.open("wb") as file:
+                while left and (piece := self.rfile.read(min(PIECE, left))):
+                    file.write(piece)
+                    digest.update(piece)
+                    left -= len(piece)
+            if digest.hexdigest() != oid:
+                partial.unlink()
+                raise Refused(400, "another object arrived")
+            partial.rename(hub.blobs / oid)
+            hub.received.append((f"/object/{oid}", count))
+
+        def give(self, path: Path, sha: str) -> None:
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", sha)
+            self.send_header("ETag", f'"{path.name}"')
+            self.send_header("Content-Length", str(path.stat().st_size))
+            self.end_headers()
+            if self.command == "GET":
+                with path.open("rb") as file:
+                    while piece := file.read(PIECE):
+                        self.wfile.write(piece)
+
+        def say(self, value: Any, status: int = 200, code: str = "") -> None:
+            text = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            if code:
+                self.send_header("X-Error-Code", code)
+            if status >= 400:
+                self.send_header("X-Error-Message", value["error"])
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield hub
+        server.shutdown()
