@@ -19,7 +19,7 @@ endif
 # The stamp's name holds the content of what was asked for: change a line and set-up runs again.
 STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: help setup demo test test-fast check pair docs data clean
+.PHONY: help setup engines demo test test-fast test-gpu check pair docs data clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,14 +39,22 @@ $(STAMP):
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.ready-* && touch $@
 
+engines: $(STAMP)  ## what several processes need besides (DeepSpeed; on a machine without a GPU triton too)
+	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("deepspeed") and i.find_spec("triton")))' \
+		|| { echo "engines: packages of requirements-engines.txt (1.1 GB on disk)"; \
+		     $(PIP) install -q --no-build-isolation $(CONSTRAINTS) -r requirements-engines.txt; }
+
 demo: setup  ## fine-tune the starter model on this machine, to a checked GGUF
 	@$(BIN)/kit run recipes/quickstart.yaml --overwrite
 
-test: setup check  ## everything that must pass: lint, types, all tests
+test: setup engines check  ## everything that must pass: lint, types, all tests
 	@$(BIN)/python -m pytest
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-gpu: setup  ## the CUDA path end to end; skipped with a reason where there is no GPU
+	@$(BIN)/python -m pytest -m gpu
 
 check: $(STAMP)  ## ruff and mypy
 	@echo "check: ruff, mypy on kit/"

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import time
 import traceback
 from typing import Any
 
+from kit import processes
 from kit.errors import KitError, Stopped
 from kit.preflight import preflight
 from kit.recipe import PROJECT, Recipe
 from kit.runs import Run, clear, close_dead, read_result
+from kit.stopping import SIGNALS
 
 NOTEBOOK = PROJECT / "notebooks" / "01_finetune.py"
+EVERYWHERE = "every-process"  # the tag of cells that each process of torchrun runs
+SECONDS_TO_TELL = 5
 
 
 def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     """Validate, then execute the notebook into runs/<name>/notebook.ipynb. Returns the exit code.
 
-    0 only when the run marked itself finished: an exception, a killed kernel and an early exit are 1.
+    0 only when the run marked itself finished: an exception, a killed kernel and an early exit are 1; 75 when a signal
+    ended the training with a checkpoint.
     """
     import papermill
     from papermill.exceptions import PapermillException
@@ -28,11 +35,13 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every field not named in the notebook
 
+    if processes.world_size() > 1:
+        raise KitError("kit run is one process", "torchrun --nproc_per_node N -m kit train RECIPE")
     run = _validated(source, overrides, overwrite)
     papermill_engine.register()
     run.folder.mkdir(parents=True, exist_ok=True)
     output = run.folder / "notebook.ipynb"
-    _interrupt_on_sigterm()
+    _pass_on_signals(run)
     reason = "the kernel ended before the last cell"
     try:
         papermill.execute_notebook(str(NOTEBOOK.with_suffix(".ipynb")), str(output),
@@ -42,6 +51,9 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     except KeyboardInterrupt:
         return _ended(run, "interrupted", 130)
     except PapermillException as error:
+        ended = {"Stopped": Stopped.exit_code, "KeyboardInterrupt": 130}
+        if code := ended.get(str(getattr(error, "ename", ""))):
+            return _ended(run, "interrupted", code)
         reason = str(getattr(error, "evalue", "")) or str(error).strip().splitlines()[-1]
     except Exception as error:  # a dead kernel surfaces as one of several types
         reason = f"{type(error).__name__}: {error}"
@@ -49,19 +61,31 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
 
 
 def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
-    """The same cells in this process, no kernel. Returns the exit code."""
+    """The same cells in this process, no kernel. Returns the exit code.
+
+    Under torchrun every process runs the cells that load and train, and the main one the others too.
+    """
     run = _validated(source, overrides, overwrite)
     _interrupt_on_sigterm()
+    processes.start(Recipe.load(source, **overrides))
     namespace: dict[str, Any] = {"__name__": "__main__"}
     reason = "the notebook ended early"
+    main = processes.is_main()
     try:
-        for number, (title, cell) in enumerate(_cells(source, overrides), 1):
+        for number, (title, cell, everywhere) in enumerate(_cells(source, overrides), 1):
+            if not (main or everywhere):
+                continue
             if title:
                 print(f"\n── {title} ──", flush=True)
             exec(compile(cell, f"{NOTEBOOK.name}[cell {number}]", "exec"), namespace)
     except KeyboardInterrupt:
         return _ended(run, "interrupted", 130)
     except KitError as error:
+        if not main:
+            # torchrun ends all when one ends: the main process, which mostly has the same to tell, tells it first.
+            time.sleep(SECONDS_TO_TELL)
+            print(f"kit: process {processes.rank()}: {error.message}", file=sys.stderr)
+            return 0 if isinstance(error, Stopped) else error.exit_code
         print(f"kit: {error}", file=sys.stderr)
         _fail(namespace, f"{type(error).__name__}: {error}", "stopped" if isinstance(error, Stopped) else "failed")
         return _ended(run, str(error), error.exit_code)
@@ -70,6 +94,8 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
+    if not main:
+        return 0
     _fail(namespace, reason)
     return _ended(run, reason, 1)
 
@@ -77,7 +103,7 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
 def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Run:
     recipe = Recipe.load(source, **overrides)
     run = Run.of(recipe)
-    if overwrite and read_result(run.folder).get("status") in ("finished", "failed", "stopped"):
+    if overwrite and processes.is_main() and read_result(run.folder).get("status") in ("finished", "failed", "stopped"):
         # The old run goes only after everything else about the new one is known to be right.
         preflight(recipe.model_copy(update={"run_name": recipe.run_name + ".new"}))
         clear(run)
@@ -110,8 +136,27 @@ def _interrupt_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
-def _cells(source: str, overrides: dict[str, Any]) -> list[tuple[str, str]]:
-    """[(heading above the cell or '', code), …] of the notebook, its parameters set as papermill sets them."""
+def _pass_on_signals(run: Run) -> None:
+    """The first SIGINT or SIGTERM goes to the kernel, where a training saves its state; the next one ends it all."""
+    passed = False
+
+    def pass_on(*_: object) -> None:
+        nonlocal passed
+        kernel = read_result(run.folder)
+        if passed or kernel.get("status") != "running" or kernel.get("pid") == os.getpid():
+            raise KeyboardInterrupt
+        passed = True
+        os.kill(kernel["pid"], signal.SIGINT)
+
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+
+
+def _cells(source: str, overrides: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """[(heading above the cell or '', code, whether every process runs it), …] of the notebook.
+
+    Its parameters are set as papermill sets them.
+    """
     import jupytext
     from papermill.translators import translate_parameters
 
@@ -120,10 +165,12 @@ def _cells(source: str, overrides: dict[str, Any]) -> list[tuple[str, str]]:
         if cell.cell_type == "markdown":
             title = heading(cell.source) or title
             continue
-        cells.append((title, cell.source))
+        tags = cell.metadata.get("tags", [])
+        cells.append((title, cell.source, EVERYWHERE in tags or "parameters" in tags))
         title = ""
-        if "parameters" in cell.metadata.get("tags", []):
-            cells.append(("", translate_parameters("python3", "python", {"recipe": source, **overrides}, "Parameters")))
+        if "parameters" in tags:
+            given = translate_parameters("python3", "python", {"recipe": source, **overrides}, "Parameters")
+            cells.append(("", given, True))
     return cells
 
 

@@ -113,21 +113,22 @@ def problem(folder: Path) -> str:
     """Why a checkpoint does not count, or ''."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["step"] != _step(folder):
-            return f"its manifest is that of step {manifest['step']}"
+        step = manifest["step"]
+        files = {str(name): (int(told["bytes"]), str(told["sha256"])) for name, told in manifest["files"].items()}
     except FileNotFoundError:
         return "it has no manifest: writing it was cut short"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest can't be read ({type(error).__name__})"
-    for name, told in files.items():
+    if step != _step(folder):
+        return f"its manifest is that of step {step}"
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != told["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes, {told['bytes']:,} were written"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes, {size:,} were written"
         try:
-            if sha256(path) != told["sha256"]:
+            if sha256(path) != digest:
                 return f"{name} is damaged (its hash differs)"
         except OSError as error:
             return f"{name} can't be read ({error.strerror})"

@@ -7,7 +7,6 @@ weights are read, and neither torch nor transformers is imported.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from kit.forecast_memory import Lengths, memory_parts
 from kit.forecast_model import Checkpoint, local_model
 from kit.gguf import BITS, VOCABULARY_BYTES, needed_bytes
 from kit.masks import IGNORED
+from kit.processes import world_size
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -157,19 +157,14 @@ def steps_of(recipe: Recipe, rows: int) -> int:
 
 
 def _steps_a_pass(recipe: Recipe, rows: int) -> int:
-    batches = math.ceil(math.ceil(rows / recipe.per_device_train_batch_size) / processes())
+    batches = math.ceil(math.ceil(rows / recipe.per_device_train_batch_size) / world_size())
     return max(1, math.ceil(batches / recipe.gradient_accumulation_steps))
-
-
-def processes() -> int:
-    """How many processes train together: torchrun says so in WORLD_SIZE."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rows_seen(recipe: Recipe, rows: int, steps: int) -> int:
     """Rows that go through the model in `steps` steps; the last step of a pass may be a short one."""
     passes, rest = divmod(steps, _steps_a_pass(recipe, rows))
-    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes()
+    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * world_size()
     return passes * rows + min(rest * batch, rows)
 
 

@@ -16,6 +16,7 @@ from kit.lint_figures import Places, histogram, quantile, quantiles
 from kit.lint_report import Report
 from kit.masks import IGNORED, Encoded, Formatter, Located
 from kit.platforms import model_label
+from kit.processes import world_size
 from kit.prompts import Message, load_tokenizer
 from kit.show import spans
 from kit.sources import HELDOUT, Place, Row, held_out_of_starter, mixed_shapes, rows_of
@@ -263,7 +264,7 @@ class _Check:
 
     def _figures(self) -> dict[str, Any]:
         recipe, order = self.recipe, sorted(self.lengths)
-        batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+        batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * world_size()
         rows, tokens, trained = self._epoch()
         lengths = {} if not order else {
             **quantiles(order), "mean": round(sum(order) / len(order), 1), "histogram": histogram(order),

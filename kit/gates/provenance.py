@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SEALED = ("recipe.yaml", "reference.safetensors", "adapter", "merged", "gguf")  # what is shipped, and its witness
 SHORT = 12  # hex digits of a hash that a GGUF's metadata carries
 # Texts of a run that people pass on; weights and tokenizers hold no text of the user's.
-TEXTS = ("*.yaml", "*.json", "*.jsonl", "*.ipynb", "*.html", "*.md", "*.txt", "Modelfile")
+TEXTS = ("*.yaml", "*.json", "*.jsonl", "*.ipynb", "*.html", "*.md", "*.txt", "*.jinja", "Modelfile")
 NOT_TEXT = {"tokenizer.json", "vocab.json"}
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MODELSCOPE_API_TOKEN", "GITHUB_TOKEN")
 

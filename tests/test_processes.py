@@ -1,0 +1,64 @@
+"""Two real processes over gloo: each engine trains as one process does, and goes on exactly after a stop and a kill."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resume import BASE, drive, in_three
+from tiny_models import tiny_starter
+
+pytestmark = pytest.mark.slow
+
+__all__ = ["tiny_starter"]  # a fixture
+# Without dropout, whose dice each process throws for itself; full finetuning starts from the same weights in any case.
+WAYS: dict[str, dict[str, Any]] = {
+    "LoRA bfloat16": {"dtype": "bfloat16"},
+    "full bfloat16": {"dtype": "bfloat16", "full_finetuning": True, "learning_rate": 1e-3},
+    "full float32": {"dtype": "float32", "full_finetuning": True, "learning_rate": 1e-3},
+    "LoRA float32": {"dtype": "float32", "eval_strategy": "steps", "eval_steps": 2, "lora_dropout": 0.0},
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "FSDP2": {"fsdp": True},
+    "ZeRO-2": {"deepspeed": "recipes/deepspeed/zero2.json"},
+    "ZeRO-3": {"deepspeed": "recipes/deepspeed/zero3.json"},
+}
+# How far a loss may be from the one of one process with twice the accumulation: sums are rounded in another order.
+TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
+
+
+def needs(engine: str) -> None:
+    package = {"FSDP2": "triton", "ZeRO-2": "deepspeed", "ZeRO-3": "deepspeed"}.get(engine)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{engine} on a CPU needs the package {package}: make engines")
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_starter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("one-process")
+    common = {**BASE, "model_name": str(tiny_starter), "output_dir": str(folder)}
+    found, done = drive([{**common, "run_name": f"way{i}", **way} for i, way in enumerate(WAYS.values())], folder)
+    assert found, done.stderr[-3000:]
+    return dict(zip(WAYS, found, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine(engine: str, one_process: dict[str, dict[str, Any]], tiny_starter: Path, tmp_path: Path) -> None:
+    needs(engine)
+    # Two processes: half the accumulation makes the same effective batch.
+    ways = {name: {**way, **ENGINES[engine], "gradient_accumulation_steps": 1} for name, way in WAYS.items()}
+    whole, resumed = in_three(ways, tiny_starter, tmp_path, processes=2)
+    for name, before, after in zip(WAYS, whole, resumed, strict=True):
+        assert after["resumed_from"] == (2 if name == "LoRA float32" else 3), name
+        for figure in ("losses", "evaluations", "weights", "logged", "tokens"):
+            assert after[figure] == before[figure], (name, figure)
+        alone = one_process[name]
+        off = max(abs(a - b) for (_, a), (_, b) in zip(before["losses"], alone["losses"], strict=True))
+        print(f"{engine} {name}: at most {off:.2g} from one process")
+        assert off <= TOLERANCE[WAYS[name]["dtype"]], (name, before["losses"], alone["losses"])
+        assert before["tokens"] == alone["tokens"]
+    falls = whole[-1]["losses"]
+    assert falls[-1][1] < falls[0][1]
