@@ -200,7 +200,7 @@ def check_free(run: Run) -> None:
     status = result.get("status")
     if status == "finished":
         raise KitError(f"{run.folder} holds a finished run", "give another run_name, or --overwrite to replace it")
-    if status == "running":
+    if status == "running" and result.get("pid") != os.getpid():  # a notebook may begin again in its own kernel
         raise KitError(f"{run.folder} is in use by a run at work (process {result.get('pid')})",
                        "wait for it, or give another run_name")
     if run.folder.is_dir() and not status:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import BASE, drive, in_three
+from test_resume import BASE as ONE_PROCESS
+from test_resume import drive, in_three
 from tiny_models import tiny_starter
 
 pytestmark = pytest.mark.slow
 
 __all__ = ["tiny_starter"]  # a fixture
+# 24 rows make six whole steps: with a rest, two processes fill the last batch up with rows from the beginning.
+BASE = {**ONE_PROCESS, "max_train_samples": 24}
 # Without dropout, whose dice each process throws for itself; full finetuning starts from the same weights in any case.
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA bfloat16": {"dtype": "bfloat16"},
@@ -26,6 +29,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ZeRO-2": {"deepspeed": "recipes/deepspeed/zero2.json"},
     "ZeRO-3": {"deepspeed": "recipes/deepspeed/zero3.json"},
 }
+# What the trainer really wrapped the model in.
+WRAPPERS = {"DDP": "DistributedDataParallel", "FSDP2": "FSDP", "ZeRO-2": "DeepSpeedEngine 2",
+            "ZeRO-3": "DeepSpeedEngine 3"}
 # How far a loss may be from the one of one process with twice the accumulation: sums are rounded in another order.
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
 
@@ -49,12 +55,13 @@ def one_process(tiny_starter: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_an_engine(engine: str, one_process: dict[str, dict[str, Any]], tiny_starter: Path, tmp_path: Path) -> None:
     needs(engine)
     # Two processes: half the accumulation makes the same effective batch.
-    ways = {name: {**way, **ENGINES[engine], "gradient_accumulation_steps": 1} for name, way in WAYS.items()}
+    ways = {name: {**BASE, **way, **ENGINES[engine], "gradient_accumulation_steps": 1} for name, way in WAYS.items()}
     whole, resumed = in_three(ways, tiny_starter, tmp_path, processes=2)
     for name, before, after in zip(WAYS, whole, resumed, strict=True):
         assert after["resumed_from"] == (2 if name == "LoRA float32" else 3), name
         for figure in ("losses", "evaluations", "weights", "logged", "tokens"):
             assert after[figure] == before[figure], (name, figure)
+        assert before["wrapper"].startswith(WRAPPERS[engine]), before["wrapper"]
         alone = one_process[name]
         off = max(abs(a - b) for (_, a), (_, b) in zip(before["losses"], alone["losses"], strict=True))
         print(f"{engine} {name}: at most {off:.2g} from one process")

@@ -23,7 +23,7 @@ __all__ = ["taught"]  # a fixture
 
 
 def stopped(command: list[str], run: Path, number: signal.Signals, times: int = 1) -> tuple[int, str]:
-    """Start the command, send the signal once the fourth step is logged; its exit code and what it printed."""
+    """Start the command, send the signal when the fourth step is logged; its exit code and what it printed."""
     log = run / "log.jsonl"
     with subprocess.Popen([sys.executable, "-m", *command], cwd=PROJECT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, start_new_session=True) as process:
@@ -33,7 +33,7 @@ def stopped(command: list[str], run: Path, number: signal.Signals, times: int = 
             time.sleep(0.05)
         for _ in range(times):
             os.kill(process.pid, number)
-            time.sleep(0.02)
+            time.sleep(0.3)  # two at the same time would be one
         said, _ = process.communicate(timeout=300)
     return process.returncode, said
 
@@ -68,7 +68,8 @@ def test_kit_run_reaches_the_kernel_and_goes_on(taught: Callable[[str], Path], t
 
 
 def test_twice_stops_at_once(taught: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, taught("qwen2"), name="twice", gguf=[], gradient_accumulation_steps=64)
+    recipe = write_recipe(tmp_path, taught("qwen2"), name="twice", gguf=[], per_device_train_batch_size=1,
+                          gradient_accumulation_steps=64)
     run = tmp_path / "runs" / "twice"
     code, said = stopped(["kit", "train", str(recipe)], run, signal.SIGINT, times=2)
     assert code == 130, said[-3000:]

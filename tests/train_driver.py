@@ -53,9 +53,12 @@ def trained(recipe: Recipe, kill: bool) -> dict[str, Any] | None:
     last = run.checkpoints / f"checkpoint-{result.steps}"
     weights = next(last / name for name in ("adapter_model.safetensors", "model.safetensors")
                    if (last / name).is_file())
+    wrapper = trainer.model_wrapped
+    stage = getattr(wrapper, "zero_optimization_stage", str)
     logged = [json.loads(line)["step"] for line in run.log.read_text(encoding="utf-8").splitlines()]
     return {"losses": result.losses, "evaluations": result.evaluations, "weights": sha256(weights),
-            "resumed_from": result.resumed_from, "logged": logged, "tokens": result.tokens}
+            "resumed_from": result.resumed_from, "logged": logged, "tokens": result.tokens,
+            "wrapper": f"{type(wrapper).__name__} {stage()}".strip()}
 
 
 def main() -> None:
