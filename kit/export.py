@@ -1,27 +1,24 @@
-"""Save the adapter; merge it into the 16-bit base model, shard by shard."""
+"""Save the adapter; merge it into the 16-bit base model, shard by shard; write the merged model in 4-bit too."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kit.errors import GateError, KitError
+from kit.errors import KitError
 from kit.gates.provenance import hashes_of
+from kit.merging import INDEX, changes_of, check_mergeable, fitting, merge_file, weight_files
 from kit.platforms import base_folder
 from kit.runs import Run, read_manifest, write_json
+from kit.show import bar
 
 if TYPE_CHECKING:
     from kit.recipe import Recipe
-
-PREFIX = "base_model.model."
-INDEX = "model.safetensors.index.json"
 
 
 @contextmanager
@@ -69,106 +66,69 @@ def save_adapter(model: Any, tokenizer: Any, run: Run) -> Path:
 def merge(saved: Path, run: Run, recipe: Recipe) -> Path | None:
     """Merge what `save_adapter` wrote into the base model's 16-bit weights; returns `merged/`, or None.
 
-    W' = W + (lora_alpha / r) B A, in float32 (Hu et al. 2021, LoRA, section 4.1; rsLoRA divides by sqrt(r):
-    Kalajdzievski 2023), stored in the base's own format; to bfloat16 it is rounded by seeded chance, which keeps what
-    rounding to the nearest would lose. One shard is in memory at a time. A QLoRA adapter is merged into the original
-    16-bit weights too, so the result differs slightly from the model it was trained on.
+    The adapter is added in float32 and stored in the base's own format; to bfloat16 it is rounded by seeded chance,
+    which keeps what rounding to the nearest would lose. One tensor is in memory at a time. A QLoRA adapter is merged
+    into the original 16-bit weights too, so the result differs slightly from the model it was trained on. With
+    save_merged: 4bit the merged model is also written to `merged-4bit/`.
     """
     if recipe.save_merged == "none":
         return None
-    if saved == run.merged:
-        return saved
-    base = base_folder(recipe)
-    merge_adapter(base, saved, run.merged)
-    if (run.folder / "manifest.json").is_file() and not (manifest := read_manifest(run)).get("base_sha256"):
-        write_json(run.folder / "manifest.json", {**manifest, "base_sha256": hashes_of(base)})
+    if saved != run.merged:
+        base = base_folder(recipe)
+        merge_adapter(base, saved, run.merged)
+        if (run.folder / "manifest.json").is_file() and not (manifest := read_manifest(run)).get("base_sha256"):
+            write_json(run.folder / "manifest.json", {**manifest, "base_sha256": hashes_of(base)})
+    if recipe.save_merged == "4bit":
+        save_4bit(run.merged, run.merged_4bit, recipe)
     return run.merged
 
 
 def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
-    """Merge the adapter folder into the base folder's weights and write a complete model folder."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    from transformers import AutoTokenizer
+    """Merge the adapter folder into the base folder's weights and write a complete model folder.
 
-    _check_mergeable(adapter, base)
-    changes, scale = changes_of(adapter)
-    used: set[str] = set()
-    with whole_folder(target) as folder:
-        for shard in sorted(base.glob("*.safetensors")):
-            with safe_open(shard, framework="pt") as file:
-                merged = {}
-                for name in file.keys():  # noqa: SIM118 (safe_open has no iterator)
-                    merged[name] = merged_tensor(name, file.get_tensor(name), changes.get(name), scale)
-                    used |= {name} & set(changes)
-                save_file(merged, folder / shard.name, metadata={"format": "pt"})
-        if missing := sorted(set(changes) - used):
-            raise GateError(f"the adapter changes {missing[0]}, which the base model {base} does not have "
-                            f"({len(missing)} of {len(changes)} tensors)", "merge into the base it was trained on")
+    An adapter that was saved without a tokenizer gets the base's, and the base's stop tokens. Raises KitError, or
+    GateError when the base is not the one it was trained on, before anything is written.
+    """
+    check_mergeable(adapter, base)
+    changes = fitting(changes_of(adapter), adapter, base)
+    files = weight_files(base)
+    with whole_folder(target) as folder, bar(sum(file.stat().st_size for file in files), "merging", "B", leave=False,
+                                             unit_scale=True, delay=2) as progress:
+        for file in files:
+            merge_file(file, folder / file.name, changes, progress)
         for name in (INDEX, "config.json", "generation_config.json"):
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
-        tokenizer = AutoTokenizer.from_pretrained(adapter)
-        tokenizer.save_pretrained(folder)
+        _give_tokenizer(folder, adapter, base)
+
+
+def _give_tokenizer(folder: Path, adapter: Path, base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    trained = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(adapter if trained else base)
+    tokenizer.save_pretrained(folder)
+    if trained:
         _settle_stop(folder, tokenizer)
 
 
-def _check_mergeable(adapter: Path, base: Path) -> None:
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_parameters"):
-        if config.get(key):
-            raise KitError(f"the adapter uses {key}, which can't be merged yet", "set save_merged: none and gguf: []")
-    model = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if model.get("quantization_config"):
-        raise KitError(f"{base} holds quantised weights, an adapter is merged into 16-bit ones",
-                       "set model_name to the 16-bit original; load_in_4bit quantises it while loading")
+def save_4bit(merged: Path, target: Path, recipe: Recipe) -> None:
+    """Write the merged model's weights as bitsandbytes 4-bit, with the recipe's bnb_4bit settings, and its tokenizer.
 
-
-def changes_of(adapter: Path) -> tuple[dict[str, Any], float]:
-    """({name in the base: (A, B), or a whole tensor that replaces the base's}, scale of B A) of an adapter folder."""
-    from safetensors.torch import load_file
-
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    changes: dict[str, Any] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name.endswith(".lora_A.weight"):
-            stem = name.removesuffix(".lora_A.weight")
-            changes[stem + ".weight"] = (tensor, tensors[f"{PREFIX}{stem}.lora_B.weight"])
-        elif not name.endswith(".lora_B.weight"):
-            changes[name.replace(".base_layer.", ".")] = tensor
-    return changes, scale
-
-
-def merged_tensor(name: str, tensor: Any, change: Any, scale: float) -> Any:
-    """A base tensor with its change from `changes_of` (None for none), in the base's own format."""
-    import torch
-
-    if change is None:
-        return tensor
-    if not isinstance(change, tuple):
-        return change.to(tensor.dtype)
-    a, b = change
-    exact = tensor.float() + scale * (b.float() @ a.float())
-    return _rounded_by_chance(exact, name) if tensor.dtype == torch.bfloat16 else exact.to(tensor.dtype)
-
-
-def _rounded_by_chance(exact: Any, name: str) -> Any:
-    """float32 → bfloat16, up or down with the probability that keeps the mean (Gupta et al. 2015, section 3).
-
-    An adapter's changes are mostly smaller than bfloat16's steps (1/256 of a weight). Rounded to the nearest they fall
-    away, all in the same direction: a fifth of a short training is lost. Rounded by chance they are kept on average.
-    The dice are seeded by the tensor's name, so the same merge gives the same bits everywhere.
+    transformers and vLLM load the folder as it is: its config says how it is quantised.
     """
-    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dice = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    bits = exact.cpu().contiguous().view(torch.int32)
-    # bfloat16 is the upper half of float32: adding a random lower half carries into it as often as it should.
-    carried = bits + torch.randint(0, 1 << 16, bits.shape, generator=dice, dtype=torch.int32)
-    return (carried & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    from kit.quantised import four_bit_config
+
+    kind = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("dtype") or "bfloat16"
+    # On the CPU on every machine: there is room for it, and the same weights come out.
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map="cpu",
+                                                 quantization_config=four_bit_config(recipe, kind),
+                                                 trust_remote_code=recipe.trust_remote_code)
+    with whole_folder(target) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(merged).save_pretrained(folder)
 
 
 def _settle_stop(folder: Path, tokenizer: Any) -> None:

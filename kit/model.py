@@ -9,15 +9,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kit.errors import GateError, KitError
-from kit.platforms import Settings, cache_dir, hub_hint, machine, model_folder, settings
+from kit.errors import KitError
+from kit.merging import PREFIX, read_adapter_config
+from kit.platforms import Settings, base_folder, cache_dir, hub_hint, machine, model_folder, settings
 from kit.prompts import prepare_tokenizer
+from kit.quantised import (
+    check_precision,
+    four_bit_config,
+    load_quantised,
+    start_loftq,
+    unsloth_quantises,
+    usual_4bit,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kit.recipe import Recipe
+
+# What an adapter that is trained on keeps; the rest of its settings is the recipe's.
+KEPT = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+        "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
+OTHER_BASE = "set model_name to the base it was trained on (base_model_name_or_path in its adapter_config.json)"
 
 
 def import_unsloth() -> ModuleType:
@@ -28,6 +42,10 @@ def import_unsloth() -> ModuleType:
     # Two remarks that alarm and change nothing: text bars are wanted, and the kernel is an optional speed-up.
     warnings.filterwarnings("ignore", message="IProgress not found")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once installed, warns in every run
     import unsloth
 
     return unsloth
@@ -61,9 +79,12 @@ def _load(name: str, recipe: Recipe) -> tuple[Any, Any]:
     if recipe.trust_remote_code:
         print(f"trust_remote_code: Python code that comes with {name} will run")
     try:
-        if recipe.load_in_8bit and there.device == "cpu":
-            model, tokenizer = _load_8bit(name, dtype, common)
+        if there.device == "cpu" and not unsloth_quantises(recipe, chosen.dtype):
+            model, tokenizer = load_quantised(name, recipe, chosen.dtype, common)
         else:
+            if recipe.load_in_4bit and not usual_4bit(recipe, chosen.dtype):
+                # Without use_exact_model_name Unsloth may load its own 4-bit copy, quantised another way.
+                common |= {"quantization_config": four_bit_config(recipe, chosen.dtype), "use_exact_model_name": True}
             model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
                 model_name=name, max_seq_length=recipe.max_seq_length, dtype=dtype,
                 load_in_4bit=recipe.load_in_4bit, load_in_8bit=recipe.load_in_8bit,
@@ -75,7 +96,7 @@ def _load(name: str, recipe: Recipe) -> tuple[Any, Any]:
         reason = str(error).strip().split("\n")[0][:300]
         hint = "check the folder's files, or fetch the model again" if Path(name).is_dir() else hub_hint()
         raise KitError(f"model_name: {recipe.model_name} could not be loaded: {reason}", hint) from error
-    _check_precision(model, recipe)
+    check_precision(model, recipe)
     if there.device == "cpu":
         _head_in_one_piece(model)
     return model, tokenizer
@@ -92,37 +113,35 @@ def _head_in_one_piece(model: Any) -> None:
         head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
 
 
-def _load_8bit(name: str, dtype: Any, common: dict[str, Any]) -> tuple[Any, Any]:
-    """8-bit on a CPU, where Unsloth has no path: transformers with bitsandbytes."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, device_map="cpu", quantization_config=BitsAndBytesConfig(load_in_8bit=True), **common)
-    return model, AutoTokenizer.from_pretrained(name, **common)
-
-
-def _check_precision(model: Any, recipe: Recipe) -> None:
-    """The quantised layers really are what was asked for."""
-    kinds = [type(module).__name__ for module in model.modules()]
-    for asked, layer in ((recipe.load_in_4bit, "Linear4bit"), (recipe.load_in_8bit, "Linear8bitLt")):
-        if asked and layer not in kinds:
-            raise GateError(f"{recipe.model_name} was loaded without a single {layer} layer: not the precision "
-                            "the recipe asks for", "set load_in_4bit and load_in_8bit to false, or use another model")
-
-
 def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedModel:
-    """The model with a fresh adapter; with full_finetuning the model as it is."""
+    """The model with a fresh adapter, or with adapter_name_or_path to train on; with full_finetuning as it is.
+
+    Raises KitError when the layers are not there, or the adapter is of another model.
+    """
     if recipe.full_finetuning:
         return model
+    if recipe.adapter_name_or_path:
+        return _continued(model, adapter_folder(recipe), recipe)
     _check_targets(model, recipe)
-    unsloth = import_unsloth()
     lora = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
             "target_modules": list(recipe.target_modules), "bias": recipe.bias, "use_rslora": recipe.use_rslora}
+    if recipe.use_dora:
+        lora["use_dora"] = True
+    model = _wrapped(model, recipe, lora)
+    if recipe.loftq_config is not None:
+        start_loftq(model, base_folder(recipe), recipe)
+    return model
+
+
+def _wrapped(model: Any, recipe: Recipe, lora: dict[str, Any]) -> Any:
+    """The model with an adapter of these PEFT settings; through stock PEFT for 8-bit on a CPU, else Unsloth's way."""
+    unsloth = import_unsloth()
     if recipe.load_in_8bit and not _on_gpu(model):
+        if lora.get("use_dora"):
+            raise KitError("use_dora with load_in_8bit does not work on a CPU: PEFT loses the scales of the 8-bit "
+                           "weights when it measures their lengths", "set load_in_4bit in place of load_in_8bit")
         return _add_lora_8bit(model, lora, recipe)
-    if recipe.loftq_config:
-        lora |= {"loftq_config": recipe.loftq_config, "init_lora_weights": "loftq"}
-    return unsloth.FastLanguageModel.get_peft_model(  # type: ignore[no-any-return]
+    return unsloth.FastLanguageModel.get_peft_model(
         model, random_state=recipe.random_state, max_seq_length=recipe.max_seq_length,
         use_gradient_checkpointing=recipe.use_gradient_checkpointing, **lora)
 
@@ -142,6 +161,47 @@ def _prepare_8bit(model: Any, recipe: Recipe) -> Any:
     return prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
         gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def adapter_folder(recipe: Recipe) -> Path:
+    """The adapter that adapter_name_or_path names, on this disk; fetched from the hub if it is an id there."""
+    name = str(recipe.adapter_name_or_path)
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=recipe.local_files_only, allow_patterns=["adapter_*"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise KitError(f"adapter_name_or_path: {name} is no folder and could not be fetched: "
+                       f"{str(error).strip().splitlines()[0][:300]}", hub_hint()) from None
+
+
+def _continued(model: Any, adapter: Path, recipe: Recipe) -> Any:
+    """A fresh adapter of the saved one's settings, made the usual way, with the saved weights in it."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config, tensors = read_adapter_config(adapter), load_file(adapter / "adapter_model.safetensors")
+    lora = {name: config[name] for name in KEPT if config.get(name)}
+    if isinstance(lora["target_modules"], str):  # a pattern, which Unsloth's CPU path would take apart
+        lora["target_modules"] = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors
+                                         if ".lora_A." in name})
+    try:
+        model = _wrapped(model, recipe, {"lora_dropout": recipe.lora_dropout, **lora})
+        result = set_peft_model_state_dict(model, tensors)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {reason}",
+                       OTHER_BASE) from None
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
+    if lost:
+        raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {lost[0]} is only on one "
+                       f"side ({len(lost)} tensors)", OTHER_BASE)
+    return model
 
 
 def _check_targets(model: Any, recipe: Recipe) -> None:
@@ -173,9 +233,11 @@ def reload(saved: Path, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
 
     if not (saved / "adapter_config.json").is_file():
         return _load(str(saved), recipe.model_copy(update={"revision": None}))
-    if recipe.load_in_8bit and machine().device == "cpu":
+    if machine().device == "cpu" and not unsloth_quantises(recipe, resolved(recipe).dtype):
         base, _ = _load(model_folder(recipe), recipe)
-        model = PeftModel.from_pretrained(_prepare_8bit(base, recipe), str(saved))
+        if recipe.load_in_8bit:
+            base = _prepare_8bit(base, recipe)
+        model = PeftModel.from_pretrained(base, str(saved))
         tokenizer = AutoTokenizer.from_pretrained(saved)
     else:
         model, tokenizer = _load(str(saved), recipe.model_copy(update={"revision": None}))

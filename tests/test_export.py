@@ -17,7 +17,8 @@ from tiny_models import tiny
 
 import kit
 from kit.errors import GateError, KitError
-from kit.export import changes_of, merge_adapter, save_adapter, whole_folder
+from kit.export import merge_adapter, save_adapter, whole_folder
+from kit.merging import changes_of
 from kit.recipe import Recipe
 from kit.runs import Run, sha256
 
@@ -160,9 +161,9 @@ def test_a_small_change_is_kept_where_rounding_to_nearest_loses_it(
 
     adapter, rows = learnt
     merge_adapter(starter, adapter, tmp_path / "merged")
-    changes, scale = changes_of(adapter)
     before, ours = weights(starter), weights(tmp_path / "merged")
-    exact = {name: before[name].float() + scale * (b.float() @ a.float()) for name, (a, b) in changes.items()}
+    exact = {name: before[name].float() + change.scale * (change.b.float() @ change.a.float())
+             for name, change in changes_of(adapter).items()}
     nearest = {name: tensor.to(torch.bfloat16) for name, tensor in exact.items()}
 
     def kept(found: dict[str, Any]) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kit.errors import KitError
-from kit.export import changes_of, merged_tensor
 from kit.gates import Gates
+from kit.merging import LowRank, changes_of, fitting, merged_tensor, weight_files
 
 # What a merge settles, or what only says who wrote the file.
 SETTLED = {"eos_token_id", "pad_token_id", "transformers_version", "_name_or_path", "unsloth_version", "dtype",
@@ -34,7 +34,7 @@ def _check_config(gates: Gates, base: Path, merged: Path) -> None:
 def _check_weights(gates: Gates, base: Path, adapter: Path, merged: Path) -> None:
     import torch
 
-    changes, scale = changes_of(adapter)
+    changes = fitting(changes_of(adapter), adapter, base)
     ours, theirs = _Weights(merged), _Weights(base)
     missing, added = sorted(theirs.names - ours.names), sorted(ours.names - theirs.names)
     wrong, parts, untouched = [], [], 0
@@ -46,9 +46,9 @@ def _check_weights(gates: Gates, base: Path, adapter: Path, merged: Path) -> Non
                 wrong.append(name)
             untouched += 1
             continue
-        expected = merged_tensor(name, original, change, scale)
-        if isinstance(change, tuple):
-            parts.append(_share_of_change(found, original, change, scale))
+        expected = merged_tensor(name, original, change)
+        if isinstance(change, LowRank):
+            parts.append(_share_of_change(found, original, change))
         if not _same(found, expected):
             wrong.append(name)
     cause = _cause(wrong, missing, added, parts, changes, ours)
@@ -76,10 +76,9 @@ def _cause(wrong: list[str], missing: list[str], added: list[str], parts: list[f
     return f"{wrong[0]} is not the base plus the adapter (added {mean:.2f} times on average)"
 
 
-def _share_of_change(found: Any, original: Any, change: Any, scale: float) -> float:
+def _share_of_change(found: Any, original: Any, change: LowRank) -> float:
     """How many times the adapter's change is in the weights: least squares over one tensor."""
-    a, b = change
-    delta = scale * (b.float() @ a.float())
+    delta = change.applied(original.float()) - original.float()
     size = float((delta * delta).sum())
     return float(((found.float() - original.float()) * delta).sum()) / size if size else 1.0
 
@@ -107,7 +106,7 @@ class _Weights:
         from safetensors import SafetensorError, safe_open
 
         self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:

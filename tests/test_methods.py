@@ -1,0 +1,235 @@
+"""Every way to train, with gradient checkpointing off, on and as Unsloth's: two real steps, every gradient looked at.
+
+The models are tiny, all else is real: Unsloth's and PEFT's adapters, bitsandbytes' layers, TRL's trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import talks, taught, write_rows
+
+import kit
+from kit.errors import GateError, KitError
+from kit.model import _load
+from kit.recipe import Recipe
+from kit.runs import Run
+
+pytestmark = pytest.mark.slow
+
+__all__ = ["taught"]  # a fixture
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "QLoRA": {"load_in_4bit": True},
+    "QLoRA fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False,
+                  "bnb_4bit_compute_dtype": "float32"},
+    "QDoRA": {"load_in_4bit": True, "use_dora": True},
+    "LoftQ": {"load_in_4bit": True, "loftq_config": {"loftq_bits": 4}, "save_merged": "none"},
+    "8-bit": {"load_in_8bit": True},
+    "full": {"full_finetuning": True},
+}
+
+
+@pytest.fixture
+def recipe_of(taught: Callable[[str], Path], tmp_path: Path) -> Callable[..., Recipe]:
+    """`recipe_of(name, **fields)`: a recipe that trains the tiny model for two steps."""
+    rows = write_rows(tmp_path / "talks.jsonl", talks())
+
+    def make(run_name: str = "run", **fields: Any) -> Recipe:
+        return Recipe.load({"run_name": run_name, "output_dir": str(tmp_path), "model_name": str(taught("qwen2")),
+                            "dataset": str(rows), "max_steps": 2, "max_train_samples": 4, "warmup_steps": 0,
+                            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
+                            "max_seq_length": 256, "r": 4, "use_gradient_checkpointing": False,
+                            "train_sampling_strategy": "sequential", "save_minutes": None, **fields})
+
+    return make
+
+
+def trained(recipe: Recipe, watch: Any = None) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, kit.train's result) of the recipe's own path, with a callback looking on."""
+    model, tokenizer = kit.load_model(recipe)
+    model = kit.add_lora(model, recipe)
+    trainer = kit.make_trainer(model, tokenizer, kit.load_data(recipe, tokenizer), recipe)
+    if watch:
+        trainer.add_callback(watch)
+    return model, tokenizer, kit.train(trainer, recipe)
+
+
+def gradients() -> tuple[Any, list[dict[str, bool | None]]]:
+    """(a callback, what it finds at each step: {trained tensor: whether its gradient is finite and not zero})."""
+    from transformers import TrainerCallback
+
+    found: list[dict[str, bool | None]] = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            found.append({name: None if p.grad is None else bool(p.grad.isfinite().all()) and bool(p.grad.any())
+                          for name, p in model.named_parameters() if p.requires_grad})
+
+    return Watch(), found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "unsloth"], ids=["off", "on", "unsloth"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_trained_tensor_gets_a_gradient(method: str, checkpointing: bool | str,
+                                              recipe_of: Callable[..., Recipe]) -> None:
+    import bitsandbytes as bnb
+
+    recipe = recipe_of(use_gradient_checkpointing=checkpointing, **METHODS[method])
+    watch, found = gradients()
+    model, _, result = trained(recipe, watch)
+    assert model.is_gradient_checkpointing is bool(checkpointing)
+    first, second = found
+    if recipe.full_finetuning:
+        assert len(first) == len(list(model.parameters())) and all(first.values())
+        return
+    assert len(first) == 2 * 7 * (3 if recipe.use_dora else 2), "A, B and DoRA's lengths of 7 layers in each of two"
+    late = [] if recipe.loftq_config else [name for name in first if ".lora_A." in name]  # B is zero in step 1
+    assert [name for name, good in first.items() if not good] == late
+    assert [name for name, good in second.items() if not good] == []
+    assert result.steps == 2
+
+    bases = [module.base_layer for module in model.modules() if hasattr(module, "lora_A")]
+    kinds = {bnb.nn.Linear4bit: recipe.load_in_4bit, bnb.nn.Linear8bitLt: recipe.load_in_8bit}
+    for kind, asked in kinds.items():
+        assert all(isinstance(base, kind) is asked for base in bases)
+    for base in bases:
+        if recipe.load_in_8bit:
+            assert str(base.weight.dtype) == "torch.int8"
+        if recipe.load_in_4bit:
+            state = base.weight.quant_state
+            assert (state.quant_type, state.nested) == (recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant)
+            assert str(base.compute_dtype) == f"torch.{recipe.bnb_4bit_compute_dtype or 'bfloat16'}"
+            assert str(base.weight.dtype) == "torch.uint8" and base.weight.numel() * 2 == state.shape.numel()
+
+
+@pytest.mark.parametrize("method", ["QLoRA", "QLoRA fp4", "8-bit"])
+def test_answering_and_evaluating_in_between_changes_no_loss(method: str, recipe_of: Callable[..., Recipe]) -> None:
+    import torch
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def __init__(self) -> None:
+            self.tokenizer: Any = None
+            self.times = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None,
+                        processing_class: Any = None, **_: Any) -> None:
+            kit.answer(model, processing_class, [talks()[0][:1]], recipe)
+            model.eval()
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[1, 2, 3, 4]]), labels=torch.tensor([[1, 2, 3, 4]]))
+            model.train()
+            self.times += 1
+
+    fields = {**METHODS[method], "max_steps": 4, "max_train_samples": 8, "max_new_tokens": 2, "learning_rate": 1e-2}
+    recipe = recipe_of("plain", **fields)
+    interrupt = Interrupt()
+    plain, disturbed = trained(recipe)[2].losses, trained(recipe_of("disturbed", **fields), interrupt)[2].losses
+    assert interrupt.times == 4
+    assert plain == disturbed
+    assert len({loss for _, loss in plain}) == 4, "it learns: the losses differ from step to step"
+
+
+@pytest.mark.parametrize("method", ["DoRA", "QLoRA fp4"])
+def test_saved_and_loaded_again_it_answers_the_same(method: str, recipe_of: Callable[..., Recipe]) -> None:
+    import torch
+
+    recipe = recipe_of(**METHODS[method])
+    model, tokenizer, _ = trained(recipe)
+    again, _ = kit.reload(kit.save_adapter(model, tokenizer, Run.of(recipe)), recipe)
+    ids = torch.tensor([tokenizer("Where is my parcel?")["input_ids"]])
+    model.eval(), again.eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_8_bit_dora_is_refused_on_a_cpu(recipe_of: Callable[..., Recipe]) -> None:
+    recipe = recipe_of(load_in_8bit=True, use_dora=True)
+    with pytest.raises(KitError, match="use_dora with load_in_8bit"):
+        kit.add_lora(kit.load_model(recipe)[0], recipe)
+
+
+def test_loftq_leaves_the_least_that_its_rank_can(recipe_of: Callable[..., Recipe],
+                                                  taught: Callable[[str], Path]) -> None:
+    import torch
+    from peft.utils.integrations import dequantize_module_weight
+    from safetensors.torch import load_file
+
+    recipe = recipe_of(**METHODS["LoftQ"], use_rslora=True)
+    model, _ = kit.load_model(recipe)
+    model = kit.add_lora(model, recipe)
+    original = load_file(taught("qwen2") / "model.safetensors")
+    seen = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            whole = original[name.removeprefix("base_model.model.") + ".weight"]
+            lost = whole - dequantize_module_weight(module.base_layer)
+            best = torch.linalg.svdvals(lost.float())
+            left = lost.float() - module.get_delta_weight("default").float()
+            # Eckart and Young: no change of rank 4 leaves less than the other singular values.
+            assert float(left.norm()) == pytest.approx(float(best[4:].norm()), rel=0.02)
+            seen += 1
+    assert seen == 14
+    with pytest.raises(KitError, match="loftq_iter: 1"):
+        kit.add_lora(kit.load_model(recipe)[0], recipe_of(**METHODS["LoftQ"] | {"loftq_config": {"loftq_iter": 5}}))
+
+
+def test_training_goes_on_from_an_adapter(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    first = recipe_of("first", r=6, use_dora=True, use_rslora=True, target_modules=["q_proj", "down_proj"])
+    model, tokenizer, _ = trained(first)
+    adapter = kit.save_adapter(model, tokenizer, Run.of(first))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    second = recipe_of("second", adapter_name_or_path=str(adapter))
+    again = kit.add_lora(kit.load_model(second)[0], second)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, again.eval()(ids).logits)
+    config = again.peft_config["default"]
+    assert (config.r, config.use_dora, config.use_rslora, set(config.target_modules)) == \
+        (6, True, True, {"q_proj", "down_proj"})
+    watch, found = gradients()
+    model, tokenizer = kit.load_model(second)
+    trainer = kit.make_trainer(kit.add_lora(model, second), tokenizer, kit.load_data(second, tokenizer), second)
+    assert kit.check_trainer(trainer, tokenizer, second).passed, "rank and layers are the adapter's, not the recipe's"
+    trainer.add_callback(watch)
+    kit.train(trainer, second)
+    assert all(all(step.values()) for step in found) and len(found[0]) == 2 * 2 * 3, "also A, at once: B is not zero"
+
+    def refused(folder: Path, message: str) -> None:
+        recipe = recipe_of("third", adapter_name_or_path=str(folder))
+        with pytest.raises(KitError, match=message) as error:
+            kit.add_lora(kit.load_model(recipe)[0], recipe)
+        assert error.value.hint
+
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor[..., :-1].contiguous() if "lora_A" in name else tensor for name, tensor in tensors.items()},
+              other / "adapter_model.safetensors")
+    refused(other, "does not fit .*size mismatch")
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1." not in name},
+              other / "adapter_model.safetensors")
+    refused(other, r"layers\.1\..*only on one side \(6 tensors\)")
+    settings = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": ["W_pack"]}))
+    refused(other, "does not fit .*W_pack")
+    refused(tmp_path / "nothing", "can't be read")
+
+
+def test_a_model_that_brings_other_4_bit_settings_is_refused(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = recipe_of(**METHODS["QLoRA fp4"])
+    model, tokenizer = _load(recipe.model_name, recipe)
+    model.save_pretrained(tmp_path / "fp4")
+    tokenizer.save_pretrained(tmp_path / "fp4")
+    with pytest.raises(GateError, match=r"bnb_4bit_quant_type: nf4 was asked for.* has fp4"):
+        kit.load_model(recipe_of(model_name=str(tmp_path / "fp4"), load_in_4bit=True))
