@@ -58,6 +58,7 @@ def trained(recipe: Recipe, kill: bool) -> dict[str, Any] | None:
     logged = [json.loads(line)["step"] for line in run.log.read_text(encoding="utf-8").splitlines()]
     return {"losses": result.losses, "evaluations": result.evaluations, "weights": sha256(weights),
             "resumed_from": result.resumed_from, "logged": logged, "tokens": result.tokens,
+            "tokens_per_second": result.tokens_per_second, "peak_memory_gb": result.peak_memory_gb,
             "wrapper": f"{type(wrapper).__name__} {stage()}".strip()}
 
 
