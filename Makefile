@@ -42,7 +42,7 @@ $(STAMP):
 engines: $(STAMP)  ## what several processes need besides (DeepSpeed; on a machine without a GPU triton too)
 	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("deepspeed") and i.find_spec("triton")))' \
 		|| { echo "engines: packages of requirements-engines.txt (1.1 GB on disk)"; \
-		     $(PIP) install -q --no-build-isolation $(CONSTRAINTS) -r requirements-engines.txt; }
+		     $(PIP) install -q --no-deps --no-build-isolation $(CONSTRAINTS) -r requirements-engines.txt; }
 
 demo: setup  ## fine-tune the starter model on this machine, to a checked GGUF
 	@$(BIN)/kit run recipes/quickstart.yaml --overwrite

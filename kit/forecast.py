@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kit.forecast_memory import Lengths, memory_parts
+from kit.forecast_memory import NF4_BYTES, Lengths, memory_parts
 from kit.forecast_model import Checkpoint, local_model
 from kit.gguf import BITS, VOCABULARY_BYTES, needed_bytes
 from kit.masks import IGNORED
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kit.platforms import Machine
     from kit.recipe import Recipe
 
-FORECAST_FOLDERS = ("adapter", "merged", "gguf", "checkpoints")
+FORECAST_FOLDERS = ("adapter", "merged", "merged-4bit", "gguf", "checkpoints")
 ANSWERED_AT_ONCE = 20  # kit.infer.answer's batch
 ANSWERED_WITHOUT_HELD_OUT_ROWS = 3
 
@@ -190,17 +190,24 @@ def _files(model: Checkpoint, recipe: Recipe, steps: int | None) -> tuple[dict[s
         files["merged"] = saved + model.tokenizer_bytes
     elif recipe.save_merged != "none":
         files["merged"] = merged
+    if recipe.save_merged == "4bit":
+        linear = sum(math.prod(shape) for shape in model.linears.values())
+        files["merged-4bit"] = linear * NF4_BYTES + (model.parameters - linear) * 2 + model.tokenizer_bytes
     if recipe.gguf:
         files["gguf"] = sum(int(model.parameters * BITS[name] / 8) + VOCABULARY_BYTES for name in recipe.gguf)
         temporary = max(0.0, needed_bytes(model.parameters, recipe.gguf) - files["gguf"])
+    if recipe.checkpoint_dir:
+        return files, temporary
     if kept := checkpoints_left(recipe, steps):
         files["checkpoints"] = kept * checkpoint
         temporary = max(temporary, checkpoint)  # an old one goes when the new one is there
+    elif recipe.save_minutes:
+        temporary = max(temporary, ((recipe.save_total_limit or 1) + 1) * checkpoint)  # if it takes that long
     return files, temporary
 
 
 def checkpoints_left(recipe: Recipe, steps: int | None) -> int:
-    """How many checkpoints are left; the last step is always saved."""
+    """How many checkpoints are left besides those of save_minutes; the last step is always saved."""
     if recipe.save_strategy == "no":
         return 0
     limit = recipe.save_total_limit

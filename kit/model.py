@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kit.errors import KitError
 from kit.merging import PREFIX, read_adapter_config
 from kit.platforms import Settings, base_folder, cache_dir, hub_hint, machine, model_folder, settings
+from kit.processes import sharding, world_size
 from kit.prompts import prepare_tokenizer
 from kit.quantised import (
     check_precision,
@@ -53,7 +54,13 @@ def import_unsloth() -> ModuleType:
 
 def resolved(recipe: Recipe) -> Settings:
     """What the recipe becomes on this machine, with reasons."""
-    return settings(recipe, machine(Path(recipe.output_dir)))
+    chosen = settings(recipe, machine(Path(recipe.output_dir)))
+    if world_size() > 1:
+        chosen.notes.append(f"{world_size()} processes: {sharding(recipe)['engine']}")
+        if sharding(recipe)["engine"] == "ZeRO-3":
+            chosen.notes.append("the loss of transformers, in place of Unsloth's chunked one, which can't see the "
+                                "weights that ZeRO-3 holds elsewhere")
+    return chosen
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

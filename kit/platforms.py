@@ -125,7 +125,8 @@ def settings(recipe: Recipe, there: Machine) -> Settings:
         dtype = "bfloat16" if recipe.bf16 else "float16"
     if recipe.load_in_4bit and cpu:
         _check_4bit_on_cpu()
-        notes.append("4-bit really runs on this CPU (bitsandbytes NF4): it saves memory, not time")
+        notes.append(f"4-bit really runs on this CPU (bitsandbytes {recipe.bnb_4bit_quant_type.upper()}): it saves "
+                     "memory, not time")
     if recipe.load_in_8bit and cpu:
         notes.append("8-bit through transformers + bitsandbytes + PEFT: Unsloth's CPU path would load 16-bit instead")
     optim = recipe.optim

@@ -57,6 +57,6 @@ def _disk(recipe: Recipe, model: Path) -> None:
 
     parameters, _ = merged_weights(model)
     needed = int(2 * parameters * ADAPTER_SHARE)
-    if recipe.save_merged == "16bit":
+    if recipe.save_merged != "none":
         needed += 2 * parameters + needed_bytes(parameters, recipe.gguf)
     check_disk(Path(recipe.output_dir), needed)

@@ -19,6 +19,11 @@ SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|
 NO_SECRETS = "tokens come from the environment (HF_TOKEN) or the hub's own login (hf auth login), never from a recipe"
 
 
+def _like_a_secret(name: str) -> bool:
+    """Whether the name is that of a secret, and no slip of a field's (max_new_token)."""
+    return bool(SECRET_NAME.search(name)) and not nearest(name, Recipe.model_fields, cutoff=0.9)
+
+
 def checked(source: str | Path | dict[str, Any] | Recipe, overrides: dict[str, Any]) -> Recipe:
     """What `Recipe.load` promises."""
     lines: dict[str, int] = {}
@@ -56,7 +61,7 @@ def given(namespace: dict[str, Any]) -> dict[str, Any]:
     for name, value in namespace.items():
         if name.startswith("_") or not isinstance(value, plain):
             continue
-        if value and (SECRET_NAME.search(name) or (isinstance(value, str) and secret(value, addresses=False))):
+        if value and (_like_a_secret(name) or (isinstance(value, str) and secret(value, addresses=False))):
             raise KitError(f"the notebook's parameter {name!r} looks like a secret, and papermill writes every "
                            "parameter into the notebook it makes", f"delete that notebook; {NO_SECRETS}")
         if name in Recipe.model_fields:
@@ -77,7 +82,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         if not equals or not name:
             told = secret(pair, addresses=False)  # not to be repeated in a log
             raise KitError(f"{told or repr(pair)} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
-        if SECRET_NAME.search(name):
+        if _like_a_secret(name):
             raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
         if name not in Recipe.model_fields:
             raise KitError(f"{name!r} is no recipe field{nearest(name, Recipe.model_fields)}",
@@ -94,7 +99,7 @@ def _refuse_secrets(values: dict[str, Any]) -> None:
     from kit.checks import secret
 
     for name, value in values.items():
-        if SECRET_NAME.search(name):
+        if _like_a_secret(name):
             raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
         if told := secret(json.dumps(value, ensure_ascii=False, default=str), addresses=False):
             raise KitError(f"{name} holds what looks like a secret ({told}), and every field is written into the run",

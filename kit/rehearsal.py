@@ -181,7 +181,8 @@ def _with_adapter(model: Any, recipe: Recipe) -> Any:
     whole = [name for name in recipe.target_modules if name in EMBEDDINGS]
     layers = [name for name in recipe.target_modules if name not in whole]
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, modules_to_save=whole or None,
-                        bias=recipe.bias, use_rslora=recipe.use_rslora, init_lora_weights=False, task_type="CAUSAL_LM")
+                        bias=recipe.bias, use_rslora=recipe.use_rslora, use_dora=recipe.use_dora,
+                        init_lora_weights=False, task_type="CAUSAL_LM")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)

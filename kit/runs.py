@@ -142,6 +142,7 @@ class Run:
             "model_name": recipe.model_name, "revision": recipe.revision, "dataset": recipe.dataset,
             "data_sha256": data,
             "base_sha256": _base_hashes(recipe),
+            "adapter_name_or_path": _adapter_hash(recipe),
             "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "stop_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
             "versions": versions(), "machine": vars(machine(self.folder)), "settings": notes,
@@ -168,6 +169,16 @@ def _base_hashes(recipe: Recipe) -> dict[str, str] | None:
 
     folder = Path(model_folder(recipe))
     return hashes_of(folder) if folder.is_dir() else None
+
+
+def _adapter_hash(recipe: Recipe) -> dict[str, str] | None:
+    """Of the adapter that is trained on, if there is one."""
+    if recipe.adapter_name_or_path is None:
+        return None
+    from kit.gates.provenance import hashes_of
+    from kit.model import adapter_folder
+
+    return hashes_of(adapter_folder(recipe))
 
 
 def _watch(run: Run) -> None:

@@ -134,7 +134,7 @@ def test_more_processes_take_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_disk_counts_what_is_there_for_a_while(folder: Path) -> None:
     def room(**fields: Any) -> tuple[float, float]:
-        said = forecast(Recipe.load({"model_name": str(folder)}, **fields))
+        said = forecast(Recipe.load({"model_name": str(folder), "save_minutes": None}, **fields))
         assert said.disk_gb is not None and said.room_gb is not None
         return said.disk_gb, said.room_gb
 
@@ -142,6 +142,10 @@ def test_disk_counts_what_is_there_for_a_while(folder: Path) -> None:
     kept, needed = room(gguf=["q8_0"])
     assert needed > kept + 0.01, "q8_0 is made from a 16-bit file that goes again"
     assert room(gguf=["q8_0", "f16"])[0] == room(gguf=["q8_0", "f16"])[1]
+    # Should it take longer than the minutes, checkpoints come and all but the last ones go.
+    assert room(save_minutes=5)[1] > room()[1] == room(save_minutes=5, checkpoint_dir="/elsewhere")[1]
+    merged = room()[0] - room(save_merged="none")[0]
+    assert room()[0] + 0.2 * merged < room(save_merged="4bit")[0] < room()[0] + merged
 
 
 def test_pace_goes_by_tokens() -> None:

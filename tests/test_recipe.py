@@ -212,3 +212,10 @@ def test_the_reference_page_is_current() -> None:
     assert (PROJECT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference(), "run `make docs`"
     for name, field in Recipe.model_fields.items():
         assert field.description and field.description.endswith("."), name
+
+
+def test_a_slip_of_a_field_is_not_taken_for_a_secret() -> None:
+    with pytest.raises(KitError, match="did you mean 'max_new_tokens'"):
+        parse_overrides(["max_new_token=5"])
+    with pytest.raises(KitError, match="looks like a secret"):
+        parse_overrides(["hub_token=5"])

@@ -17,7 +17,8 @@ from kit.show import bar
 if TYPE_CHECKING:
     from kit.runs import Run
 
-SEALED = ("recipe.yaml", "reference.safetensors", "adapter", "merged", "gguf")  # what is shipped, and its witness
+# What is shipped, and its witness.
+SEALED = ("recipe.yaml", "reference.safetensors", "adapter", "merged", "merged-4bit", "gguf")
 SHORT = 12  # hex digits of a hash that a GGUF's metadata carries
 # Texts of a run that people pass on; weights and tokenizers hold no text of the user's.
 TEXTS = ("*.yaml", "*.json", "*.jsonl", "*.ipynb", "*.html", "*.md", "*.txt", "*.jinja", "Modelfile")
