@@ -21,6 +21,10 @@ RUN_BY = {
     "kit train recipes/quickstart.yaml": ("tests/test_run.py", '"train", "recipes/quickstart.yaml"'),
     "kit doctor recipes/quickstart.yaml": ("tests/test_doctor.py", "recipes/quickstart.yaml"),
     "kit verify quickstart": ("tests/test_run.py", 'kit("verify"'),
+    "torchrun --nproc_per_node 2 -m kit train": ("tests/test_processes.py", '"torch.distributed.run"'),
+    "kit answer quickstart": ("tests/test_answer_models.py", '"answer"'),
+    "kit export quickstart": ("tests/test_merge_shards.py", '"export"'),
+    "kit push quickstart": ("tests/test_hub.py", '"push"'),
     "papermill notebooks/01_finetune.ipynb": ("tests/test_run.py", "test_plain_papermill"),
 }
 
@@ -28,7 +32,7 @@ RUN_BY = {
 def test_every_command_is_run_by_a_test_or_by_ci() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
-    commands = [line for line in lines if re.match(r"(make|kit|papermill|python) ", line)]
+    commands = [line for line in lines if re.match(r"(make|kit|papermill|python|torchrun) ", line)]
     assert len(commands) >= 6
     for command in commands:
         [(path, words)] = [where for start, where in RUN_BY.items() if command.startswith(start)]
