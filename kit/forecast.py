@@ -181,8 +181,9 @@ def _files(model: Checkpoint, recipe: Recipe, steps: int | None) -> tuple[dict[s
     """
     saved = model.parameters * 2 if recipe.full_finetuning else \
         model.adapter(recipe) * (2 if recipe.load_in_4bit or recipe.load_in_8bit else 4)
-    # Adam's two moments have the number format of the weights they belong to.
-    checkpoint = 3 * saved + model.tokenizer_bytes
+    # Adam's two moments have the number format of the weights they belong to; full ones leave in 16-bit at the end.
+    wide = 2 if recipe.full_finetuning and recipe.dtype in (None, "float32") else 1
+    checkpoint = 3 * saved * wide + model.tokenizer_bytes
     merged = model.weight_bytes + model.tokenizer_bytes
     files: dict[str, float] = {} if recipe.full_finetuning else {"adapter": saved + model.tokenizer_bytes}
     temporary = 0.0

@@ -159,10 +159,10 @@ def merged_tensor(name: str, tensor: Any, change: Any) -> Any:
     if not isinstance(change, LowRank):
         return change.to(tensor.dtype)
     exact = change.applied(tensor.float())
-    return _rounded_by_chance(exact, name) if tensor.dtype == torch.bfloat16 else exact.to(tensor.dtype)
+    return rounded_by_chance(exact, name) if tensor.dtype == torch.bfloat16 else exact.to(tensor.dtype)
 
 
-def _rounded_by_chance(exact: Any, name: str) -> Any:
+def rounded_by_chance(exact: Any, name: str) -> Any:
     """float32 → bfloat16, up or down with the probability that keeps the mean (Gupta et al. 2015, section 3).
 
     An adapter's changes are mostly smaller than bfloat16's steps (1/256 of a weight). Rounded to the nearest they fall

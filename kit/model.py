@@ -92,6 +92,10 @@ def _load(name: str, recipe: Recipe) -> tuple[Any, Any]:
             if recipe.load_in_4bit and not usual_4bit(recipe, chosen.dtype):
                 # Without use_exact_model_name Unsloth may load its own 4-bit copy, quantised another way.
                 common |= {"quantization_config": four_bit_config(recipe, chosen.dtype), "use_exact_model_name": True}
+            if there.device == "cuda" and recipe.full_finetuning and chosen.bf16 and dtype == torch.float32:
+                # Unsloth's words for it: the dtype is that of the products.
+                dtype = torch.bfloat16
+                common |= {"float32_mixed_precision": True}
             model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
                 model_name=name, max_seq_length=recipe.max_seq_length, dtype=dtype,
                 load_in_4bit=recipe.load_in_4bit, load_in_8bit=recipe.load_in_8bit,

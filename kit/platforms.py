@@ -97,7 +97,10 @@ def _cpu_name() -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recipe becomes on a machine. `notes` has a line for every choice and every difference."""
+    """What a recipe becomes on a machine. `notes` has a line for every choice and every difference.
+
+    `dtype` is the weights' number format; `bf16` and `fp16` say in which one products are computed, if it is shorter.
+    """
 
     dtype: str
     bf16: bool
@@ -123,6 +126,14 @@ def settings(recipe: Recipe, there: Machine) -> Settings:
         dtype = best
     elif recipe.bf16 or recipe.fp16:
         dtype = "bfloat16" if recipe.bf16 else "float16"
+    computed = dtype
+    if recipe.full_finetuning and recipe.dtype is None and dtype != "float32":
+        dtype = "float32"
+        notes.append(f"full finetuning keeps its weights in float32 and computes in {computed}: in 16-bit most of an "
+                     "update is smaller than a weight's last digit")
+    elif recipe.full_finetuning and dtype != "float32":
+        notes.append(f"weights trained in {dtype} lose what is smaller than their last digit: without dtype they are "
+                     "trained in float32")
     if recipe.load_in_4bit and cpu:
         _check_4bit_on_cpu()
         notes.append(f"4-bit really runs on this CPU (bitsandbytes {recipe.bnb_4bit_quant_type.upper()}): it saves "
@@ -140,7 +151,7 @@ def settings(recipe: Recipe, there: Machine) -> Settings:
     attention = "xformers or FlashAttention where Unsloth finds them" if not cpu else \
         "PyTorch's SDPA (xformers needs CUDA)"
     notes.append(f"attention: {attention}")
-    return Settings(dtype, dtype == "bfloat16", dtype == "float16", optim, packing, notes)
+    return Settings(dtype, computed == "bfloat16", computed == "float16", optim, packing, notes)
 
 
 def _check_4bit_on_cpu() -> None:

@@ -78,7 +78,8 @@ def check_precision(model: Any, recipe: Recipe) -> None:
         found = {"bnb_4bit_quant_type": state.quant_type, "bnb_4bit_use_double_quant": state.nested,
                  "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch.")}
         for field, wish in asked_for.items():
-            if wish not in (None, found[field]):
+            # A model that is quantised already, such as Unsloth's own, need not be so in the way that is the default.
+            if wish not in (type(recipe).model_fields[field].default, found[field]):
                 raise GateError(f"{field}: {wish} was asked for, {name} of {recipe.model_name} has {found[field]}",
                                 f"set {field}: {found[field]}, or model_name to the 16-bit original: a model that is "
                                 "quantised already brings its own settings")

@@ -253,7 +253,7 @@ class Recipe(BaseModel):
                             "one: set save_merged: none and gguf: [], or leave loftq_config out")
         if self.eval_strategy == "no" and (self.early_stopping_patience or self.load_best_model_at_end):
             problems.append("early_stopping_patience and load_best_model_at_end need evaluations: set eval_strategy")
-        if self.eval_strategy != "no" and not (self.eval_dataset or self.test_size):
+        if self.eval_strategy != "no" and not (self.eval_dataset or self.test_size or "starter" in self.sources):
             problems.append("eval_strategy needs held-out rows: set eval_dataset or test_size")
         if problems:
             raise ValueError("; ".join(problems))

@@ -111,7 +111,7 @@ def test_untouched_trainers_pass(recipe: Recipe, model_of: Callable[[str], Path]
         ("precision", True), ("trainable" if recipe.full_finetuning else "LoRA modules", True), ("labels", True),
         ("settings", True)], gates
     asked = "4-bit" if recipe.load_in_4bit else "8-bit" if recipe.load_in_8bit else \
-        "32-bit" if recipe.dtype else "16-bit"
+        "32-bit" if recipe.dtype or recipe.full_finetuning else "16-bit"
     # Two layers, and of a full model the head as well.
     layers = 15 if recipe.full_finetuning else 2 * len(recipe.target_modules)
     assert named(gates, "precision").figure == f"{layers} {asked} linear layers"
@@ -403,6 +403,7 @@ def test_float16_steps_that_overflow_are_waited_for(recipe: Recipe) -> None:
     gates = Gates("first step")
     callback = first_step_callback(gates, trainer.model)
     trainer.args.fp16 = True
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control)
     for trainer.state.global_step in range(10):
         callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
     assert gates.gates == []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import tiny_starter
 from tiny_runs import talks, taught, write_rows
 
 import kit
@@ -22,7 +23,7 @@ from kit.runs import Run
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["taught"]  # a fixture
+__all__ = ["taught", "tiny_starter"]  # fixtures
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "rsLoRA": {"use_rslora": True},
@@ -233,3 +234,30 @@ def test_a_model_that_brings_other_4_bit_settings_is_refused(recipe_of: Callable
     tokenizer.save_pretrained(tmp_path / "fp4")
     with pytest.raises(GateError, match=r"bnb_4bit_quant_type: nf4 was asked for.* has fp4"):
         kit.load_model(recipe_of(model_name=str(tmp_path / "fp4"), load_in_4bit=True))
+
+
+def test_small_steps_of_full_finetuning_are_kept_and_shipped(tiny_starter: Path, tmp_path: Path) -> None:
+    """In bfloat16 most of them would be lost twice: in every update, and once more when the weights are saved."""
+    import torch
+
+    recipe = Recipe.load({"model_name": str(tiny_starter), "dataset": "starter", "output_dir": str(tmp_path),
+                          "full_finetuning": True, "learning_rate": 1e-5, "max_steps": 4, "max_seq_length": 256,
+                          "max_train_samples": 16, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant",
+                          "gradient_accumulation_steps": 1, "warmup_steps": 0, "use_gradient_checkpointing": False})
+    model, tokenizer = kit.load_model(recipe)
+    layers = [name for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in layers}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    trainer = kit.make_trainer(model, tokenizer, kit.load_data(recipe, tokenizer), recipe)
+    kit.train(trainer, recipe)
+    trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if name in layers}
+    changed = sum(int((trained[name] != before[name]).sum()) for name in layers)
+    assert changed > 0.98 * sum(p.numel() for p in before.values())
+
+    model = kit.whole_model(trainer, recipe)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    shipped = {name: p.detach().float() for name, p in model.named_parameters() if name in layers}
+    wanted = torch.cat([(trained[name] - before[name]).flatten() for name in layers])
+    got = torch.cat([(shipped[name] - before[name]).flatten() for name in layers])
+    # How much of the change is there, on average: 1 is all of it.
+    assert float((wanted @ got) / (wanted @ wanted)) == pytest.approx(1, abs=0.15)

@@ -33,7 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
                                "train_sampling_strategy": "group_by_length", "lr_scheduler_type": "cosine"},
     "4-bit": {"load_in_4bit": True, "lora_dropout": 0.1},
     "8-bit": {"load_in_8bit": True},
-    "full": {"dtype": "bfloat16", "full_finetuning": True, "learning_rate": 1e-3},
+    "full": {"full_finetuning": True, "learning_rate": 1e-3},
+    "full bfloat16": {"dtype": "bfloat16", "full_finetuning": True, "learning_rate": 1e-3},
     "float32": {"dtype": "float32", "lora_dropout": 0.2, "eval_strategy": "steps", "eval_steps": 2},
 }
 

@@ -20,7 +20,8 @@ from kit import llama_cpp_setup
 from kit.errors import KitError
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = {"google", "modelscope"}  # google.colab is there on Colab; the other is the user's choice
+# google.colab is there on Colab; the others are the user's choice.
+OPTIONAL = {"google", "modelscope", "modelscope_hub"}
 CONVERTER = llama_cpp_setup.CONVERTER
 
 
@@ -108,7 +109,8 @@ def test_this_environment_is_the_tested_one() -> None:
 def test_make_alone_lists_its_verbs() -> None:
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     verbs = re.findall(r"^  make ([a-z-]+) ", done.stdout, re.MULTILINE)
-    assert verbs == ["help", "setup", "demo", "test", "test-fast", "check", "pair", "docs", "data", "clean"]
+    assert verbs == ["help", "setup", "engines", "demo", "test", "test-fast", "test-gpu", "check", "pair", "docs",
+                     "data", "clean"]
 
 
 # --- the converter ---
