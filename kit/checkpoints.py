@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError
 
 from kit.errors import KitError
 from kit.runs import Run, read_manifest, sha256, write_json
@@ -73,15 +76,30 @@ def rows_sha256(rows: Any) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def writing_checkpoint(folder: Path) -> Iterator[None]:
+    """A checkpoint that can't be written is told as a KitError; the ones before it are whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0][:200]
+        raise KitError(f"{folder} could not be written: {reason}",
+                       "free room or set checkpoint_dir to another disk; the same command goes on from the checkpoint "
+                       "before") from error
+
+
 def seal(folder: Path, identity: dict[str, Any], seconds: float, log: Path) -> None:
     """Add the run's log and, when every byte is on the disk, the manifest that makes the checkpoint count."""
-    if log.is_file():
-        shutil.copyfile(log, folder / LOG)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    for path in files:
-        _to_disk(path)
-    listed = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-              for path in files}
+    with writing_checkpoint(folder):
+        if log.is_file():
+            shutil.copyfile(log, folder / LOG)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+        for path in files:
+            _to_disk(path)
+        listed = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                  for path in files}
     write_json(folder / MANIFEST, {"step": _step(folder), "seconds": round(seconds, 2), "identity": identity,
                                    "files": listed})
     for path in (folder / MANIFEST, folder, folder.parent):

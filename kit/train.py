@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kit.checkpoints import identity, newest, problem, restore_log
+from kit.checkpoints import identity, newest, problem, restore_log, writing_checkpoint
 from kit.errors import GateError, KitError, Stopped
 from kit.evaluate import evaluate
 from kit.gates import Gates
@@ -103,6 +103,10 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
             self.log(dict(metrics))
             self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
+
+        def _save_checkpoint(self, *given: Any, **named: Any) -> None:
+            with writing_checkpoint(run.checkpoints / f"checkpoint-{self.state.global_step}"):
+                super()._save_checkpoint(*given, **named)
 
     args = SFTConfig(
         output_dir=str(run.checkpoints), max_length=recipe.max_seq_length, packing=chosen.packing, optim=chosen.optim,
@@ -235,6 +239,7 @@ def _log_callback(run: Run) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.bar = bar(state.max_steps, "training", "step", initial=state.global_step)
             self.began, self.tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+            self.before = _logged_seconds(run)
             run.folder.mkdir(parents=True, exist_ok=True)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -245,7 +250,8 @@ def _log_callback(run: Run) -> Any:
             if not shown:
                 return
             seconds = time.perf_counter() - self.began
-            line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), "seconds": round(seconds, 2),
+            line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4),
+                    "seconds": round(self.before + seconds, 2),
                     "tokens": int(state.num_input_tokens_seen), **shown}
             with run.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -261,3 +267,9 @@ def _log_callback(run: Run) -> Any:
             self.bar.close()
 
     return LogCallback()
+
+
+def _logged_seconds(run: Run) -> float:
+    """Training time up to the last line of the log: that of the checkpoint, where training goes on from one."""
+    lines = run.log.read_text(encoding="utf-8").splitlines() if run.log.is_file() else []
+    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,17 @@ def test_every_way_goes_on_exactly(tiny_starter: Path, tmp_path: Path) -> None:
         for figure in ("losses", "evaluations", "weights", "logged", "tokens"):
             assert after[figure] == before[figure], (name, figure)
     assert len({run["weights"] for run in whole}) == len(WAYS)
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tiny_starter: Path, tmp_path: Path) -> None:
+    def recipe(name: str) -> list[dict[str, Any]]:
+        return [{**BASE, "model_name": str(tiny_starter), "output_dir": str(tmp_path / name), **WAYS["float32"]}]
+
+    [whole], _ = drive(recipe("whole"), tmp_path)
+    found, done = drive(recipe("parts"), tmp_path, FULL="3")
+    assert not found and done.returncode != 0
+    assert re.search(r"checkpoint-4 could not be written: .+\n.*checkpoint_dir", done.stderr), done.stderr[-3000:]
+    [resumed], done = drive(recipe("parts"), tmp_path)
+    assert resumed["resumed_from"] == 2
+    assert "checkpoint-4 is skipped" in done.stdout
+    assert (resumed["losses"], resumed["weights"]) == (whole["losses"], whole["weights"])

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 2 tests/train_driver.py RECIPES.json OUT.json
 
 RECIPES.json is a list of recipes as dicts. With STOP=N each is sent SIGTERM in step N, but the last one SIGKILL.
+With FULL=N the disk takes no file above 100 kB any more from step N on.
 OUT.json gets a dict for each recipe: its losses, evaluations, and the hash of the weights in its last checkpoint.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from kit import Recipe, Run, processes
 from kit.errors import Stopped
 from kit.runs import sha256
 
-STOP = int(os.environ.get("STOP", 0))
+STOP, FULL = int(os.environ.get("STOP", 0)), int(os.environ.get("FULL", 0))
 
 
 def trained(recipe: Recipe, kill: bool) -> dict[str, Any] | None:
@@ -35,6 +37,8 @@ def trained(recipe: Recipe, kill: bool) -> dict[str, Any] | None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == STOP:
                 os.kill(os.getpid(), signal.SIGKILL if kill else signal.SIGTERM)
+            if state.global_step == FULL:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
     AcceleratorState._reset_state()  # nothing of the training before
     unset_hf_deepspeed_config()
