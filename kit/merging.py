@@ -51,6 +51,9 @@ class LowRank(NamedTuple):
 def read_adapter_config(adapter: Path) -> dict[str, Any]:
     """adapter_config.json; KitError when the folder holds no LoRA adapter in safetensors."""
     path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise KitError(f"{adapter} is no LoRA adapter: there is no adapter_config.json in it",
+                       "name a folder that PEFT's save_pretrained wrote")
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ def preflight(recipe: Recipe) -> None:
         return
     check_free(Run.of(recipe))
     folder = _model(recipe)
+    _adapter(recipe)
     _data(recipe)
     if recipe.gguf:
         from kit.llama_cpp_setup import converter_dir
@@ -41,6 +42,15 @@ def _model(recipe: Recipe) -> Path | None:
         return None
     name = Path(model_folder(recipe))
     return name if name.is_dir() else None
+
+
+def _adapter(recipe: Recipe) -> None:
+    """An adapter to train on that is not there; an id on the hub is left to the loader."""
+    from kit.merging import read_adapter_config
+
+    name = recipe.adapter_name_or_path
+    if name and (Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1):
+        read_adapter_config(Path(name).expanduser())
 
 
 def _data(recipe: Recipe) -> None:

@@ -175,10 +175,12 @@ def _adapter_hash(recipe: Recipe) -> dict[str, str] | None:
     """Of the adapter that is trained on, if there is one."""
     if recipe.adapter_name_or_path is None:
         return None
-    from kit.gates.provenance import hashes_of
+    from kit.merging import read_adapter_config
     from kit.model import adapter_folder
 
-    return hashes_of(adapter_folder(recipe))
+    folder = adapter_folder(recipe)
+    read_adapter_config(folder)  # complains where there is none
+    return {name: sha256(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")}
 
 
 def _watch(run: Run) -> None:
