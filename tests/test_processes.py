@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,6 +83,27 @@ def test_an_engine(engine: str, one_process: dict[str, dict[str, Any]], tiny_sta
     assert falls[-1][1] < falls[0][1]
 
 
+def test_two_nodes_meet_through_torchruns_rendezvous(one_process: dict[str, dict[str, Any]], tiny_starter: Path,
+                                                     tmp_path: Path) -> None:
+    """Two torchruns with a process each, as on two machines with a disk in common."""
+    recipe = {**BASE, **WAYS["LoRA float32"], "model_name": str(tiny_starter), "output_dir": str(tmp_path),
+              "gradient_accumulation_steps": 1}
+    given, out = tmp_path / "recipes.json", tmp_path / "out.json"
+    given.write_text(json.dumps([recipe]), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "kit",
+               "tests/train_driver.py", str(given), str(out)]
+    nodes = [subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+             for _ in range(2)]
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    [found] = json.loads(out.read_text(encoding="utf-8"))
+    assert found["losses"] == one_process["LoRA float32"]["losses"]
+
+
 def test_torchrun_is_stopped_and_goes_on_to_a_verified_run(taught: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, taught("qwen2"), name="two", per_device_train_batch_size=4, gguf=["q8_0"])
     run = tmp_path / "runs" / "two"
@@ -89,6 +112,9 @@ def test_torchrun_is_stopped_and_goes_on_to_a_verified_run(taught: Callable[[str
     assert code != 0 and read_result(run)["status"] == "stopped", said[-3000:]
     [saved] = (run / "checkpoints").glob("checkpoint-*")
     assert problem(saved) == "" and "the same command goes on" in said
+
+    alone = kit("train", str(recipe))
+    assert alone.returncode == 2 and "processes: 2 → 1; engine: DDP → one process" in alone.stderr, alone.stderr[-3000:]
 
     done = subprocess.run([sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

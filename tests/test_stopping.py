@@ -15,6 +15,7 @@ import pytest
 from conftest import PROJECT, kit
 from tiny_runs import taught, write_recipe
 
+from kit.recipe import Recipe
 from kit.runs import read_result
 
 pytestmark = pytest.mark.slow
@@ -57,6 +58,14 @@ def test_kit_run_reaches_the_kernel_and_goes_on(taught: Callable[[str], Path], t
     assert other.returncode == 2, other.stdout[-2000:] + other.stderr[-2000:]
     assert "learning_rate: 0.01 → 1e-05" in other.stderr and "--overwrite" in other.stderr
     assert saved.is_dir()
+
+    # So would other rows.
+    rows = Path(str(Recipe.load(recipe).dataset))
+    kept = rows.read_text(encoding="utf-8")
+    rows.write_text(kept.replace("two days", "ten days"), encoding="utf-8")
+    other = kit("train", str(recipe))
+    assert other.returncode == 2 and "the training rows changed" in other.stderr, other.stderr[-2000:]
+    rows.write_text(kept, encoding="utf-8")
 
     again = kit("run", str(recipe))
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
