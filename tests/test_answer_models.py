@@ -118,10 +118,13 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q.answers.jsonl", "q.jsonl", "whole.jsonl"]
 
 
-@pytest.mark.parametrize(("engine", "fields"), [("gguf", {}), ("merged", {}), ("adapter", {}), ("base", {}),
-                                                ("base", {"load_in_4bit": True})])
+# In bfloat16 two tokens can be too close for a batch and a single row to choose the same one.
+@pytest.mark.parametrize(("engine", "fields"), [
+    ("gguf", {}), ("merged", {"dtype": "float32"}), ("adapter", {"dtype": "float32"}), ("base", {}),
+    ("base", {"load_in_4bit": True})])
 def test_every_engine(engine: str, fields: dict[str, Any], finished_run: Path, tmp_path: Path) -> None:
-    from kit.ask import answers
+    from kit.ask import choose
+    from kit.infer import stream
 
     file = tmp_path / "q.txt"
     file.write_text(f"{QUESTIONS[0]}\n\n{QUESTIONS[3]}\n{QUESTIONS[1]}\n", encoding="utf-8")
@@ -131,7 +134,9 @@ def test_every_engine(engine: str, fields: dict[str, Any], finished_run: Path, t
     lines = done.out.read_text(encoding="utf-8").split("\n")
     assert len(lines) == 5 and lines[1] == lines[4] == "" and lines[0] and lines[2] and lines[3]
     if engine != "base":
-        whole = "".join(answers(str(finished_run), engine)([{"role": "user", "content": QUESTIONS[0]}]))
+        chosen = choose(finished_run, engine, **fields)
+        model, tokenizer = (chosen.path, None) if engine == "gguf" else chosen.load()
+        whole = "".join(stream(model, tokenizer, [{"role": "user", "content": QUESTIONS[0]}], chosen.recipe))
         assert whole.replace("\\", "\\\\").replace("\n", "\\n").startswith(lines[0])
 
 

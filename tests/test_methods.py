@@ -224,16 +224,18 @@ def test_training_goes_on_from_an_adapter(recipe_of: Callable[..., Recipe], tmp_
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": ["W_pack"]}))
     refused(other, "does not fit .*W_pack")
-    refused(tmp_path / "nothing", "can't be read")
+    refused(tmp_path / "nothing", "is no LoRA adapter")
 
 
-def test_a_model_that_brings_other_4_bit_settings_is_refused(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = recipe_of(**METHODS["QLoRA fp4"])
-    model, tokenizer = _load(recipe.model_name, recipe)
+def test_a_model_quantised_already_keeps_its_settings(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+    """The recipe's defaults take it as it is; what a recipe names and the model has not is refused."""
+    model, tokenizer = _load(recipe_of().model_name, recipe_of(**METHODS["QLoRA fp4"]))
     model.save_pretrained(tmp_path / "fp4")
     tokenizer.save_pretrained(tmp_path / "fp4")
-    with pytest.raises(GateError, match=r"bnb_4bit_quant_type: nf4 was asked for.* has fp4"):
-        kit.load_model(recipe_of(model_name=str(tmp_path / "fp4"), load_in_4bit=True))
+    as_it_is = {"model_name": str(tmp_path / "fp4"), "load_in_4bit": True}
+    kit.load_model(recipe_of(**as_it_is))
+    with pytest.raises(GateError, match="bnb_4bit_compute_dtype: float16 was asked for.* has float32"):
+        kit.load_model(recipe_of(**as_it_is, bnb_4bit_compute_dtype="float16"))
 
 
 def test_small_steps_of_full_finetuning_are_kept_and_shipped(tiny_starter: Path, tmp_path: Path) -> None:

@@ -182,17 +182,16 @@ def test_a_killed_kernel_is_a_failed_run(tmp_path: Path) -> None:
     assert (result["status"], result["stage"]) == ("stopped", "train")
 
 
-@pytest.mark.parametrize("command, number", [("run", signal.SIGINT), ("run", signal.SIGTERM),
-                                             ("train", signal.SIGINT)])
-def test_interrupting_ends_the_kernel_too(tmp_path: Path, command: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_interrupting_ends_the_kernel_too(tmp_path: Path, command: str) -> None:
     process = start(tmp_path, command)
     kernel = wait_for_training(tmp_path / "quickstart", process)["pid"]
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output[-2000:]
+    assert process.returncode == 75, output[-2000:]
     assert "Traceback" not in output[-500:]
     result = read_result(tmp_path / "quickstart")
-    assert result["status"] in ("stopped", "failed") and result["stage"] == "train"
+    assert (result["status"], result["stage"]) == ("stopped", "train")
     for _ in range(50):
         if not Path(f"/proc/{kernel}").exists():
             break
