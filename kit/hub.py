@@ -20,7 +20,7 @@ from kit.hub_card import base_of, read_told_id, write_card
 from kit.hub_sites import Site, login
 from kit.platforms import cache_dir
 from kit.recipe import PROJECT
-from kit.runs import Run, write_json, write_text
+from kit.runs import Run, read_manifest, write_json, write_text
 from kit.show import size
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def proven(run: Run, kinds: Sequence[str]) -> dict[str, Any]:
     # Of the verdict the gates count, not its summary: that is what the card shows.
     gates.check("verified", checked.passed, checked.verdict, "every gate", checked.verdict if checked.failed else "",
                 "read the gates of kit verify for cause and remedy; only what passed is pushed")
+    gates.check("verdict", verdict.get("artefacts") == read_manifest(run).get("artefacts"), "", "of these files",
+                "the files were sealed again after kit verify looked at them", f"kit verify {run.folder}")
     passed = {gate.name for gate in checked.gates if gate.passed}
     names = {"adapter": ["adapter"], "merged": ["merged"],
              "gguf": [quantization_of(path) for path in sorted(run.gguf.glob("*.gguf"))]}

@@ -67,14 +67,19 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
     return config
 
 
+def changed_base(config: dict[str, Any]) -> str:
+    """The start (init_lora_weights) of an adapter that fits other weights than the base model's own, else ''."""
+    start = "loftq" if config.get("loftq_config") else str(config.get("init_lora_weights", ""))
+    return start if start.startswith(STARTS) else ""
+
+
 def check_mergeable(adapter: Path, base: Path) -> None:
     """KitError that names what can't be merged exactly: a setting of the adapter, or quantised base weights."""
     config = read_adapter_config(adapter)
     for key in UNKNOWN:
         if config.get(key):
             raise KitError(f"the adapter uses {key}, which can't be merged yet", LEFT_OUT)
-    start = str(config.get("init_lora_weights", ""))
-    if start.startswith(STARTS):
+    if start := changed_base(config):
         raise KitError(f"the adapter began with init_lora_weights: {start}, which changes the base model's weights "
                        "too: merged into the original ones it would be another model", LEFT_OUT)
     model = json.loads((base / "config.json").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kit.errors import KitError
-from kit.merging import PREFIX, read_adapter_config
+from kit.merging import PREFIX, changed_base, read_adapter_config
 from kit.platforms import Settings, base_folder, cache_dir, hub_hint, machine, model_folder, settings
 from kit.processes import sharding, world_size
 from kit.prompts import prepare_tokenizer
@@ -141,6 +141,7 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedMo
     model = _wrapped(model, recipe, lora)
     if recipe.loftq_config is not None:
         start_loftq(model, base_folder(recipe), recipe)
+        model.peft_config["default"].loftq_config = recipe.loftq_config  # for whoever merges it
     return model
 
 
@@ -196,6 +197,11 @@ def _continued(model: Any, adapter: Path, recipe: Recipe) -> Any:
     from safetensors.torch import load_file
 
     config, tensors = read_adapter_config(adapter), load_file(adapter / "adapter_model.safetensors")
+    start = changed_base(config)
+    if start and not (start == "loftq" and recipe.load_in_4bit):
+        raise KitError(f"adapter_name_or_path: {adapter} began with init_lora_weights: {start}: it belongs to a base "
+                       f"model of other weights than {recipe.model_name}",
+                       "set load_in_4bit: true" if start == "loftq" else "leave adapter_name_or_path out")
     lora = {name: config[name] for name in KEPT if config.get(name)}
     if isinstance(lora["target_modules"], str):  # a pattern, which Unsloth's CPU path would take apart
         lora["target_modules"] = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors
@@ -212,6 +218,7 @@ def _continued(model: Any, adapter: Path, recipe: Recipe) -> Any:
     if lost:
         raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {lost[0]} is only on one "
                        f"side ({len(lost)} tensors)", OTHER_BASE)
+    model.peft_config["default"].loftq_config = config.get("loftq_config") or {}
     return model
 
 

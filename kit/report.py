@@ -61,7 +61,7 @@ def write_report(run: Run) -> Path:
 def _contents(run: Run) -> dict[str, Any]:
     """What the template shows. A part that the run never came to is empty."""
     result, manifest = read_result(run.folder), _read_object(run.folder / "manifest.json")
-    gates, doubt = _verification(run, result)
+    gates, doubt = _verification(run, result, manifest)
     recipe = _read_recipe(run)
     stages = result.get("scores") or {stage: result[f"score_{stage}"] for stage in ("before", "after")
                                       if result.get(f"score_{stage}")}
@@ -75,7 +75,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "beside": [name for name in ("data.html", "notebook.ipynb") if (run.folder / name).is_file()]}
 
 
-def _verification(run: Run, result: dict[str, Any]) -> tuple[Gates | None, str]:
+def _verification(run: Run, result: dict[str, Any], manifest: dict[str, Any]) -> tuple[Gates | None, str]:
     """The gates of verify.json, or None with the reason why they can't be relied on ('' when there are none)."""
     path = run.folder / "verify.json"
     if not path.is_file():
@@ -90,6 +90,8 @@ def _verification(run: Run, result: dict[str, Any]) -> tuple[Gates | None, str]:
     checked, started = _moment(verify.get("checked")), _moment(result.get("started"))
     if checked and started and checked < started:
         return None, "verify.json is older than this run: what it checked is no longer here"
+    if verify.get("artefacts") != manifest.get("artefacts"):
+        return None, "verify.json is about other files than those the run holds now"
     gates.title = f"checked {_when(verify.get('checked'))}, in {_duration(verify.get('seconds'))}"
     return gates, ""
 

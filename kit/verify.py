@@ -25,7 +25,7 @@ from kit.gguf import quantization_of
 from kit.gguf_file import check_gguf, read_header
 from kit.modelfile_reader import read_modelfile
 from kit.prompts import Message
-from kit.runs import Run, write_json
+from kit.runs import Run, read_manifest, write_json
 
 if TYPE_CHECKING:
     from kit.recipe import Recipe
@@ -63,6 +63,7 @@ def verify(run: Run | str | Path) -> Gates:
     write_json(run.folder / "verify.json", {
         "passed": gates.passed, "verdict": gates.verdict, "checked": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(time.perf_counter() - began, 1), "gates": gates.as_json(), "scores": scores,
+        "artefacts": read_manifest(run).get("artefacts"),
         "tolerances": {name: tolerance._asdict() for name, tolerance in TOLERANCES.items()}})
     write_report(run)
     return gates

@@ -23,7 +23,7 @@ from kit.hub_card import STARTER_ID
 from kit.modelfile_reader import read_modelfile
 from kit.platforms import cache_dir
 from kit.recipe import Recipe
-from kit.runs import Run, sha256, write_json
+from kit.runs import Run, read_manifest, sha256, write_json
 
 pytestmark = pytest.mark.slow
 
@@ -177,16 +177,21 @@ def small_run(folder: Path, starter: Path, **fields: Any) -> Run:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(starter / name, run.adapter / name)
     write_json(run.folder / "manifest.json", {})
+    verified(run)
+    return run
+
+
+def verified(run: Run) -> None:
     seal(run)
     gates = Gates("verify")
     gates.check("parity adapter", True, "KL 0", "mean KL ≤ 0.0001")
     verdict(run, gates)
-    return run
 
 
 def verdict(run: Run, gates: Gates) -> None:
     write_json(run.folder / "verify.json", {"passed": gates.passed, "checked": "2026-11-21T00:00:00+0000",
-                                            "gates": gates.as_json()})
+                                            "gates": gates.as_json(),
+                                            "artefacts": read_manifest(run)["artefacts"]})
 
 
 @pytest.fixture
@@ -271,6 +276,8 @@ def test_only_what_was_verified_is_pushed(run: Run, hub: HubStandIn) -> None:
 def test_what_was_changed_since_is_refused(run: Run, hub: HubStandIn) -> None:
     (run.adapter / "chat_template.jinja").write_text("{{ messages }}")
     refused(run, hub, "sha256: adapter/chat_template.jinja is changed since the run", gate=True)
+    seal(run)
+    refused(run, hub, "sealed again after kit verify", f"kit verify {run.folder}", gate=True)
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -279,7 +286,7 @@ def test_what_was_changed_since_is_refused(run: Run, hub: HubStandIn) -> None:
 ])
 def test_a_secret_or_a_path_is_refused(run: Run, hub: HubStandIn, key: str, value: str, words: str) -> None:
     write_json(run.adapter / "adapter_config.json", {"r": 16, key: value})
-    seal(run)
+    verified(run)
     refused(run, hub, words, gate=True)
 
 

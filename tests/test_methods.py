@@ -17,6 +17,7 @@ from tiny_runs import talks, taught, write_rows
 
 import kit
 from kit.errors import GateError, KitError
+from kit.merging import check_mergeable
 from kit.model import _load
 from kit.recipe import Recipe
 from kit.runs import Run
@@ -165,7 +166,7 @@ def test_loftq_leaves_the_least_that_its_rank_can(recipe_of: Callable[..., Recip
     from safetensors.torch import load_file
 
     recipe = recipe_of(**METHODS["LoftQ"], use_rslora=True)
-    model, _ = kit.load_model(recipe)
+    model, tokenizer = kit.load_model(recipe)
     model = kit.add_lora(model, recipe)
     original = load_file(taught("qwen2") / "model.safetensors")
     seen = 0
@@ -179,6 +180,15 @@ def test_loftq_leaves_the_least_that_its_rank_can(recipe_of: Callable[..., Recip
             assert float(left.norm()) == pytest.approx(float(best[4:].norm()), rel=0.02)
             seen += 1
     assert seen == 14
+    for number in range(2):  # it can't be merged into the original weights, nor what is trained on from it
+        adapter = kit.save_adapter(model, tokenizer, Run.of(recipe_of(f"run{number}")))
+        with pytest.raises(KitError, match="loftq, which changes the base model's weights"):
+            check_mergeable(adapter, taught("qwen2"))
+        goes_on = recipe_of(load_in_4bit=True, adapter_name_or_path=str(adapter))
+        model = kit.add_lora(kit.load_model(goes_on)[0], goes_on)
+    goes_on = recipe_of(adapter_name_or_path=str(adapter))
+    with pytest.raises(KitError, match="began with init_lora_weights: loftq"):
+        kit.add_lora(kit.load_model(goes_on)[0], goes_on)
     with pytest.raises(KitError, match="loftq_iter: 1"):
         kit.add_lora(kit.load_model(recipe)[0], recipe_of(**METHODS["LoftQ"] | {"loftq_config": {"loftq_iter": 5}}))
 
@@ -234,7 +244,7 @@ def test_a_model_quantised_already_keeps_its_settings(recipe_of: Callable[..., R
     tokenizer.save_pretrained(tmp_path / "fp4")
     as_it_is = {"model_name": str(tmp_path / "fp4"), "load_in_4bit": True}
     kit.load_model(recipe_of(**as_it_is))
-    with pytest.raises(GateError, match="bnb_4bit_compute_dtype: float16 was asked for.* has float32"):
+    with pytest.raises(GateError, match=r"bnb_4bit_compute_dtype: float16 was asked for.* has float32"):
         kit.load_model(recipe_of(**as_it_is, bnb_4bit_compute_dtype="float16"))
 
 

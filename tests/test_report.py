@@ -83,6 +83,9 @@ def gate(name: str, passed: bool | None = True, **more: str) -> dict[str, Any]:
     return {"name": name, "passed": passed, "figure": "1", "tolerance": "2", "detail": "", "hint": "", **more}
 
 
+SEALED = {"gguf/tickets-q8_0.gguf": "0123456789ab" + "f" * 52}
+
+
 def write(run: Run, name: str, value: Any) -> None:
     (run.folder / name).write_text(json.dumps(value), encoding="utf-8")
 
@@ -94,7 +97,7 @@ def change(run: Run, name: str, **values: Any) -> None:
 def verified(run: Run, *gates: dict[str, Any], **more: Any) -> None:
     passed = all(g["passed"] is not False for g in gates)
     write(run, "verify.json", {"passed": passed, "verdict": "", "checked": "2026-11-21T08:12:30+0000", "seconds": 41.2,
-                               "gates": gates, **more})
+                               "gates": gates, **{"artefacts": SEALED, **more}})
 
 
 def page(run: Run) -> Page:
@@ -127,7 +130,7 @@ def run(tmp_path: Path) -> Run:
         "stop_token": "<|im_end|>", "pad_token": "<pad>", "versions": {"torch": "2.13.0"}, "seed": 3407,
         "machine": {"device": "cpu", "device_name": "AMD EPYC", "cores": 2, "memory_gb": 25.2, "environment": "local"},
         "settings": ["bfloat16: this CPU has it"], "random_state": 3408, "git": "e" * 40,
-        "artefacts": {"gguf/tickets-q8_0.gguf": "0123456789ab" + "f" * 52}})
+        "artefacts": SEALED})
     for path in (made.adapter / "adapter_config.json", made.merged / "config.json", made.gguf / "Modelfile",
                  made.gguf / "tickets-q8_0.gguf", made.folder / "data.html", made.folder / "notebook.ipynb"):
         path.write_text("{}", encoding="utf-8")
@@ -171,6 +174,7 @@ def test_failed_gates_stand_on_top_with_cause_and_remedy(run: Run) -> None:
     ({"passed": False, "gates": [gate("parity")]}, "contradicts itself"),
     ({"passed": True, "checked": "2026-11-21T08:07:00+0000", "gates": [gate("parity")]}, "older than this run"),
     ({"passed": True, "checked": "2026-11-21T09:07:00+0800", "gates": [gate("parity")]}, "older than this run"),
+    ({"passed": True, "gates": [gate("parity")], "artefacts": {"gguf/x.gguf": "0" * 64}}, "about other files"),
 ])
 def test_without_gates_to_rely_on_nothing_is_verified(run: Run, content: Any, why: str) -> None:
     if content is not None:
@@ -243,7 +247,8 @@ def test_no_script_no_network_and_the_figures_are_inside(run: Run) -> None:
 def test_hostile_text_stays_text(run: Run) -> None:
     verified(run, gate("parity", False, detail="a", hint="b"))
     plain = page(run)
-    verified(run, gate(HOSTILE, False, figure=HOSTILE, tolerance=HOSTILE, detail=HOSTILE, hint=HOSTILE))
+    verified(run, gate(HOSTILE, False, figure=HOSTILE, tolerance=HOSTILE, detail=HOSTILE, hint=HOSTILE),
+             artefacts={HOSTILE: HOSTILE})
     change(run, "result.json", files={HOSTILE: 5}, seconds={HOSTILE: 1.0}, started=HOSTILE,
            scores={"after": {HOSTILE: 0.5, "exact": 0.5}, HOSTILE: {"exact": 1.0}})
     change(run, "manifest.json", settings=[HOSTILE], versions={HOSTILE: HOSTILE}, data_sha256={HOSTILE: HOSTILE},
