@@ -208,17 +208,16 @@ def _files(model: Checkpoint, recipe: Recipe, steps: int | None) -> tuple[dict[s
 
 
 def checkpoints_left(recipe: Recipe, steps: int | None) -> int:
-    """How many checkpoints are left besides those of save_minutes; the last step is always saved."""
-    if recipe.save_strategy == "no":
-        return 0
-    limit = recipe.save_total_limit
-    if recipe.save_strategy == "epoch":
-        made = math.ceil(recipe.num_train_epochs or 1)
-    elif steps is None:
-        made = limit or 1
-    else:
-        made = math.ceil(steps / recipe.save_steps)
-    return min(made, limit) if limit else made
+    """How many checkpoints are left at most besides those of save_minutes; the last step is always saved."""
+    def times(strategy: str, every: int) -> int:
+        if strategy == "steps":
+            return math.ceil(steps / every) if steps else recipe.save_total_limit or 1
+        return math.ceil(recipe.num_train_epochs or 1) if strategy == "epoch" else 0
+
+    best = recipe.load_best_model_at_end
+    # Each evaluation may be the best so far, and then it is saved and kept besides the newest ones.
+    made = times(recipe.save_strategy, recipe.save_steps) + best * times(recipe.eval_strategy, recipe.eval_steps)
+    return min(made, recipe.save_total_limit + best) if recipe.save_total_limit else made
 
 
 class Pace:

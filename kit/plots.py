@@ -47,7 +47,7 @@ def lengths(rows: Dataset, max_seq_length: int, path: Path) -> Figure:
 
 
 def loss(result: TrainResult, path: Path) -> Figure:
-    """The loss of each logged step and its running mean; the held-out loss, its best, and where training went on."""
+    """The loss of each logged step, of many their mean too; the held-out loss, its best, where training went on."""
     steps = [step for step, _ in result.losses]
     values = [value for _, value in result.losses]
     window = max(1, len(values) // 10)
@@ -55,11 +55,12 @@ def loss(result: TrainResult, path: Path) -> Figure:
               for i in range(len(values))]
     figure, axes = _figure(f"loss {values[0]:.3f} → {smooth[-1]:.3f} in {result.steps} steps",
                            "optimiser step", "loss (nats per trained token)")
-    axes.plot(steps, values, alpha=0.4, label="logged")
-    axes.plot(steps, smooth, label=f"mean of {window}")
+    axes.plot(steps, values, alpha=0.4 if window > 1 else 1, label="logged")
+    if window > 1:
+        axes.plot(steps, smooth, label=f"mean of {window}")
     if result.evaluations:
         axes.plot([found["step"] for found in result.evaluations], [found["loss"] for found in result.evaluations],
-                  marker="o", label="held-out rows")
+                  marker="o", color="tab:green", label="held-out rows")
     if result.best_step is not None:
         axes.axvline(result.best_step, color="tab:green", linestyle=":", label=f"best: step {result.best_step}")
     if result.resumed_from:

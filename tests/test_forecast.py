@@ -148,6 +148,17 @@ def test_disk_counts_what_is_there_for_a_while(folder: Path) -> None:
     assert room()[0] + 0.2 * merged < room(save_merged="4bit")[0] < room()[0] + merged
 
 
+@pytest.mark.parametrize("fields, left", [
+    ({}, 0), ({"save_strategy": "epoch", "num_train_epochs": 1.5}, 2), ({"save_strategy": "steps", "save_steps": 6}, 2),
+    ({"eval_strategy": "steps", "eval_steps": 4}, 0),
+    ({"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}, 3),
+    ({"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": None}, 4),
+])
+def test_checkpoints_that_are_left(fields: dict[str, Any], left: int) -> None:
+    """Of 14 steps; the best one may be kept besides the newest two."""
+    assert checkpoints_left(Recipe.load({"test_size": 2, "save_strategy": "no", **fields}), 14) == left
+
+
 def test_pace_goes_by_tokens() -> None:
     pace = Pace(steps=10, tokens=1000)
     assert pace.step(9.0, 300) is None
