@@ -237,6 +237,25 @@ def test_training_goes_on_from_an_adapter(recipe_of: Callable[..., Recipe], tmp_
     refused(tmp_path / "nothing", "is no LoRA adapter")
 
 
+def test_an_adapter_trained_elsewhere_keeps_its_ranks_and_layers(
+        recipe_of: Callable[..., Recipe], taught: Callable[[str], Path], tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, rank_pattern={"v_proj": 2}, layers_to_transform=[0],
+                        target_modules=["q_proj", "v_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(taught("qwen2")), config).save_pretrained(tmp_path / "theirs")
+    recipe = recipe_of(adapter_name_or_path=str(tmp_path / "theirs"))
+    model, tokenizer = kit.load_model(recipe)
+    trainer = kit.make_trainer(kit.add_lora(model, recipe), tokenizer, kit.load_data(recipe, tokenizer), recipe)
+    gates = kit.check_trainer(trainer, tokenizer, recipe)
+    assert gates.passed and "2 of rank 2, 4" in {gate.figure for gate in gates.gates}, gates.verdict
+    kit.train(trainer, recipe)
+    saved = load_file(kit.save_adapter(trainer.model, tokenizer, Run.of(recipe)) / "adapter_model.safetensors")
+    assert sorted(len(tensor) for name, tensor in saved.items() if "lora_A" in name) == [2, 4]
+
+
 def test_a_model_quantised_already_keeps_its_settings(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
     """The recipe's defaults take it as it is; what a recipe names and the model has not is refused."""
     model, tokenizer = _load(recipe_of().model_name, recipe_of(**METHODS["QLoRA fp4"]))

@@ -76,12 +76,13 @@ def check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
                     "" if trained == total else "full_finetuning is set, but some weights are frozen",
                     "load the model with full_finetuning: true")
         return
-    if recipe.adapter_name_or_path:  # rank and layers are the saved adapter's
+    asked, modules = {recipe.r}, list(recipe.target_modules)
+    if recipe.adapter_name_or_path:  # ranks and layers are the saved adapter's; kit.add_lora compared its tensors
         own = model.peft_config["default"]
-        recipe = recipe.model_copy(update={"r": own.r, "target_modules": list(own.target_modules)})
+        asked, modules = {own.r, *own.rank_pattern.values()}, []
     wrapped = {name: {int(a.weight.shape[0]) for a in module.lora_A.values()}
                for name, module in model.named_modules() if hasattr(module, "lora_A") and len(module.lora_A)}
-    targets = {name for name, module in model.named_modules() if name.rpartition(".")[2] in recipe.target_modules
+    targets = {name for name, module in model.named_modules() if name.rpartition(".")[2] in modules
                and "weight" in dict(module.named_parameters(recurse=False)) | vars(module)}
     missing = sorted(targets - set(wrapped))
     ranks = sorted(set().union(*wrapped.values()))
@@ -93,7 +94,7 @@ def check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
         cause = "the model has no LoRA module: nothing would be trained"
     elif missing:
         cause = f"{len(missing)} target modules have no adapter, the first is {missing[0]}"
-    elif ranks != [recipe.r]:
+    elif not asked.issuperset(ranks):
         cause = f"the recipe asks for rank {recipe.r}, the adapters have {', '.join(map(str, ranks))}"
     elif frozen:
         cause = f"{len(frozen)} weights of the adapter are frozen, the first is {frozen[0]}"
@@ -102,7 +103,7 @@ def check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
         if ".modules_to_save." in strangers[0]:
             hint = "take lm_head and embed_tokens out of target_modules: they would be trained whole"
     gates.check("LoRA modules", not cause, f"{len(wrapped)} of rank {', '.join(map(str, ranks)) or 'none'}",
-                f"{len(targets | set(wrapped))} of rank {recipe.r}", cause, hint)
+                f"{len(targets | set(wrapped))} of rank {', '.join(map(str, sorted(asked)))}", cause, hint)
 
 
 def check_labels(gates: Gates, trainer: SFTTrainer, tokenizer: Any) -> None:
