@@ -165,7 +165,7 @@ def _check_4bit_on_cpu() -> None:
 def model_folder(recipe: Recipe) -> str:
     """What to load: the starter's folder, a folder of the user's, or a hub id.
 
-    With `hub: modelscope` the model is fetched there first. Raises KitError when a path is no model.
+    With `hub: modelscope` the model is fetched there first, or found in its cache. Raises KitError when a path is no model.
     """
     if recipe.model_name == "starter":
         from kit.starter import starter_model
@@ -175,15 +175,14 @@ def model_folder(recipe: Recipe) -> str:
     if path.exists() or recipe.model_name.startswith((".", "/", "~")) or recipe.model_name.count("/") > 1:
         _check_model_folder(path)
         return str(path)
-    if recipe.local_files_only:
-        return recipe.model_name
     if recipe.hub == "modelscope":
         if importlib.util.find_spec("modelscope") is None:
             raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope")
         from modelscope import snapshot_download
 
         try:
-            return str(snapshot_download(recipe.model_name, revision=recipe.revision, allow_patterns=MODEL_FILES))
+            return str(snapshot_download(recipe.model_name, revision=recipe.revision, allow_patterns=MODEL_FILES,
+                                         local_files_only=recipe.local_files_only))
         except Exception as error:  # of its own, of requests, of the disk
             reason = " ".join(str(error).split())[:300]
             raise KitError(f"model_name: {recipe.model_name} could not be fetched from ModelScope: {reason}",

@@ -41,8 +41,9 @@ def python(code: str, hub: ModelScopeStandIn, home: Path, *arguments: str, **env
     return done.stdout
 
 
+NOBODY = {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}
 FETCH = """from kit.platforms import model_folder
-print(model_folder(Recipe.load({}, hub="modelscope", model_name="zoo/tiny")))"""
+print(model_folder(Recipe.load({}, hub="modelscope", model_name="zoo/tiny", local_files_only=len(sys.argv) > 1)))"""
 ROWS = """import json
 from kit.sources import rows_of
 recipe = Recipe.load(json.loads(sys.argv[1]), hub="modelscope")
@@ -61,6 +62,7 @@ def test_a_model_is_fetched_and_loads(hub: ModelScopeStandIn, tmp_path: Path, ti
     folder = Path(python(FETCH, hub, tmp_path).splitlines()[-1])
     assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert not (folder / "model.gguf").exists()
+    assert Path(python(FETCH, hub, tmp_path, "offline", **NOBODY).splitlines()[-1]) == folder
     ids = AutoTokenizer.from_pretrained(folder)("Where is my parcel?", return_tensors="pt")
     with torch.no_grad():
         found, own = (AutoModelForCausalLM.from_pretrained(place)(**ids).logits for place in (folder, source))
@@ -70,6 +72,7 @@ def test_a_model_is_fetched_and_loads(hub: ModelScopeStandIn, tmp_path: Path, ti
 def test_a_model_that_is_not_there_is_told(hub: ModelScopeStandIn, tmp_path: Path) -> None:
     said = python(FETCH, hub, tmp_path)
     assert "KitError: model_name: zoo/tiny could not be fetched from ModelScope: " in said and "HF_ENDPOINT" in said
+    assert "KitError: model_name: zoo/tiny could not be" in python(FETCH, hub, tmp_path, "offline", **NOBODY)
 
 
 def talks(folder: Path, *names: str) -> Path:
