@@ -165,7 +165,8 @@ def _check_4bit_on_cpu() -> None:
 def model_folder(recipe: Recipe) -> str:
     """What to load: the starter's folder, a folder of the user's, or a hub id.
 
-    With `hub: modelscope` the model is fetched there first, or found in its cache. Raises KitError when a path is no model.
+    With `hub: modelscope` the model is fetched there first, or found in its cache. Raises KitError when a path is no
+    model.
     """
     if recipe.model_name == "starter":
         from kit.starter import starter_model

@@ -117,6 +117,11 @@ def _check_all(gates: Gates, run: Run, recipe: Recipe, saved: Path) -> dict[str,
             check_folder_template(gates, merged, every)
     else:
         files = []
+    if merged and run.merged_4bit.is_dir():
+        _say("4-bit model")
+        with gates.guard("parity merged-4bit"):
+            _check_4bit(gates, run.merged_4bit, recipe, reference)
+            check_folder_template(gates, run.merged_4bit, every)
     modelfile = run.gguf / "Modelfile"
     shipped = {}
     for path in files:
@@ -160,7 +165,7 @@ def _check_stops(gates: Gates, run: Run, recipe: Recipe, held: Held, merged: Pat
                  files: list[Path]) -> None:
     with gates.guard("stop token"):
         stops = Stops(held.tokenizer, held.encoded, not recipe.train_on_responses_only)
-        for folder in (run.adapter, merged):
+        for folder in (run.adapter, merged, run.merged_4bit):
             if folder and folder.is_dir():
                 stops.add_folder(folder)
         # Of a file that can't be read its own gate says what is wrong with it.
@@ -191,19 +196,14 @@ def _check_adapter(gates: Gates, adapter: Path, recipe: Recipe, reference: Refer
 
 
 def _check_merged(gates: Gates, merged: Path, recipe: Recipe, reference: Reference) -> Reference:
-    """The merged folder in transformers. Returns what GGUFs are to be compared with.
+    """The merged folder in transformers. Returns what is made from it is to be compared with.
 
     An adapter trained on a quantised base and merged into the 16-bit one gives another model than was trained; files
     made from it are then compared with it, not with the model in memory.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from kit.model import free_memory
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", trust_remote_code=recipe.trust_remote_code,
-                                                 device_map=device)
+    model = _in_transformers(merged, recipe)
     quantised = recipe.load_in_4bit or recipe.load_in_8bit
     with in_float32(model) as precision:
         kind = "merged from a quantised base" if quantised else "merged"
@@ -213,6 +213,31 @@ def _check_merged(gates: Gates, merged: Path, recipe: Recipe, reference: Referen
     del model
     free_memory()
     return reference
+
+
+def _check_4bit(gates: Gates, folder: Path, recipe: Recipe, reference: Reference) -> None:
+    from kit.model import free_memory
+
+    model = _in_transformers(folder, recipe)
+    with in_float32(model):
+        judge(gates, folder.name, compare(reference, torch_engine(model)), "merged-4bit", reference.precision,
+              _against(recipe))
+    del model
+    free_memory()
+
+
+def _in_transformers(folder: Path, recipe: Recipe) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=recipe.trust_remote_code,
+                                                device_map=device)
+
+
+def _against(recipe: Recipe) -> str:
+    quantised = recipe.load_in_4bit or recipe.load_in_8bit
+    return "against merged, whose base was quantised in training" if quantised else ""
 
 
 def _check_file(gates: Gates, path: Path, run: Run, recipe: Recipe, reference: Reference, held: Held,
@@ -230,9 +255,7 @@ def _check_file(gates: Gates, path: Path, run: Run, recipe: Recipe, reference: R
     with LlamaChild(path, n_ctx=longest + 16, logits=True) as child:
         check_gguf_template(gates, quantization, child, held.tokenizer, every)
         figures = compare(reference, gguf_engine(child))
-        against = "against merged, whose base was quantised in training" if \
-            recipe.load_in_4bit or recipe.load_in_8bit else ""
-        judge(gates, quantization, figures, quantization, reference.precision, against)
+        judge(gates, quantization, figures, quantization, reference.precision, _against(recipe))
         if modelfile.is_file() and f"FROM ./{path.name}\n" in modelfile.read_text(encoding="utf-8", errors="replace"):
             check_modelfile(gates, modelfile, child, held.tokenizer, every, recipe.system_prompt or "")
     return _answers(path, recipe, reference, held, figures.answers)

@@ -25,6 +25,7 @@ from sabotage import copy_run, edit_gguf, edit_json, edit_tensors, edit_text, ov
 from tiny_models import tiny, tiny_tokenizer
 
 import kit
+from kit.export import save_4bit
 from kit.gates import Gate, Gates
 from kit.gates.merge import check_merge
 from kit.gates.provenance import about, check_hashes, check_origin, check_secrets
@@ -239,6 +240,10 @@ def pad_is_the_stop(run: Run, another: Path) -> None:
     edit_json(run.adapter / "tokenizer_config.json", pad_token="<|im_end|>")
 
 
+def base_in_4bit(run: Run, another: Path) -> None:
+    save_4bit(base(run), run.merged_4bit, run.recipe)
+
+
 @pytest.mark.parametrize(("sabotage", "gates", "cause"), by_name([
     (adapter_of_another_run, ["parity adapter", "merge"],
      "^adapter does not predict what the trained model predicts: mean KL"),
@@ -248,6 +253,7 @@ def pad_is_the_stop(run: Run, another: Path) -> None:
     (base_models_eos, ["stop token"],
      r"^merged/generation_config\.json has <\|endoftext\|> \(151643\), trained is <\|im_end\|> \(151645\)"),
     (another_template_in_merged, ["template merged"], r"^one turn: the training has '.*', merged '.* '"),
+    (base_in_4bit, ["parity merged-4bit"], "^merged-4bit does not predict what the trained model predicts: mean KL"),
     (pad_is_the_stop, ["labels"], r"^the pad token is the stop token <\|im_end\|> \(151645\)"),
 ]))
 def test_the_folders(finished: Path, another: Path, tmp_path: Path, sabotage: Callable[[Run, Path], None],

@@ -99,7 +99,7 @@ def test_other_seeds(seed: int, taught: Callable[[str], Path], whole_run: Callab
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qlora": ("qwen2", {"load_in_4bit": True, "gguf": ["q8_0"]}),
+    "qlora": ("qwen2", {"load_in_4bit": True, "save_merged": "4bit", "gguf": ["q8_0"]}),
     "8bit": ("qwen2", {"load_in_8bit": True, "gguf": ["q8_0"]}),
     "full": ("qwen3", {"full_finetuning": True, "learning_rate": 2e-3, "gguf": ["q8_0"]}),
     "rslora": ("qwen3", {"use_rslora": True, "lora_alpha": 8, "gguf": ["q8_0"]}),
@@ -118,6 +118,8 @@ def test_a_setting(name: str, taught: Callable[[str], Path], whole_run: Callable
     assert {"parity merged", "parity q8_0", "template Modelfile", "stops by itself"} <= set(gates)
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
         assert "against merged" in gates["parity q8_0"]["detail"]
+    if fields.get("save_merged") == "4bit":
+        assert {"parity merged-4bit", "template merged-4bit"} <= set(gates)
     if name == "full":
         assert "parity adapter" not in gates
 

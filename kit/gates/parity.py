@@ -39,6 +39,7 @@ TOLERANCES = {
     "q8_0": Tolerance(0.02, 0.97, "8-bit blocks of 32 weights"),
     "q5_k_m": Tolerance(0.3, None, "about 5.7 bits; reported"),
     "q4_k_m": Tolerance(0.3, None, "about 4.9 bits; reported"),
+    "merged-4bit": Tolerance(0.3, None, "NF4, about 4.1 bits; reported"),
 }
 # A reference computed in 16-bit (on a GPU) has noise of its own: mean KL 0.0016 and 97 % top-1 against float32.
 NOISE_16BIT = Tolerance(0.01, 0.04, "the reference was computed in 16-bit")
