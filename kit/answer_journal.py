@@ -53,7 +53,8 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.file.closed and not self.done and self.path.exists():
+        # By what is in the file: Ctrl-C may come between the writing of answers and the counting of them.
+        if not self.file.closed and self.path.exists() and self.path.read_bytes().count(b"\n") <= 1:
             self.path.unlink()  # nothing to go on with
         self.file.close()
 

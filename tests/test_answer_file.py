@@ -316,6 +316,19 @@ def test_a_journal_of_another_request_is_refused(tmp_path: Path) -> None:
         assert journal.done == {1: Answer("b", False, 2)}
 
 
+def test_ctrl_c_while_answers_are_written_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "a.jsonl"
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), Journal(out, {}) as journal:
+        patch.setattr("os.fsync", interrupted)
+        journal.add({0: Answer("yes", True, 1)})
+    with Journal(out, {}) as journal:
+        assert journal.done == {0: Answer("yes", True, 1)}
+
+
 def test_a_full_disk_costs_no_answer_that_was_kept(tmp_path: Path) -> None:
     out, first, second = tmp_path / "o.csv", {0: Answer("a", True, 1)}, {1: Answer("b" * 100, True, 1)}
     with Journal(out, {}) as journal:
