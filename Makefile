@@ -51,7 +51,7 @@ demo: setup  ## fine-tune the starter model on this machine, to a checked GGUF
 	@$(BIN)/kit run recipes/quickstart.yaml --overwrite
 
 test: setup engines check  ## everything that must pass: lint, types, all tests
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -24,13 +24,6 @@ def kit(*arguments: str, timeout: float = 900, **environment: str) -> subprocess
                           timeout=timeout, env={**os.environ, **environment})
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one worker, for its fixtures; so do all that look at the one finished run."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("run" if "finished_run" in item.fixturenames else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def starter() -> Path:
     from kit.starter import starter_model
