@@ -91,7 +91,7 @@ def kl(gate: dict[str, Any]) -> float:
     return float(gate["figure"].removeprefix("KL ").split()[0])
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_other_seeds(seed: int, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
     run, gates = whole_run(taught("qwen3"), name=f"seed{seed}", gguf=["f16", "q8_0"], random_state=seed, seed=seed,
                            **PLAIN["qwen3"])
@@ -101,13 +101,11 @@ def test_other_seeds(seed: int, taught: Callable[[str], Path], whole_run: Callab
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("qwen2", {"load_in_4bit": True, "save_merged": "4bit", "gguf": ["q8_0"]}),
     "8bit": ("qwen2", {"load_in_8bit": True, "gguf": ["q8_0"]}),
-    "full": ("qwen3", {"full_finetuning": True, "learning_rate": 2e-3, "gguf": ["q8_0"]}),
-    "rslora": ("qwen3", {"use_rslora": True, "lora_alpha": 8, "gguf": ["q8_0"]}),
-    "system": ("qwen2", {"system_prompt": "简短回答。 Be brief.", "gguf": ["q8_0"]}),
-    "think": ("qwen3", {"enable_thinking": True, "gguf": ["q8_0"]}),
+    "full": ("qwen3", {"full_finetuning": True, "learning_rate": 2e-3, "enable_thinking": True, "gguf": ["q8_0"]}),
+    "rslora": ("qwen2", {"use_rslora": True, "lora_alpha": 8, "system_prompt": "简短回答。 Be brief.", "gguf": ["q8_0"]}),
     "no-think": ("qwen3", {"enable_thinking": False, "gguf": ["q8_0"]}),
-    "base-chatml": ("qwen2-base", {"prompt_style": "chatml", "gguf": ["q8_0"]}),
-    "bias": ("qwen2", {"bias": "all", "gguf": ["q8_0"]}),
+    "base-chatml": ("qwen2-base", {"prompt_style": "chatml", "bias": "all", "gguf": ["q8_0"]}),
+    "alpaca": ("qwen2", {"prompt_style": "alpaca", "max_steps": 80, "gguf": ["q8_0"]}),
 }
 
 
@@ -127,11 +125,9 @@ def test_a_setting(name: str, taught: Callable[[str], Path], whole_run: Callable
 # Without an export these take seconds: what they change is what is recorded and compared.
 UNSHIPPED: dict[str, dict[str, Any]] = {
     "adapter-only": {},
-    "sampled": {"temperature": 2.0},
     "no-held-out": {"test_size": 0},
-    "no-metric": {"metric": "none"},
     "cut": {"max_new_tokens": 3, "metric": "none"},
-    "lazy": {"lazy_preprocess": True},
+    "lazy": {"lazy_preprocess": True, "temperature": 2.0},
 }
 
 
