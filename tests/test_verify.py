@@ -102,7 +102,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("qwen2", {"load_in_4bit": True, "save_merged": "4bit", "gguf": ["q8_0"]}),
     "8bit": ("qwen2", {"load_in_8bit": True, "gguf": ["q8_0"]}),
     "full": ("qwen3", {"full_finetuning": True, "learning_rate": 2e-3, "enable_thinking": True, "gguf": ["q8_0"]}),
-    "rslora": ("qwen2", {"use_rslora": True, "lora_alpha": 8, "system_prompt": "简短回答。 Be brief.", "gguf": ["q8_0"]}),
+    "rslora": ("qwen2", {"use_rslora": True, "lora_alpha": 8, "system_prompt": "简短。 Be brief.", "gguf": ["q8_0"]}),
     "no-think": ("qwen3", {"enable_thinking": False, "gguf": ["q8_0"]}),
     "base-chatml": ("qwen2-base", {"prompt_style": "chatml", "bias": "all", "gguf": ["q8_0"]}),
     "alpaca": ("qwen2", {"prompt_style": "alpaca", "max_steps": 80, "gguf": ["q8_0"]}),
