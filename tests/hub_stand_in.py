@@ -181,14 +181,30 @@ CALLS: list[tuple[str, str, Callable[..., Any]]] = [
 ]
 
 
+class Quiet(http.server.BaseHTTPRequestHandler):
+    """Keeps connections open, and writes no log."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def listening(handler: type[Quiet]) -> Iterator[str]:
+    """The address on this machine where `handler` answers, in a thread."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[HubStandIn]:
     """The stand-in at work on this machine; its address is `url`."""
     hub = HubStandIn(folder)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             if words := next((words for words in hub.trouble if words in path), None):
@@ -262,11 +278,5 @@ def serving(folder: Path) -> Iterator[HubStandIn]:
             if self.command != "HEAD":
                 self.wfile.write(text)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with listening(Handler) as hub.url:
         yield hub
-        server.shutdown()

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.server
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_stand_in import Quiet, listening
 
 TOKEN = "ms-stand-in-0123456789"
 USER = "cat"
@@ -101,9 +101,7 @@ def serving() -> Iterator[ModelScopeStandIn]:
     """The stand-in at work on this machine; its address is `url`."""
     hub = ModelScopeStandIn()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def answer(self) -> None:
             address = urlsplit(self.path)
             path = unquote(address.path)
@@ -143,11 +141,5 @@ def serving() -> Iterator[ModelScopeStandIn]:
             if self.command != "HEAD":
                 self.wfile.write(text)
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with listening(Handler) as hub.url:
         yield hub
-        server.shutdown()
