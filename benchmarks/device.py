@@ -112,7 +112,10 @@ def no_gguf() -> str:
 
 
 def whole_path(fields: dict[str, Any]) -> None:
-    """The main notebook's stages, without what shows something; all figures lie in the run folder afterwards."""
+    """The main notebook's stages without what shows something; all figures lie in the run folder afterwards.
+
+    Not the notebook itself: a bare machine with a GPU has neither jupytext nor matplotlib.
+    """
     import kit
     from kit import Recipe, Run
 

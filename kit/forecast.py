@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kit.forecast_memory import NF4_BYTES, Lengths, memory_parts
+from kit.forecast_memory import NF4_BYTES, Lengths, memory_parts, trained_in_float32
 from kit.forecast_model import Checkpoint, local_model
 from kit.gguf import BITS, VOCABULARY_BYTES, needed_bytes
 from kit.masks import IGNORED
@@ -180,9 +180,9 @@ def _files(model: Checkpoint, recipe: Recipe, steps: int | None) -> tuple[dict[s
     Sizes of GGUFs are those that kit.gguf asks free room for: k-quants of wide models come out smaller.
     """
     saved = model.parameters * 2 if recipe.full_finetuning else \
-        model.adapter(recipe) * (2 if recipe.load_in_4bit or recipe.load_in_8bit else 4)
+        model.adapter(recipe) * (2 if recipe.quantised else 4)
     # Adam's two moments have the number format of the weights they belong to; full ones leave in 16-bit at the end.
-    wide = 2 if recipe.full_finetuning and recipe.dtype in (None, "float32") else 1
+    wide = 2 if trained_in_float32(recipe) else 1
     checkpoint = 3 * saved * wide + model.tokenizer_bytes
     merged = model.weight_bytes + model.tokenizer_bytes
     files: dict[str, float] = {} if recipe.full_finetuning else {"adapter": saved + model.tokenizer_bytes}

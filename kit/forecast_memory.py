@@ -63,22 +63,22 @@ def memory_parts(model: Checkpoint, recipe: Recipe, lengths: Lengths, device: st
         activations, logits = activations * (1 + HEAP_HOLES), logits * (1 + HEAP_HOLES)
     else:
         there = {"CUDA context": CUDA_CONTEXT_BYTES}
-    return {**there, "weights": _weights(model, recipe, width),
-            "adapter and optimiser": _trained(model, recipe, width, device),
+    held = 4 if trained_in_float32(recipe) else width
+    return {**there, "weights": _weights(model, recipe, held),
+            "adapter and optimiser": _trained(model, recipe, held, device),
             "activations": activations, "logits": logits,
             "answers": _answers(model, recipe, lengths, width)}
 
 
 def _weights(model: Checkpoint, recipe: Recipe, width: int) -> float:
     linear = sum(math.prod(shape) for shape in model.linears.values())
-    width = 4 if _trained_in_float32(recipe) else width
     rest = (model.parameters - linear) * width
     if recipe.load_in_4bit:
         return linear * NF4_BYTES + rest
     return linear * (1 if recipe.load_in_8bit else width) + rest
 
 
-def _trained_in_float32(recipe: Recipe) -> bool:
+def trained_in_float32(recipe: Recipe) -> bool:
     """Full finetuning keeps its weights in float32 unless it is told otherwise."""
     return recipe.full_finetuning and recipe.dtype in (None, "float32")
 
@@ -90,9 +90,8 @@ def _trained(model: Checkpoint, recipe: Recipe, width: int, device: str) -> floa
     """
     small = device == "cuda" and "8bit" in recipe.optim
     if recipe.full_finetuning:
-        width = 4 if _trained_in_float32(recipe) else width
         return model.parameters * (width + (2 if small else 2 * width))
-    kind = 2 if recipe.load_in_4bit or recipe.load_in_8bit else 4
+    kind = 2 if recipe.quantised else 4
     return model.adapter(recipe) * (2 * kind + (2 if small else 2 * kind))
 
 

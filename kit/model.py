@@ -175,11 +175,16 @@ def _prepare_8bit(model: Any, recipe: Recipe) -> Any:
         gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def local_adapter(name: str) -> Path | None:
+    """The folder that an adapter_name_or_path means, there or not; None for an id on the hub."""
+    path = Path(name).expanduser()
+    return path if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 else None
+
+
 def adapter_folder(recipe: Recipe) -> Path:
     """The adapter that adapter_name_or_path names, on this disk; fetched from the hub if it is an id there."""
     name = str(recipe.adapter_name_or_path)
-    path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if path := local_adapter(name):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -47,10 +47,10 @@ def _model(recipe: Recipe) -> Path | None:
 def _adapter(recipe: Recipe) -> None:
     """An adapter to train on that is not there; an id on the hub is left to the loader."""
     from kit.merging import read_adapter_config
+    from kit.model import local_adapter
 
-    name = recipe.adapter_name_or_path
-    if name and (Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") != 1):
-        read_adapter_config(Path(name).expanduser())
+    if recipe.adapter_name_or_path and (folder := local_adapter(recipe.adapter_name_or_path)):
+        read_adapter_config(folder)
 
 
 def _data(recipe: Recipe) -> None:

@@ -97,7 +97,7 @@ def sharding(recipe: Recipe) -> dict[str, Any]:
         return told
     settings = deepspeed_settings(recipe)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3 and (recipe.load_in_4bit or recipe.load_in_8bit):
+    if stage == 3 and recipe.quantised:
         raise KitError(f"deepspeed: {recipe.deepspeed} is ZeRO-3, which can't shard quantised weights",
                        "recipes/deepspeed/zero2.json with load_in_4bit, or ZeRO-3 without it")
     return {**told, "engine": f"ZeRO-{stage}",

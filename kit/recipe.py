@@ -260,6 +260,11 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def quantised(self) -> bool:
+        """Whether the base model is loaded in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @property
     def sources(self) -> dict[str, float]:
         """What `dataset` names, each with how often its rows are taken."""
         if isinstance(self.dataset, dict):

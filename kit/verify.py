@@ -204,11 +204,10 @@ def _check_merged(gates: Gates, merged: Path, recipe: Recipe, reference: Referen
     from kit.model import free_memory
 
     model = _in_transformers(merged, recipe)
-    quantised = recipe.load_in_4bit or recipe.load_in_8bit
     with in_float32(model) as precision:
-        kind = "merged from a quantised base" if quantised else "merged"
+        kind = "merged from a quantised base" if recipe.quantised else "merged"
         judge(gates, "merged", compare(reference, torch_engine(model)), kind, reference.precision)
-        if quantised:
+        if recipe.quantised:
             reference = reread(model, reference)._replace(precision=precision)
     del model
     free_memory()
@@ -236,8 +235,7 @@ def _in_transformers(folder: Path, recipe: Recipe) -> Any:
 
 
 def _against(recipe: Recipe) -> str:
-    quantised = recipe.load_in_4bit or recipe.load_in_8bit
-    return "against merged, whose base was quantised in training" if quantised else ""
+    return "against merged, whose base was quantised in training" if recipe.quantised else ""
 
 
 def _check_file(gates: Gates, path: Path, run: Run, recipe: Recipe, reference: Reference, held: Held,

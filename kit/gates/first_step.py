@@ -80,6 +80,7 @@ def check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
     if recipe.adapter_name_or_path:  # ranks and layers are the saved adapter's; kit.add_lora compared its tensors
         own = model.peft_config["default"]
         asked, modules = {own.r, *own.rank_pattern.values()}, []
+    wanted = ", ".join(map(str, sorted(asked)))
     wrapped = {name: {int(a.weight.shape[0]) for a in module.lora_A.values()}
                for name, module in model.named_modules() if hasattr(module, "lora_A") and len(module.lora_A)}
     targets = {name for name, module in model.named_modules() if name.rpartition(".")[2] in modules
@@ -95,7 +96,7 @@ def check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
     elif missing:
         cause = f"{len(missing)} target modules have no adapter, the first is {missing[0]}"
     elif not asked.issuperset(ranks):
-        cause = f"the recipe asks for rank {recipe.r}, the adapters have {', '.join(map(str, ranks))}"
+        cause = f"the recipe asks for rank {wanted}, the adapters have {', '.join(map(str, ranks))}"
     elif frozen:
         cause = f"{len(frozen)} weights of the adapter are frozen, the first is {frozen[0]}"
     elif strangers:
@@ -103,7 +104,7 @@ def check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
         if ".modules_to_save." in strangers[0]:
             hint = "take lm_head and embed_tokens out of target_modules: they would be trained whole"
     gates.check("LoRA modules", not cause, f"{len(wrapped)} of rank {', '.join(map(str, ranks)) or 'none'}",
-                f"{len(targets | set(wrapped))} of rank {', '.join(map(str, sorted(asked)))}", cause, hint)
+                f"{len(targets | set(wrapped))} of rank {wanted}", cause, hint)
 
 
 def check_labels(gates: Gates, trainer: SFTTrainer, tokenizer: Any) -> None:
