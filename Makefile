@@ -28,7 +28,7 @@ help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP)  ## environment in .venv, llama.cpp built once into the cache
-	@$(BIN)/python -m kit.llama_cpp_setup
+	@$(BIN)/python -m kit.gguf.setup
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
@@ -67,9 +67,8 @@ check: $(STAMP)  ## ruff and mypy
 pair: $(STAMP)  ## write notebooks/*.ipynb from the .py beside them
 	@$(BIN)/jupytext --update --to ipynb notebooks/*.py
 
-docs: $(STAMP)  ## write docs/recipe.md and docs/findings.md from the code
-	@mkdir -p docs && $(BIN)/python -m kit.recipe > docs/recipe.md
-	@$(BIN)/python -m kit.findings > docs/findings.md
+docs: $(STAMP)  ## write the pages of docs/ that are made from the code
+	@$(BIN)/python docs/make.py
 
 data: $(STAMP)  ## make the starter data set again
 	@$(BIN)/python data/make_tickets.py

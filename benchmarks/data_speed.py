@@ -57,7 +57,8 @@ def load(path: Path) -> None:
 
 
 def check(path: Path) -> None:
-    from kit import Recipe, lint, load_tokenizer
+    from kit import Recipe, load_tokenizer
+    from kit.data import lint
 
     recipe = Recipe.load({}, dataset=str(path))
     tokenizer = load_tokenizer(recipe)

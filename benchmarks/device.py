@@ -26,8 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tiny_models import tiny_config, tiny_tokenizer
-from tiny_runs import OPENINGS, RECIPE, TOPICS, talks, taught_model, turns, write_rows
+from support.tiny_models import tiny_config, tiny_tokenizer
+from support.tiny_runs import OPENINGS, RECIPE, TOPICS, talks, taught_model, turns, write_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -51,8 +51,8 @@ WARM_UP = 5  # steps: kernels are compiled in the first ones
 def make_base(size: str, folder: Path) -> None:
     """Write the base model, its rows and what this machine is into `folder`."""
     import kit
-    from kit.platforms import versions
-    from kit.runs import write_json
+    from kit.common.files import write_json
+    from kit.recipe.machine import versions
 
     there = kit.machine()  # imports unsloth before transformers, as it asks for
     if size == "tiny":
@@ -160,7 +160,7 @@ def whole_path(fields: dict[str, Any]) -> None:
 
 def found_in(run: Path) -> dict[str, Any]:
     """A finished run's figures; of one that ended early the stage and the reason. Names no path of this machine."""
-    from kit.runs import read_result
+    from kit.runs.folder import read_result
 
     result = read_result(run)
     if result.get("status") != "finished":
@@ -198,7 +198,7 @@ def _pathless(value: Any, run: Path) -> Any:
 
 def benchmark(size: str, ways: list[str], out: Path = RESULTS) -> dict[str, Any]:
     """Measure the ways of one size, print them and write `out/<device>-<size>.json`; returns what was written."""
-    from kit.runs import write_json
+    from kit.common.files import write_json
 
     with tempfile.TemporaryDirectory(prefix="kit-device-") as made:
         folder = Path(made).resolve()

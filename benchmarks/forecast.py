@@ -51,8 +51,10 @@ def measure(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a few steps here; the forecast, with the time told after two steps, and what happened."""
     from transformers import TrainerCallback
 
-    from kit import Recipe, add_lora, load_data, load_model, make_trainer, train
-    from kit.forecast import Pace, forecast
+    from kit import Recipe, add_lora, load_data, load_model, make_trainer
+    from kit.readiness.forecast import forecast
+    from kit.training import train
+    from kit.training.steps import Pace
 
     if fields.get("dataset") == "long":
         long_rows(folder / "long.jsonl")
@@ -118,12 +120,12 @@ def main() -> None:
 def finished(folder: Path) -> None:
     """The score of a run, forecast afresh from its recipe and data."""
     from kit import load_data, load_tokenizer
-    from kit.forecast import forecast, score
-    from kit.runs import Run
+    from kit.readiness.forecast import forecast
+    from kit.runs.run import Run, forecast_score
 
     run = Run.open(folder)
     said = forecast(run.recipe, load_data(run.recipe, load_tokenizer(run.recipe)))
-    print(f"{folder}: happened / forecast {score(said.as_json(), run.result)}\n{said}", flush=True)
+    print(f"{folder}: happened / forecast {forecast_score(said.as_json(), run.result)}\n{said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """Fine-tuning you can check: load → LoRA → format → SFT → stream → save, merge, GGUF.
 
-The public names load on first use, so that `import kit` costs nothing.
+The names that notebooks use; each loads its room on first use, so that `import kit` costs nothing.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
-from types import ModuleType
 from typing import Any
 
 # OpenMP threads (torch, llama.cpp) spin while they wait. Spinning long starves whatever shares the cores, never
@@ -16,68 +14,53 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {
-    "KitError": "errors",
-    "GateError": "errors",
-    "Recipe": "recipe",
-    "Run": "runs",
-    "Table": "show",
-    "Tokens": "show",
-    "about": "gates.provenance",
-    "add_lora": "model",
-    "answer": "infer",
-    "answer_file": "answer_file",
-    "check_gguf": "gguf_file",
-    "check_trainer": "gates.first_step",
-    "export_gguf": "gguf",
-    "fix": "repair",
-    "forecast": "forecast",
-    "free_memory": "model",
-    "lint": "lint",
-    "load_data": "data",
-    "load_model": "model",
-    "load_tokenizer": "prompts",
-    "machine": "platforms",
-    "make_trainer": "train",
-    "merge": "export",
-    "model_label": "platforms",
-    "preflight": "preflight",
-    "push": "hub",
-    "record": "gates.reference",
-    "rehearse": "rehearsal",
-    "reload": "model",
-    "resolved": "model",
-    "rows_of": "sources",
-    "same_answers": "infer",
-    "save_adapter": "export",
-    "score": "score",
-    "scores": "show",
-    "seal": "gates.provenance",
-    "show": "show",
-    "side_by_side": "show",
-    "size": "show",
-    "stream": "infer",
-    "template_kwargs": "prompts",
-    "train": "train",
-    "trainable_share": "model",
-    "verify": "verify",
-    "whole_model": "gather",
-    "with_system": "prompts",
-    "write_modelfile": "modelfile",
-    "write_report": "report",
+    "KitError": "common.errors",
+    "Recipe": "recipe.recipe",
+    "Run": "runs.run",
+    "Table": "common.show",
+    "Tokens": "common.show",
+    "about": "runs.provenance",
+    "add_lora": "models.lora",
+    "answer": "answering.infer",
+    "answer_file": "answering.answer_file",
+    "check_trainer": "training.first_step",
+    "export_gguf": "gguf.convert",
+    "fix": "data.repair",
+    "forecast": "readiness.forecast",
+    "free_memory": "models.load",
+    "lint": "data.lint",
+    "load_data": "data.formatting",
+    "load_model": "models.load",
+    "load_tokenizer": "models.template",
+    "machine": "recipe.machine",
+    "make_trainer": "training.trainer",
+    "merge": "export.adapter",
+    "model_label": "models.fetch",
+    "preflight": "readiness.preflight",
+    "push": "export.hub",
+    "record": "verifying.reference",
+    "rehearse": "readiness.rehearsal",
+    "reload": "models.load",
+    "resolved": "recipe.settings",
+    "rows_of": "data.sources",
+    "save_adapter": "export.adapter",
+    "score": "answering.score",
+    "scores": "common.show",
+    "seal": "runs.provenance",
+    "show": "common.show",
+    "side_by_side": "common.show",
+    "size": "common.show",
+    "stream": "answering.infer",
+    "template_kwargs": "models.template",
+    "train": "training.train",
+    "trainable_share": "models.lora",
+    "verify": "verifying.verify",
+    "whole_model": "training.gather",
+    "write_modelfile": "export.modelfile",
+    "write_report": "runs.report",
 }
 
 __all__ = sorted(_HOMES)
-
-
-class _Kit(ModuleType):
-    """Keeps `kit.train` the function: importing the module of that name would put itself in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Kit
 
 
 def __getattr__(name: str) -> Any:

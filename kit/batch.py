@@ -10,12 +10,23 @@ import time
 import traceback
 from typing import Any
 
-from kit import processes
-from kit.errors import KitError, Stopped
-from kit.preflight import preflight
-from kit.recipe import PROJECT, Recipe
-from kit.runs import Run, clear, close_dead, read_result
-from kit.stopping import SIGNALS
+import jupytext
+import papermill
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillException
+from papermill.log import logger
+from papermill.translators import translate_parameters
+
+from kit.common.errors import KitError, Stopped
+from kit.common.paths import PROJECT
+from kit.common.processes import is_main, rank, world_size
+from kit.common.stopping import SIGNALS
+from kit.readiness.preflight import preflight
+from kit.recipe.recipe import Recipe
+from kit.recipe.sharding import join
+from kit.runs.folder import clear, close_dead, read_result
+from kit.runs.run import Run
 
 NOTEBOOK = PROJECT / "notebooks" / "01_finetune.py"
 EVERYWHERE = "every-process"  # the tag of cells that each process of torchrun runs
@@ -28,17 +39,12 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     0 only when the run marked itself finished: an exception, a killed kernel and an early exit are 1; 75 when a signal
     ended the training with a checkpoint.
     """
-    import papermill
-    from papermill.exceptions import PapermillException
-
-    from kit import papermill_engine
-
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every field not named in the notebook
 
-    if processes.world_size() > 1:
+    if world_size() > 1:
         raise KitError("kit run is one process", "torchrun --nproc_per_node N -m kit train RECIPE")
     run = _validated(source, overrides, overwrite)
-    papermill_engine.register()
+    register()
     run.folder.mkdir(parents=True, exist_ok=True)
     output = run.folder / "notebook.ipynb"
     _pass_on_signals(run)
@@ -67,10 +73,10 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     """
     run = _validated(source, overrides, overwrite)
     _interrupt_on_sigterm()
-    processes.start(Recipe.load(source, **overrides))
+    join(Recipe.load(source, **overrides))
     namespace: dict[str, Any] = {"__name__": "__main__"}
     reason = "the notebook ended early"
-    main = processes.is_main()
+    main = is_main()
     try:
         for number, (title, cell, everywhere) in enumerate(_cells(source, overrides), 1):
             if not (main or everywhere):
@@ -84,7 +90,7 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
         if not main:
             # torchrun ends all when one ends: the main process, which mostly has the same to tell, tells it first.
             time.sleep(SECONDS_TO_TELL)
-            print(f"kit: process {processes.rank()}: {error.message}", file=sys.stderr)
+            print(f"kit: process {rank()}: {error.message}", file=sys.stderr)
             return 0 if isinstance(error, Stopped) else error.exit_code
         print(f"kit: {error}", file=sys.stderr)
         _fail(namespace, f"{type(error).__name__}: {error}", "stopped" if isinstance(error, Stopped) else "failed")
@@ -103,10 +109,10 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
 def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Run:
     recipe = Recipe.load(source, **overrides)
     run = Run.of(recipe)
-    if overwrite and processes.is_main() and read_result(run.folder).get("status") in ("finished", "failed", "stopped"):
+    if overwrite and is_main() and read_result(run.folder).get("status") in ("finished", "failed", "stopped"):
         # The old run goes only after everything else about the new one is known to be right.
         preflight(recipe.model_copy(update={"run_name": recipe.run_name + ".new"}))
-        clear(run)
+        clear(run.folder, run.checkpoints)
     preflight(recipe)
     return run
 
@@ -157,9 +163,6 @@ def _cells(source: str, overrides: dict[str, Any]) -> list[tuple[str, str, bool]
 
     Its parameters are set as papermill sets them.
     """
-    import jupytext
-    from papermill.translators import translate_parameters
-
     cells, title = [], ""
     for cell in jupytext.read(NOTEBOOK).cells:
         if cell.cell_type == "markdown":
@@ -178,3 +181,39 @@ def heading(markdown: str) -> str:
     """The first heading's text, or ''."""
     lines = [line.lstrip("#").strip() for line in markdown.splitlines() if line.startswith("#")]
     return lines[0] if lines else ""
+
+
+class SpeakingClient(PapermillNotebookClient):
+    """Prints each heading as its cells begin, and the text form of tables."""
+
+    def execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
+        if cell.cell_type == "markdown" and (title := heading(cell.source)):
+            self.stdout_file.write(f"\n── {title} ── cell {cell_index + 1} of {len(self.nb.cells)}\n")
+            self.stdout_file.flush()
+        return super().execute_cell(cell, cell_index, **options)
+
+    def log_output_message(self, output: Any) -> None:
+        super().log_output_message(output)
+        data = output.get("data", {})
+        if "text/plain" in data and "image/png" not in data:
+            self.stdout_file.write("".join(data["text/plain"]) + "\n")
+            self.stdout_file.flush()
+
+
+class SpeakingEngine(NBClientEngine):
+    """NBClientEngine with the client above; its remaining options are papermill's own."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, log_output: bool = False, stdout_file: Any = None,
+                                 stderr_file: Any = None, start_timeout: int = 60,
+                                 execution_timeout: int | None = None, **_: Any) -> Any:
+        client = SpeakingClient(nb_man, kernel_name=kernel_name, log=logger, log_output=log_output,
+                                stdout_file=stdout_file, stderr_file=stderr_file, startup_timeout=start_timeout,
+                                timeout=execution_timeout, coalesce_streams=True,
+                                extra_arguments=["--log-level=40"])
+        return client.execute()
+
+
+def register() -> None:
+    """Make `engine_name="kit"` known to papermill."""
+    papermill_engines.register("kit", SpeakingEngine)

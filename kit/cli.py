@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kit.errors import KitError
+from kit.common.errors import KitError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,7 +23,7 @@ Overwrite = Annotated[bool, typer.Option(help="Replace a finished run of that na
 def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
     """Run a recipe: the notebook with papermill, into runs/<name>/."""
     from kit.batch import run_notebook
-    from kit.recipe_file import parse_overrides
+    from kit.recipe.reading import parse_overrides
 
     raise typer.Exit(run_notebook(recipe, parse_overrides(fields or []), overwrite))
 
@@ -32,7 +32,7 @@ def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False)
 def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
     """The same run without a kernel: the notebook's cells in this process."""
     from kit.batch import run_cells
-    from kit.recipe_file import parse_overrides
+    from kit.recipe.reading import parse_overrides
 
     raise typer.Exit(run_cells(recipe, parse_overrides(fields or []), overwrite))
 
@@ -49,8 +49,8 @@ def lint(
     rows: Annotated[int, typer.Option(help="How many rows to show token by token", min=0)] = 2,
 ) -> None:
     """Check data before training: shapes, lengths, masks, doubles, what is wrong and where."""
-    from kit.lint_command import check
-    from kit.recipe_file import parse_overrides
+    from kit.data.lint_command import check
+    from kit.recipe.reading import parse_overrides
 
     raise typer.Exit(check(data, recipe, parse_overrides(fields or []), html, fix, json, rows))
 
@@ -62,8 +62,8 @@ def doctor(
     fields: Fields = None,
 ) -> None:
     """Check this machine before a run: versions, device, room, hub, converter. Downloads nothing."""
-    from kit.doctor import run as examine
-    from kit.recipe_file import parse_overrides
+    from kit.readiness.doctor import run as examine
+    from kit.recipe.reading import parse_overrides
 
     raise typer.Exit(examine(recipe, parse_overrides(fields or [])))
 
@@ -71,7 +71,7 @@ def doctor(
 @app.command()
 def verify(what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder")]) -> None:
     """Check that what a run ships is what it trained: every gate, with its figure; writes verify.json, report.html."""
-    from kit.verify import verify as check
+    from kit.verifying.verify import verify as check
 
     gates = check(what)
     print(gates)
@@ -88,9 +88,9 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="Hub id of a base model that came from a folder")] = None,
 ) -> None:
     """Push what kit verify passed to the recipe's hub, each kind with a card. Logins: HF_TOKEN or `hf auth login`."""
-    from kit.hub import made_by
-    from kit.hub import push as send
-    from kit.runs import Run
+    from kit.export.hub import made_by
+    from kit.export.hub import push as send
+    from kit.runs.run import Run
 
     found = Run.open(what)
     chosen = kinds.split(",") if kinds else found.recipe.push_to_hub or made_by(found)
@@ -108,7 +108,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is made of an adapter")] = None,
 ) -> None:
     """Make what a run does not have yet, or of an adapter: merged model, 4-bit copy, GGUFs with their Modelfile."""
-    from kit.export_command import export as make
+    from kit.export.command import export as make
 
     raise typer.Exit(make(what, base, gguf or [], save_merged, out))
 
@@ -121,7 +121,7 @@ def ask(
         help="gguf, merged, adapter or base; by default the lightest that is there")] = None,
 ) -> None:
     """Ask a run's model a question; the answer is streamed."""
-    from kit.ask import answers
+    from kit.answering.engines import answers
 
     ask_one = answers(what, engine)
     if prompt is not None:
@@ -151,8 +151,8 @@ def answer(
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, and answers kept of another request")] = False,
 ) -> None:
     """Answer a whole file, the other columns kept; after a kill the same command goes on. Exit code 1: rows failed."""
-    from kit.answer_file import answer_file
-    from kit.recipe_file import parse_overrides
+    from kit.answering.answer_file import answer_file
+    from kit.recipe.reading import parse_overrides
 
     done = answer_file(what, file, out, engine=engine, column=column, answer_column=answer_column,
                        batch_size=batch_size, overwrite=overwrite, **parse_overrides(fields or []))

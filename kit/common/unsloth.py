@@ -1,0 +1,29 @@
+"""The one import of unsloth: `import kit.common.unsloth` stands on top of every file that imports what it patches.
+
+That is transformers, TRL and PEFT. It takes seconds, so files that can do without torch don't import this one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+from kit.common.paths import cache_dir
+
+# Its compiled files belong in the cache, and nothing is to be installed behind the user's back.
+os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))
+os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two remarks that alarm and change nothing: text bars are wanted, and the kernel is an optional speed-up.
+warnings.filterwarnings("ignore", message="IProgress not found")
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once installed, warns in every run
+
+from unsloth import FastLanguageModel, is_bfloat16_supported  # noqa: E402
+
+__all__ = ["FastLanguageModel", "is_bfloat16_supported"]

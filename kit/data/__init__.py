@@ -1,0 +1,1 @@
+"""Data: files to conversations, splits, masks, tokens, the data check and repairs."""

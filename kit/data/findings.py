@@ -1,0 +1,113 @@
+"""The data check's findings: code, severity, what it means, what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from kit.data.sources import Place
+
+SHOWN = 100  # places kept of each finding
+
+# code: (severity, what it means, remedy). An error is a row that would not be trained, or not as it is meant.
+KINDS = {
+    "invalid_json": ("error", "not JSON", "correct the line; each is one complete JSON object"),
+    "torn_line": ("error", "the last line is cut off", "write the file again, or leave the line out with --fix"),
+    "wrong_encoding": ("error", "not UTF-8", "save the file as UTF-8"),
+    "ragged_row": ("error", "cells and columns don't match", "quote cells that hold the delimiter or a line break"),
+    "not_an_object": ("error", "a row that is no object", "each row is an object with named fields"),
+    "missing_field": ("error", "a field is missing", "add it, or name its column in the recipe's columns"),
+    "misnamed_field": ("error", "a field is nearly named right", "rename it (--fix does), or use the recipe's columns"),
+    "not_text": ("error", "a value is no text", "write it as text; --fix does so for numbers"),
+    "mixed_shapes": ("error", "one file mixes shapes", "put each shape into a file of its own"),
+    "wrong_role": ("error", "an unknown role", "use system, user, assistant or tool; --fix renames near misses"),
+    "first_turn": ("error", "the first turn is not the user's", "begin with the user, after an optional system turn"),
+    "role_order": ("error", "turns don't alternate", "user and assistant in turn, the assistant last"),
+    "no_assistant": ("error", "no answer to learn from", "add the assistant's turn, or leave the row out"),
+    "empty_response": ("error", "the answer is empty", "write the answer, or leave the row out with --fix"),
+    "empty_prompt": ("error", "the prompt is empty", "write the prompt, or leave the row out with --fix"),
+    "special_token": ("error", "a control token typed as text becomes a real one",
+                      "take it out, or write it in another way, such as with a space inside"),
+    "lost_character": ("error", "a character that the tokenizer has no token for: it would vanish",
+                       "take it out, or choose another model"),
+    "template_refused": ("error", "the chat template can't take this row", "change its roles or contents, or set "
+                         "another prompt_style"),
+    "fully_masked": ("error", "no token of the answer is trained", "look at the row: its text is lost in tokenising"),
+    "stop_not_trained": ("error", "the stop token is not trained: the model would not learn to stop",
+                         "the tokenizer must know the template's stop token as one special token"),
+    "heldout_overlap": ("error", "held-out rows ask what is trained on",
+                        "take them out of one file, or set eval_overlap: drop"),
+    "too_long": ("warning", "longer than max_seq_length: the row, with its answer, is left out",
+                 "raise max_seq_length, or set overlong_rows: truncate_prompt"),
+    "prompt_cut": ("warning", "longer than max_seq_length: the prompt is shortened", "raise max_seq_length"),
+    "duplicate": ("warning", "the same prompt and answer again", "keep one; --fix does"),
+    "conflict": ("warning", "the same prompt with another answer", "decide on one, unless variety is meant"),
+    "history": ("warning", "the template writes earlier answers in another way than the model is asked for them",
+                "set last_response_only: true, or enable_thinking as at inference"),
+    "thinking_dropped": ("warning", "the template leaves out the thinking of earlier answers",
+                         "set last_response_only: true, or make a row of each answer"),
+    "mixed_thinking": ("warning", "answers with and without thinking", "separate them, or mark which is which"),
+    "control_character": ("warning", "control characters", "remove them; --fix does"),
+    "mojibake": ("warning", "text decoded with the wrong encoding", "read the source again with its real encoding"),
+    "not_normalised": ("warning", "characters composed otherwise than usual (not NFC)", "normalise; --fix does"),
+    "unknown_token": ("warning", "text that the tokenizer does not know", "remove it, or choose another model"),
+    "secret": ("warning", "possible secret or personal address", "remove it: a model can repeat what it learnt"),
+    "near_duplicate": ("info", "nearly the same as another row", "keep one, unless variety is meant"),
+    "outlier": ("info", "far longer than the others", "look at it: is it one row?"),
+}
+
+
+class Spot(NamedTuple):
+    """One place of a finding, with what was seen there."""
+
+    place: Place
+    detail: str
+
+
+@dataclass
+class Finding:
+    """All rows with one thing wrong; the first hundred of them with their places."""
+
+    code: str
+    severity: str
+    count: int = 0
+    spots: list[Spot] = field(default_factory=list)
+
+    @property
+    def message(self) -> str:
+        return KINDS[self.code][1]
+
+    @property
+    def remedy(self) -> str:
+        return KINDS[self.code][2]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "severity": self.severity, "count": self.count, "message": self.message,
+                "remedy": self.remedy,
+                "places": [{**spot.place._asdict(), "detail": spot.detail} for spot in self.spots]}
+
+
+class Findings:
+    """Findings by code, in the order of KINDS."""
+
+    def __init__(self, severities: dict[str, str] | None = None) -> None:
+        self._severities = severities or {}
+        self._found: dict[str, Finding] = {}
+
+    def add(self, code: str, place: Place, detail: str = "", rows: int = 1) -> None:
+        """One more place; `rows` is how many it stands for."""
+        finding = self._found.get(code)
+        if finding is None:
+            finding = self._found[code] = Finding(code, self._severities.get(code, KINDS[code][0]))
+        finding.count += rows
+        if len(finding.spots) < SHOWN:
+            finding.spots.append(Spot(place, detail))
+
+    def all(self) -> list[Finding]:
+        """Errors first, then warnings, then remarks."""
+        order, levels = list(KINDS), ("error", "warning", "info")
+        return sorted(self._found.values(), key=lambda f: (levels.index(f.severity), order.index(f.code)))
+
+    def count(self, severity: str) -> int:
+        """How many findings (not rows) have this severity."""
+        return sum(finding.severity == severity for finding in self._found.values())

@@ -1,0 +1,152 @@
+"""Safe repairs of rows: what can be mended without guessing what somebody meant."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from kit.common.errors import KitError
+from kit.common.files import writing
+from kit.data.shapes import ROLES, SENDERS, renamed, to_messages
+from kit.data.sources import Place, local_path, rows_of
+from kit.data.splits import progress
+from kit.data.text_checks import CONTROL
+from kit.recipe.recipe import Recipe
+
+FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "prompt", "completion", "question",
+          "answer")
+SHOWN = 5  # places kept of each repair
+NEAR = 0.8  # how alike a name must be to be taken for a known one (difflib's ratio)
+
+
+class Repairs(Counter[str]):
+    """What was done, with how many rows it was done to; `places` has the first few of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, list[Place]] = {}
+
+    def add(self, what: str, place: Place) -> None:
+        self[what] += 1
+        if self[what] <= SHOWN:
+            self.places.setdefault(what, []).append(place)
+
+
+def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
+    """Write the rows of `source`, repaired, to `out` (.jsonl); what was done, and to which rows.
+
+    Rows that still can't be trained are left out, and so is the second of two equal ones. Raises KitError when `out`
+    exists already.
+    """
+    check_out(source, out)
+    done = Repairs()
+    seen: set[int] = set()
+    with writing(out) as file, progress(f"repairing {source}", source, recipe) as on_bytes:
+        for row in rows_of(source, recipe, on_bytes):
+            if row.raw is None:
+                done.add(f"left out: {row.faults[0].code}", row.place)
+                continue
+            value, changes = repaired(renamed(row.raw, recipe.columns))
+            _, messages, faults = to_messages(value)
+            key = hash(tuple((m["role"], m["content"].strip()) for m in messages))
+            if faults or key in seen:
+                done.add(f"left out: {faults[0].code if faults else 'duplicate'}", row.place)
+                continue
+            seen.add(key)
+            for change in set(changes):
+                done.add(change, row.place)
+            done["rows written"] += 1
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        if not done["rows written"]:
+            raise KitError(f"--fix: no row of {source} can be trained, so nothing was written", "see the findings")
+    return done
+
+
+def check_out(source: str, out: Path) -> None:
+    """KitError when `fix` could not write there, or not read that."""
+    if out.suffix.lower() != ".jsonl":
+        raise KitError(f"--fix {out}: the repaired copy is written as JSON Lines", "end its name in .jsonl")
+    if out.exists():
+        raise KitError(f"--fix {out} exists already", "name a new file; nothing is ever overwritten")
+    if source == "starter" or local_path(source) is None:
+        raise KitError(f"--fix works on files, and {source} is none", "download it and name the file")
+
+
+def repaired(row: Any) -> tuple[Any, list[str]]:
+    """The row with its safe repairs, and what they were; the row itself is not changed."""
+    if not isinstance(row, dict):
+        return row, []
+    changes: list[str] = []
+    if any(fault.code == "misnamed_field" for fault in to_messages(row).faults):
+        row = _names(row, FIELDS, changes)
+    row = dict(row)
+    for field in FIELDS:
+        if field in row and not isinstance(row[field], (list, dict)):
+            row[field] = _text(row[field], changes)
+    for field, keys, roles in (("messages", ("role", "content"), ROLES), ("conversations", ("from", "value"), SENDERS),
+                               ("prompt", ("role", "content"), ROLES), ("completion", ("role", "content"), ROLES)):
+        if isinstance(row.get(field), list):
+            row[field] = [_turn(turn, keys, roles, changes) for turn in row[field]]
+    if isinstance(row.get("history"), list):
+        row["history"] = [[_text(text, changes) for text in pair] if isinstance(pair, list) else pair
+                          for pair in row["history"]]
+    return row, changes
+
+
+def _names(row: dict[str, Any], known: Sequence[str], changes: list[str]) -> dict[str, Any]:
+    """Names that are nearly known ones, where no other name of the row is or becomes that."""
+    made: dict[str, Any] = {}
+    for key, value in row.items():
+        name = _name(key, known, {*row, *made})
+        if name != key:
+            changes.append(f"renamed: {key} to {name}")
+        made[name] = value
+    return made
+
+
+def _name(name: Any, known: Iterable[str], taken: Container[str] = ()) -> Any:
+    """`name`, or the one of `known` it nearly is, unless that is taken."""
+    if name in known or not isinstance(name, str):
+        return name
+    close = get_close_matches(name.strip().lower(), [other for other in known if other not in taken], 1, NEAR)
+    return close[0] if close else name
+
+
+def _turn(turn: Any, keys: tuple[str, str], roles: dict[str, str], changes: list[str]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    turn = _names(turn, keys, changes)
+    role, text = keys
+    if (new := _name(turn.get(role), roles)) != turn.get(role):
+        changes.append(f"renamed: role {turn[role]} to {new}")
+        turn[role] = new
+    for key in (text, "reasoning_content"):
+        if isinstance(turn.get(key), list):  # OpenAI's text parts
+            turn[key] = [{**part, "text": _text(part["text"], changes)} if isinstance(part, dict) and "text" in part
+                         else part for part in turn[key]]
+        elif key in turn:
+            turn[key] = _text(turn[key], changes)
+    return turn
+
+
+def _text(value: Any, changes: list[str]) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        changes.append("numbers written as text")
+        return str(value)
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")
+    if text != value:
+        changes.append("line ends written as \\n")
+    clean = CONTROL.sub("", text)
+    if clean != text:
+        changes.append("control characters removed")
+    normal = unicodedata.normalize("NFC", clean)
+    if normal != clean:
+        changes.append("characters composed as usual (NFC)")
+    return normal

@@ -1,0 +1,216 @@
+"""Rows to messages: the shapes instruction data comes in, and what can be wrong with a row.
+
+| shape      | fields                                                           |
+|------------|------------------------------------------------------------------|
+| messages   | messages: [{role, content}, …]                                   |
+| sharegpt   | conversations: [{from, value}, …]                                |
+| alpaca     | instruction, output, and optionally input, system, history      |
+| prompt     | prompt, completion: texts, or lists of messages (TRL's names)    |
+| question   | question, answer                                                 |
+
+Field names of other files are given to these by the recipe's `columns`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from kit.common.errors import nearest
+from kit.models.template import Message, alpaca_turn
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+# ShareGPT's names; a function call is trained as the assistant's text, its result is the tool's.
+SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+           "function_call": "assistant", "system": "system", "observation": "tool", "tool": "tool",
+           "function_response": "tool"}
+# The first field decides, or the second where the first is missing.
+SHAPES = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output"),
+          "prompt": ("prompt", "completion"), "question": ("question", "answer")}
+
+
+class Fault(NamedTuple):
+    """Why a row can't be trained on."""
+
+    code: str
+    message: str
+
+
+def renamed(row: Any, columns: dict[str, str]) -> Any:
+    """The row under the names of this module; `columns` is {our name: the file's}."""
+    if not columns or not isinstance(row, dict):
+        return row
+    ours = {theirs: name for name, theirs in columns.items()}
+
+    def under_our_names(fields: dict[str, Any]) -> dict[str, Any]:
+        given = {ours[key] for key in fields if key in ours}
+        # A column that happens to have the name another one is given is not read.
+        return {ours.get(key, key): value for key, value in fields.items() if key in ours or key not in given}
+
+    row = under_our_names(row)
+    for key in ("messages", "conversations", "prompt", "completion"):
+        if isinstance(row.get(key), list):
+            row[key] = [under_our_names(turn) if isinstance(turn, dict) else turn for turn in row[key]]
+    return row
+
+
+def shape_of(row: Any) -> str | None:
+    """The shape a row has, or None."""
+    if isinstance(row, dict):
+        for shape, fields in SHAPES.items():
+            if fields[0] in row or fields[-1] in row:
+                return shape
+    return None
+
+
+class Parsed(NamedTuple):
+    """A row's messages, or what is wrong with it: one of the two is empty."""
+
+    shape: str | None
+    messages: list[Message]
+    faults: list[Fault]
+
+
+def to_messages(row: Any) -> Parsed:
+    """The row's shape, and what it holds in that shape."""
+    shape = shape_of(row)
+    if not isinstance(row, dict):
+        return Parsed(None, [], [Fault("not_an_object", f"a {type(row).__name__} where an object is needed")])
+    if shape is None:
+        return Parsed(None, [], [_unknown(row)])
+    faults: list[Fault] = []
+    if shape == "messages":
+        messages = _turns(row["messages"], "role", "content", ROLES, faults)
+    elif shape == "sharegpt":
+        messages = _turns(row["conversations"], "from", "value", SENDERS, faults)
+    elif shape == "alpaca":
+        messages = _alpaca(row, faults)
+    elif shape == "prompt" and isinstance(row.get("prompt"), list):
+        messages = _turns(row["prompt"], "role", "content", ROLES, faults)
+        if isinstance(row.get("completion"), list):
+            messages += _turns(row["completion"], "role", "content", ROLES, faults)
+        else:
+            messages.append({"role": "assistant", "content": _text(row, "completion", faults)})
+    else:
+        messages = _pair(row, SHAPES[shape], faults)
+    if shape in ("messages", "sharegpt"):
+        system = _text(row, "system", faults, needed=False)
+        if system and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+    faults = faults or _structure(messages)
+    return Parsed(shape, [] if faults else messages, faults)
+
+
+def _unknown(row: dict[str, Any]) -> Fault:
+    known = [field for fields in SHAPES.values() for field in fields]
+    found = ", ".join(str(key) for key in list(row)[:8]) or "none"
+    for key in row:
+        if near := nearest(str(key), known, cutoff=0.8):
+            return Fault("misnamed_field", f"no known fields, but {key!r}{near}")
+    return Fault("missing_field", f"no fields messages, conversations, instruction and output, prompt and completion, "
+                 f"or question and answer (found: {found})")
+
+
+def _text(row: dict[str, Any], field: str, faults: list[Fault], needed: bool = True) -> str:
+    value = row.get(field)
+    if isinstance(value, str):
+        return value
+    if field not in row and needed:
+        if near := nearest(field, [str(key) for key in row], cutoff=0.75):
+            faults.append(Fault("misnamed_field", f"no field {field}{near}"))
+        else:
+            faults.append(Fault("missing_field", f"no field {field} (found: {', '.join(map(str, list(row)[:8]))})"))
+    elif value is not None:
+        faults.append(Fault("not_text", f"{field} is a {type(value).__name__}, not text"))
+    return ""
+
+
+def _pair(row: dict[str, Any], fields: tuple[str, ...], faults: list[Fault]) -> list[Message]:
+    system = _text(row, "system", faults, needed=False)
+    messages = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": _text(row, fields[0], faults)},
+            {"role": "assistant", "content": _text(row, fields[1], faults)}]
+
+
+def _alpaca(row: dict[str, Any], faults: list[Fault]) -> list[Message]:
+    messages = _pair(row, SHAPES["alpaca"], faults)
+    messages[-2]["content"] = alpaca_turn(messages[-2]["content"], _text(row, "input", faults, needed=False))
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+            for pair in history):
+        faults.append(Fault("not_text", "history is no list of pairs of texts [question, answer]"))
+        return messages
+    earlier = [{"role": role, "content": text}
+               for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return [*messages[:-2], *earlier, *messages[-2:]]
+
+
+def _turns(turns: Any, role_key: str, text_key: str, roles: dict[str, str], faults: list[Fault]) -> list[Message]:
+    if not isinstance(turns, list):
+        faults.append(Fault("not_text", f"a {type(turns).__name__} where a list of turns is needed"))
+        return []
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            faults.append(Fault("not_text", f"turn {number} is a {type(turn).__name__}, not an object"))
+            continue
+        for key in (role_key, text_key):
+            if key not in turn:
+                near = nearest(key, [str(k) for k in turn])
+                code = "misnamed_field" if near else "missing_field"
+                faults.append(Fault(code, f"turn {number} has no field {key}{near}"))
+        role, text = turn.get(role_key), _content(turn.get(text_key))
+        if role_key in turn and roles.get(str(role)) is None:
+            faults.append(Fault("wrong_role", f"role {role!r} in turn {number}{nearest(str(role), roles)}; there are: "
+                                f"{', '.join(roles)}"))
+        if turn.get("tool_calls"):
+            faults.append(Fault("not_text", f"turn {number} has tool_calls: write the call as text into {text_key}"))
+        elif text is None and text_key in turn:
+            faults.append(Fault("not_text", f"{text_key} of turn {number} is a {type(turn[text_key]).__name__}, "
+                                "not text"))
+        if isinstance(reasoning := turn.get("reasoning_content"), str) and reasoning:
+            text = f"<think>\n{reasoning}\n</think>\n\n{text or ''}"
+        messages.append({"role": roles.get(str(role), ""), "content": text or ""})
+    return messages
+
+
+def _content(value: Any) -> str | None:
+    """A turn's text; a list of text parts (OpenAI's form) is joined."""
+    if isinstance(value, list) and value and all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in value):
+        return "".join(part["text"] for part in value)
+    return value if isinstance(value, str) else None
+
+
+def _structure(messages: list[Message]) -> list[Fault]:
+    """System first if at all, then the user (or tools) and the assistant in turn, the assistant last; no empty turn."""
+    talk = [m["role"] for m in messages]
+    order = ", ".join(talk[:12]) + (", …" if len(talk) > 12 else "") or "none"
+    if talk[:1] == ["system"]:
+        talk = talk[1:]
+    faults = []
+    if "assistant" not in talk:
+        faults.append(Fault("no_assistant", f"no turn of the assistant (turns: {order})"))
+    elif talk[0] != "user":
+        faults.append(Fault("first_turn", f"the first turn is not the user's (turns: {order})"))
+    elif not _alternates(talk):
+        faults.append(Fault("role_order", f"turns must alternate user, assistant and end with the assistant, "
+                            f"these are: {order}"))
+    if not faults:
+        asked = [m for m in messages if m["role"] == "user"]
+        answers = [m for m in messages if m["role"] == "assistant"]
+        if not all(m["content"].strip() for m in answers):
+            faults.append(Fault("empty_response", "the answer is empty" if len(answers) == 1 else
+                                "one of the answers is empty"))
+        if not all(m["content"].strip() for m in asked):
+            faults.append(Fault("empty_prompt", "the prompt is empty" if len(asked) == 1 else
+                                "one of the user's turns is empty"))
+    return faults
+
+
+def _alternates(talk: list[str]) -> bool:
+    """Each answer follows a question or a tool's result, several tools may answer at once, the assistant ends."""
+    follow = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+    return talk[-1] == "assistant" and all(b in follow.get(a, ()) for a, b in pairwise(talk))

@@ -1,0 +1,1 @@
+"""Export: adapter, merge, Modelfile, the hub."""

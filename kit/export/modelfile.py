@@ -1,0 +1,244 @@
+"""An Ollama Modelfile written from the trained chat template, and proven equal to it.
+
+Ollama renders a Go text/template over `.Messages` (each with `.Role` and `.Content`; neighbours of one role
+come joined), system messages among them, and lets the model go on where a last assistant message ends
+(https://github.com/ollama/ollama, template/template.go and docs/template.md). Go templates cannot run Jinja, so
+the trained template is rendered with marked contents: the text between two marks depends only on the roles on
+either side, and the Modelfile's template is that table of texts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from kit.common.errors import KitError
+
+Message = dict[str, str]
+# What the template writes between two neighbours: {(role before, role after): text}.
+Joints = dict[tuple[str, str], str]
+START, END = "", "end"
+
+TURN, TURNS = ("user",), ("user", "assistant", "user")
+LONG = ("user", "assistant", "user", "assistant", "user")
+SYSTEM_SHAPES = [("system", *TURN), ("system", *TURNS)]
+# Taken over where the trained template has them in the same form; a message that fits nowhere is left out.
+RARE_SHAPES = [("user", "assistant", "system", "user"), ("user", "system", "user"), ("assistant", "user"),
+               ("system", "assistant", "user")]
+
+PROOF = [
+    "Where is my parcel?",
+    "It left the store on Monday.",
+    '他说："请在{{ .System }}里写 {% raw %} 和 C:\\temp\\n"，好吗？',
+    '{"city": "北京", "quote": "\'\\"}}{{"}\n\n```json\n[1, 2]\n```',
+    "One line\n\n  and an indented one, 100 %\t<b>& more</b> 🙂",
+]
+
+
+def write_modelfile(path: Path, gguf_name: str, tokenizer: Any, num_ctx: int,
+                    template_kwargs: dict[str, Any] | None = None, system: str = "") -> Path:
+    """Write the Modelfile at `path` for the file `gguf_name` beside it; return `path`.
+
+    The template is the tokenizer's chat template with `template_kwargs`, the stop tokens are those that end
+    its answers, `num_ctx` is in tokens. `system` is the system prompt that every trained conversation had, if
+    any; none is invented. Raises KitError when Ollama's template language cannot express the chat template.
+    """
+    if not tokenizer.chat_template:
+        raise KitError("the tokenizer holds no chat template to write a Modelfile from",
+                       "export from the run's adapter or merged folder: its tokenizer holds the trained one")
+    if '"""' in system:
+        raise KitError('the system prompt holds """, which ends a text in a Modelfile',
+                       "write it with other quotes")
+
+    def render(messages: list[Message]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                                 **(template_kwargs or {})))
+
+    joints = derive(render)
+    prove(joints, render)
+    notes = limits(joints, render, tokenizer)
+    joints = without_bos(joints, tokenizer)
+    lines = [*(f"# {note}" for note in notes), f"FROM ./{gguf_name}", f'TEMPLATE """{go_template(joints)}"""']
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
+    lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(joints, tokenizer)]
+    lines.append(f"PARAMETER num_ctx {num_ctx}")
+
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def derive(render: Callable[[list[Message]], str]) -> Joints:
+    """The texts between neighbours, read off renderings whose contents are marks.
+
+    Raises KitError when a text depends on more than its two neighbours, or a message is lost or moved.
+    """
+    joints: Joints = {}
+    for shape in (TURN, TURNS, LONG, *SYSTEM_SHAPES, *RARE_SHAPES):
+        marks = [f"\ue020{number}\ue021" for number in range(len(shape))]
+        text = _try(render, _conversation(shape, marks))
+        if shape in RARE_SHAPES and "system" in shape and (START, "system") not in joints:
+            continue  # a template that refuses a first system message may take a later one for an answer
+        if text is None or ("system" in shape and marks[shape.index("system")] not in text):
+            if shape in (TURN, TURNS, LONG):
+                raise _inexpressible(f"it refuses a conversation of {' → '.join(shape)}")
+            continue  # a template without a system role, or without this order of roles
+        try:
+            joints = _with(joints, shape, _between(text, marks))
+        except KitError:
+            if shape not in RARE_SHAPES:
+                raise
+    return joints
+
+
+def _with(joints: Joints, shape: tuple[str, ...], texts: list[str] | None) -> Joints:
+    """`joints` and those of one rendering; KitError if a message is not in its place or two texts differ."""
+    if texts is None:
+        raise _inexpressible(f"in {' → '.join(shape)} it repeats, drops or moves a message")
+    joints = dict(joints)
+    for pair, text in zip(pairwise([START, *shape, END]), texts, strict=True):
+        if joints.setdefault(pair, text) != text:
+            raise _inexpressible(f"between {pair[0] or 'the start'} and {pair[1]} it writes {joints[pair]!r}, "
+                                 f"but also {text!r} (in {' → '.join(shape)})")
+    return joints
+
+
+def _conversation(roles: tuple[str, ...], contents: list[str]) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+
+
+def fill(joints: Joints, messages: list[Message]) -> str:
+    """What the Modelfile's template makes of a conversation: the same steps as `go_template`, in Python."""
+    text, previous = "", START
+    for number, message in enumerate(messages):
+        pair = (previous, message["role"])
+        if pair in joints:
+            last = number == len(messages) - 1
+            text += _opening(joints, pair, last) + message["content"]
+            previous = message["role"]
+    return text + (joints["user", END] if previous == "user" else "")
+
+
+def go_template(joints: Joints) -> str:
+    """The Go text/template: one line for each pair of neighbours; every text is a quoted Go string."""
+    lines = ['{{- $previous := "" }}', "{{- range $i, $message := .Messages }}"]
+    start = "if"
+    for pair in (pair for pair in joints if pair[1] != END):
+        text, last = _quoted(joints[pair]), _quoted(_opening(joints, pair, last=True))
+        if last != text:
+            text = (f"if eq (len (slice $.Messages $i)) 1 }}}}{{{{ {last} }}}}{{{{ else }}}}"
+                    f"{{{{ {text} }}}}{{{{ end")
+        lines.append(f'{{{{- {start} and (eq $previous "{pair[0]}") (eq .Role "{pair[1]}") }}}}'
+                     f"{{{{ {text} }}}}{{{{ .Content }}}}{{{{ $previous = .Role }}}}")
+        start = "else if"
+    lines += ["{{- end }}", "{{- end }}",
+              f'{{{{- if eq $previous "user" }}}}{{{{ {_quoted(joints["user", END])} }}}}{{{{ end }}}}']
+    return "\n".join(lines)
+
+
+def prove(joints: Joints, render: Callable[[list[Message]], str]) -> None:
+    """Raise KitError with the first difference if `fill` and the trained template render differently."""
+    for messages in proof_conversations((START, "system") in joints):
+        trained, ours = render(messages), fill(joints, messages)
+        if trained != ours:
+            raise _inexpressible("it writes {!r}, where Ollama would write {!r}".format(
+                *around_difference(trained, ours)))
+
+
+def proof_conversations(system: bool) -> list[list[Message]]:
+    """One turn and several, each text of PROOF in each place; `system` adds those that begin with one."""
+    shapes = [TURN, TURNS, LONG, *(SYSTEM_SHAPES if system else [])]
+    return [_conversation(shape, (PROOF * 2)[first:first + len(shape)])
+            for shape in shapes for first in range(len(PROOF))]
+
+
+def limits(joints: Joints, render: Callable[[list[Message]], str], tokenizer: Any) -> list[str]:
+    """What the trained template does and Ollama's cannot: one line each, for the top of the Modelfile."""
+    notes = []
+    spaced = [{"role": "user", "content": " a \n"}]
+    if _try(render, spaced) != fill(joints, spaced):
+        notes.append("The trained template strips the space around a message; Ollama's cannot.")
+    thought = _conversation(TURNS, ["a", "<think>\nb\n</think>\n\nc", "d"])
+    if _try(render, thought) != fill(joints, thought):
+        notes.append("The trained template rewrites <think> in earlier answers; Ollama's cannot.")
+    if (START, "system") not in joints:
+        notes.append("The trained template has no system message: one that is sent is left out.")
+    if "strftime_now" in str(tokenizer.chat_template):
+        notes.append("The trained template writes today's date; here it is the date of the export.")
+    if _adds_bos(tokenizer) and not joints[START, "user"].startswith(tokenizer.bos_token):
+        notes.append(f"Ollama puts {tokenizer.bos_token} before every prompt; the trained template does not.")
+    return notes
+
+
+def without_bos(joints: Joints, tokenizer: Any) -> Joints:
+    """Leave the template's own BOS out where Ollama adds one by itself (the GGUF's add_bos_token)."""
+    if not _adds_bos(tokenizer):
+        return joints
+    return {pair: text.removeprefix(tokenizer.bos_token) if pair[0] == START else text
+            for pair, text in joints.items()}
+
+
+def stop_tokens(joints: Joints, tokenizer: Any) -> list[str]:
+    """The tokenizer's EOS and the token right after an assistant's content."""
+    known = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    ending = joints["assistant", "user"]
+    return list(dict.fromkeys([*filter(None, [tokenizer.eos_token]),
+                               *[token for token in known if ending.startswith(token)][:1]]))
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return bool(tokenizer.bos_token) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _opening(joints: Joints, pair: tuple[str, str], last: bool) -> str:
+    """The text before a message; a last assistant message is a started answer and opens as one."""
+    return joints["user", END] if last and pair == ("user", "assistant") else joints[pair]
+
+
+def _between(text: str, marks: list[str]) -> list[str] | None:
+    """The texts before, between and after the marks; None unless each mark is there once and in order."""
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or mark in text:
+            return None
+        parts.append(before)
+    return [*parts, text]
+
+
+def around_difference(first: str, second: str) -> tuple[str, str]:
+    """The places, with 30 characters on either side, where two texts begin to differ."""
+    at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+              min(len(first), len(second)))
+    return first[max(0, at - 30):at + 30], second[max(0, at - 30):at + 30]
+
+
+def _try(render: Callable[[list[Message]], str], messages: list[Message]) -> str | None:
+    """The rendering, or None when the template refuses the conversation, or fails for want of `tools`."""
+    try:
+        return render(messages)
+    except (TemplateError, TypeError):
+        return None
+
+
+def _quoted(text: str) -> str:
+    """A Go string constant. Quotes are escaped by number: a triple one would end the Modelfile's text."""
+    named = {"\\": "\\\\", '"': "\\x22", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"' + "".join(named.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'
+
+
+def _inexpressible(difference: str) -> KitError:
+    return KitError(f"this chat template cannot be written as an Ollama template: {difference}",
+                    "use the GGUF with llama.cpp (its embedded template is the trained one), or train with "
+                    "prompt_style: chatml")

@@ -1,0 +1,133 @@
+"""GGUF files: converted by llama.cpp's own converter, quantised, checked, and made to answer in a child process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from kit.common.errors import GateError, KitError
+from kit.common.paths import existing
+from kit.common.weight_files import safetensors_header
+from kit.gguf.child import child_command, child_environment, how_it_ended, last_trouble
+from kit.gguf.formats import FILE_TYPES, check_quantizations, needed_bytes
+from kit.gguf.header import check_gguf
+from kit.gguf.setup import converter_dir
+
+# The 16-bit GGUF that holds a safetensors dtype with the least loss. float32 goes to f16: trained weights lie
+# within its range, and it keeps three bits more than bf16.
+LOSSLESS: dict[str, str] = {"BF16": "bf16", "F16": "f16", "F32": "f16"}
+
+
+def check_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise KitError if the disk of `folder` (which need not exist yet) has less than `needed_bytes` free."""
+    there = existing(Path(folder))
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise KitError(f"too little disk for the export: {needed_bytes / 1e9:.2f} GB needed, "
+                       f"{free / 1e9:.2f} GB free at {there}",
+                       "free some room, ask for fewer or smaller quantisations, or put the run on another disk")
+
+
+def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: str, about: str = "") -> list[Path]:
+    """Write `folder/<name>-<quant>.gguf` for each quantisation from the merged 16-bit model; return the paths.
+
+    `name` becomes general.name of the files, `about` their general.description. The converter runs once, and q8_0 and
+    the k-quants are made from its 16-bit file. A file appears under its name only when whole; a failure (GateError)
+    leaves an earlier export of that name as it was, and no partial file.
+    """
+    check_quantizations(quantizations)
+    names = list(dict.fromkeys(quantizations))
+    merged, folder = Path(merged), Path(folder)
+    if not names:
+        return []
+    parameters, dtype = merged_weights(merged)
+    best: str = LOSSLESS.get(dtype, "f16")
+    # bf16 weights survive f16 (3 bits more, overflow only above 65504), but f16 weights do not survive bf16.
+    source_type = best if best in names or "f16" not in names else "f16"
+    smaller = [quant for quant in names if quant not in ("f16", "bf16")]
+    check_disk(folder, needed_bytes(parameters, [*names, source_type] if smaller else names))
+    folder.mkdir(parents=True, exist_ok=True)
+
+    made = {quant: folder / f"{name}-{quant}.gguf" for quant in names}
+    temporary = folder / f"{name}-{source_type}.source.partial"
+    try:
+        for quant in (q for q in names if q not in smaller):
+            with _whole(made[quant]) as partial:
+                _convert(merged, partial, quant, name, about)
+        source = made.get(source_type, temporary)
+        if smaller and source is temporary:
+            _convert(merged, temporary, source_type, name, about)
+        for quant in smaller:
+            with _whole(made[quant]) as partial:
+                _run(child_command("quantize", str(source), str(partial), str(FILE_TYPES[quant])),
+                     f"making {made[quant].name}")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return [made[quant] for quant in names]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """The `.partial` to write; it takes the name `path` only when complete, and its size and seconds are printed."""
+    partial = path.with_name(path.name + ".partial")
+    start = time.monotonic()
+    try:
+        yield partial
+        check_gguf(partial)
+        os.replace(partial, path)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", flush=True)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def merged_weights(merged: Path) -> tuple[int, str]:
+    """(number of weights, most used dtype such as 'BF16') of a Hugging Face folder, from its safetensors headers.
+
+    Raises KitError if the folder holds no model.
+    """
+    files = sorted(merged.glob("*.safetensors"))
+    if not files or not (merged / "config.json").is_file():
+        raise KitError(f"no merged model at {merged} (config.json and *.safetensors are looked for)",
+                       "merge first: save_merged=16bit")
+    counts: dict[str, int] = {}
+    for file in files:
+        try:
+            tensors = safetensors_header(file)
+        except (ValueError, struct.error, OverflowError, MemoryError):
+            raise KitError(f"{file} is damaged: it has no readable safetensors header",
+                           "fetch or write the model again") from None
+        for shape, dtype in tensors.values():
+            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    return sum(counts.values()), max(counts, key=lambda dtype: counts[dtype])
+
+
+def _convert(merged: Path, target: Path, file_type: str, name: str, about: str) -> None:
+    script = converter_dir() / "convert_hf_to_gguf.py"
+    with tempfile.TemporaryDirectory(prefix="kit-gguf-") as folder:
+        metadata = Path(folder) / "metadata.json"
+        metadata.write_text(json.dumps({"general.name": name, "general.description": about or name}), encoding="utf-8")
+        _run([sys.executable, str(script), str(merged), "--outfile", str(target), "--outtype", file_type,
+              "--metadata", str(metadata)], f"converting {merged} to {file_type}")
+
+
+def _run(command: list[str], what: str) -> None:
+    """Run a child to its end; its last error line becomes the GateError's reason. Ctrl-C ends it too."""
+    with tempfile.TemporaryFile() as log:
+        # HF_HUB_OFFLINE: an export reads the merged folder and nothing else.
+        done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=log,
+                              stderr=subprocess.STDOUT, env={**child_environment(), "HF_HUB_OFFLINE": "1"})
+        log.seek(0)
+        said = log.read().decode("utf-8", "replace")
+    if done.returncode:
+        raise GateError(f"{what} failed ({how_it_ended(done.returncode)}): {last_trouble(said)}",
+                        "mend the cause and export again; nothing has to be trained again")

@@ -1,0 +1,272 @@
+"""llama.cpp from one source archive: the runtime (llama-cpp-python) and the converter that matches it.
+
+    python -m kit.gguf.setup
+
+llama-cpp-python's archive on the package index carries the llama.cpp sources it is built from, and with
+them convert_hf_to_gguf.py. Both come from there, so a GGUF is written and read by the same version. The
+wheel is compiled once per machine and kept, as the converter is, in the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import TextIO
+
+from kit.common.errors import KitError
+from kit.common.paths import PROJECT, cache_dir
+
+PACKAGE = "llama-cpp-python"
+CONVERTER = "convert_hf_to_gguf.py"
+# Of vendor/llama.cpp: the converter with its modules; models/ has vocabularies and chat templates for tests.
+KEPT = (CONVERTER, "conversion", "gguf-py", "models", "LICENSE")
+# The Python package loads libllama alone: no multimodal library, no HTTPS, and none of `common`, which the
+# package's CMakeLists switches on by a cache entry that only a plain variable (SLIM_CMAKE) can overrule.
+CMAKE_DEFAULTS = "-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF"
+SLIM_CMAKE = "set(LLAMA_BUILD_COMMON OFF)\n"
+SETUP = f"{Path(sys.executable).name} -m kit.gguf.setup"
+
+
+def main() -> int:
+    """Bring runtime and converter to the version in constraints.txt; returns the exit code."""
+    try:
+        _set_up(pinned_version())
+    except KitError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def converter_dir() -> Path:
+    """The llama.cpp folder with convert_hf_to_gguf.py: `LLAMA_CPP_DIR`, else the installed runtime's own.
+
+    Raises KitError when `LLAMA_CPP_DIR` holds no converter, or nothing has been set up yet.
+    """
+    own = os.environ.get("LLAMA_CPP_DIR")
+    if own:
+        folder = Path(own).expanduser().resolve()
+        if not (folder / CONVERTER).is_file():
+            raise KitError(
+                f"LLAMA_CPP_DIR is {own}, which holds no {CONVERTER}",
+                "set it to the top folder of a llama.cpp checkout, or unset it to use the matching one",
+            )
+        return folder
+    version = installed_version()
+    if version is None:
+        raise KitError(f"{PACKAGE} is not installed, so there is no GGUF converter", SETUP)
+    folder = _converter_folder(version)
+    if not (folder / CONVERTER).is_file():
+        raise KitError(f"no GGUF converter for {PACKAGE} {version}: {folder} is not there", SETUP)
+    return folder
+
+
+def installed_version() -> str | None:
+    """The installed llama-cpp-python's version, without importing it."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def pinned_version() -> str:
+    """The llama-cpp-python version that constraints.txt names."""
+    file = PROJECT / "constraints.txt"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(rf"^{PACKAGE}==(\S+)", text, re.MULTILINE)
+    if not found:
+        raise KitError(f"{file} names no {PACKAGE} version", f"add a line like {PACKAGE}==0.3.36")
+    return found[1]
+
+
+def _converter_folder(version: str) -> Path:
+    return cache_dir() / f"llama.cpp-{version}"
+
+
+def _set_up(version: str) -> None:
+    has_converter = os.environ.get("LLAMA_CPP_DIR") or (_converter_folder(version) / CONVERTER).is_file()
+    needs_runtime = installed_version() != version
+    if has_converter and not needs_runtime:
+        print(f"llama.cpp: {PACKAGE} {version} and its converter are ready ({converter_dir()})")
+        return
+    wheels = cache_dir() / "wheels" / f"{PACKAGE}-{version}-{machine_key()}"
+    wheel = next(wheels.glob("*.whl"), None)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    # The wheel is moved to its place only when whole, so an interrupted run leaves nothing that counts.
+    with tempfile.TemporaryDirectory(dir=cache_dir(), suffix=".partial") as scratch:
+        if not has_converter or (needs_runtime and wheel is None):
+            archive = _download(version, Path(scratch))
+            if not has_converter:
+                take_converter(archive, _converter_folder(version))
+            if needs_runtime and wheel is None:
+                wheel = _keep(_compile(archive, Path(scratch)), wheels)
+    if needs_runtime and wheel is not None:
+        _install(wheel)
+
+
+def machine_key() -> str:
+    """What a wheel depends on beyond its version: the Python, the CPU it was compiled for, the CMake flags.
+
+    A wheel compiled for another CPU would end the process with an illegal instruction.
+    """
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():  # "flags" on x86, "Features" on Arm
+        lines = (line for line in info.read_text().splitlines() if line.startswith(("flags", "Features")))
+        cpu += next(lines, "")
+    digest = hashlib.sha256(f"{cpu} {os.environ.get('CMAKE_ARGS', '')}".encode()).hexdigest()[:8]
+    return f"cp{sys.version_info.major}{sys.version_info.minor}-{platform.machine()}-{digest}"
+
+
+def _download(version: str, into: Path) -> Path:
+    """The source archive (77 MB) from the package index that pip is set to."""
+    print(f"llama.cpp: downloading the {PACKAGE} {version} sources", flush=True)
+    done = _pip("download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d", str(into))
+    archive = next(into.glob("*.tar.gz"), None)
+    if done.returncode or archive is None:
+        raise KitError(
+            f"pip could not download {PACKAGE} {version}:\n{_tail(done.stdout)}",
+            f"check the network and pip's index, then run {SETUP} again",
+        )
+    return archive
+
+
+def take_converter(archive: Path, folder: Path) -> None:
+    """Unpack the converter's part of a llama-cpp-python source archive to `folder`, whole or not at all.
+
+    Raises KitError when the archive is torn, holds no converter, or names a path outside the folder.
+    """
+    print(f"llama.cpp: unpacking the converter to {folder}", flush=True)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                parts = PurePosixPath(member.name).parts  # <package>-<version>/vendor/llama.cpp/...
+                kept = parts[1:3] == ("vendor", "llama.cpp") and parts[3:] and parts[3] in KEPT
+                if not kept or not member.isfile():
+                    continue
+                if ".." in parts:
+                    raise tarfile.TarError(f"it names a path outside its folder: {member.name}")
+                target = partial.joinpath(*parts[3:])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as source, target.open("wb") as copy:  # type: ignore[union-attr]
+                    shutil.copyfileobj(source, copy)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise KitError(f"{archive.name} could not be unpacked: {error}", f"run {SETUP} again") from error
+    if not (partial / CONVERTER).is_file():
+        shutil.rmtree(partial, ignore_errors=True)
+        raise KitError(f"{archive.name} holds no vendor/llama.cpp/{CONVERTER}", SETUP)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _compile(archive: Path, scratch: Path) -> Path:
+    """Build the wheel with pip, one line of progress while it compiles; the log stays in the cache folder."""
+    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    if sys.platform != "win32" and not any(shutil.which(name) for name in compilers if name):
+        raise KitError(
+            f"no C++ compiler found (looked for {', '.join(filter(None, compilers))}); llama.cpp is C++",
+            "Debian or Ubuntu: sudo apt-get install g++ · Fedora: sudo dnf install gcc-c++ · "
+            "macOS: xcode-select --install",
+        )
+    slim = scratch / "slim.cmake"
+    slim.write_text(SLIM_CMAKE)
+    # The user's own flags come last, so they win.
+    flags = [CMAKE_DEFAULTS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(slim.as_posix())}"]
+    environment = {
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(min(os.cpu_count() or 1, 16)),  # each compiler takes up to 1 GB
+        **os.environ,
+        "CMAKE_ARGS": " ".join([*flags, os.environ.get("CMAKE_ARGS", "")]),
+    }
+    print(f"llama.cpp: compiling {PACKAGE} for this CPU, once (2 to 4 minutes on two cores)", flush=True)
+    # pip's own cache is left out: it knows nothing of the CPU a wheel was compiled for.
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir"]
+    log = cache_dir() / "llama-cpp-build.log"
+    with (
+        log.open("w", encoding="utf-8") as record,
+        subprocess.Popen(
+            [*command, "-w", str(scratch), str(archive)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            encoding="utf-8", errors="replace",
+        ) as build,
+    ):  # fmt: skip
+        try:
+            _show_progress(build, record)
+        except BaseException:
+            build.terminate()
+            raise
+    wheel = next(scratch.glob("*.whl"), None)
+    if build.returncode or wheel is None:
+        raise KitError(
+            f"{PACKAGE} did not compile; the end of {log}:\n{_tail(log.read_text('utf-8'))}",
+            f"mend what it names there, then run {SETUP} again",
+        )
+    return wheel
+
+
+def _show_progress(build: subprocess.Popen[str], record: TextIO) -> None:
+    """Copy pip's output to the log; on a terminal one moving line, else a line every 20 seconds."""
+    start = shown = time.monotonic()
+    for line in build.stdout or ():
+        record.write(line)
+        step = re.match(r"\s*\[\s*(\d+/\d+|\d+%)\]", line)  # ninja counts files, make gives per cent
+        now = time.monotonic()
+        if step and (sys.stdout.isatty() or now - shown > 20):
+            shown = now
+            end = "\r" if sys.stdout.isatty() else "\n"
+            print(f"llama.cpp:   [{step[1]}] {now - start:.0f} s ", end=end, flush=True)
+    print(f"llama.cpp:   compiled in {time.monotonic() - start:.0f} s ", flush=True)
+
+
+def _keep(wheel: Path, wheels: Path) -> Path:
+    wheels.mkdir(parents=True, exist_ok=True)
+    kept = wheels / wheel.name
+    os.replace(wheel, kept)
+    return kept
+
+
+def _install(wheel: Path) -> None:
+    """Install the wheel and load it once in a child process."""
+    print(f"llama.cpp: installing {wheel.name}", flush=True)
+    done = _pip("install", "--no-deps", "--no-index", str(wheel))
+    if done.returncode:
+        raise KitError(
+            f"pip could not install {wheel}:\n{_tail(done.stdout)}",
+            f"delete that file, then run {SETUP} again",
+        )
+    check = [sys.executable, "-c", "import llama_cpp; llama_cpp.llama_backend_init()"]
+    loaded = subprocess.run(check, capture_output=True, encoding="utf-8", errors="replace")
+    if loaded.returncode:
+        wheel.unlink()
+        raise KitError(
+            f"{wheel.name} does not load here (exit code {loaded.returncode}):\n{_tail(loaded.stderr)}",
+            f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP} compiles it again",
+        )
+
+
+def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pip", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+
+
+def _tail(text: str, lines: int = 12) -> str:
+    return "\n".join(f"  {line[:200]}" for line in text.strip().splitlines()[-lines:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Models: where they lie, loading, templates, adapters, number formats."""

@@ -1,0 +1,148 @@
+"""LoRA on a base model: a fresh adapter, one to train on, LoftQ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kit.common.unsloth import FastLanguageModel
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from kit.common.errors import KitError
+from kit.common.weight_files import weight_files
+from kit.models.adapters import PREFIX, adapter_folder, changed_base, read_adapter_config
+from kit.models.fetch import base_folder
+from kit.models.load import _prepare_8bit
+from kit.recipe.recipe import Recipe
+
+# What an adapter that is trained on keeps; the rest of its settings is the recipe's.
+KEPT = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+        "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
+OTHER_BASE = "set model_name to the base it was trained on (base_model_name_or_path in its adapter_config.json)"
+
+
+def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedModel:
+    """The model with a fresh adapter, or with adapter_name_or_path to train on; with full_finetuning as it is.
+
+    Raises KitError when the layers are not there, or the adapter is of another model.
+    """
+    if recipe.full_finetuning:
+        return model
+    if recipe.adapter_name_or_path:
+        return _continued(model, adapter_folder(recipe), recipe)
+    _check_targets(model, recipe)
+    lora = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
+            "target_modules": list(recipe.target_modules), "bias": recipe.bias, "use_rslora": recipe.use_rslora}
+    if recipe.use_dora:
+        lora["use_dora"] = True
+    model = _wrapped(model, recipe, lora)
+    if recipe.loftq_config is not None:
+        start_loftq(model, base_folder(recipe), recipe)
+        model.peft_config["default"].loftq_config = recipe.loftq_config  # for whoever merges it
+    return model
+
+
+def _wrapped(model: Any, recipe: Recipe, lora: dict[str, Any]) -> Any:
+    """The model with an adapter of these PEFT settings; through stock PEFT for 8-bit on a CPU, else Unsloth's way."""
+    if recipe.load_in_8bit and not _on_gpu(model):
+        if lora.get("use_dora"):
+            raise KitError("use_dora with load_in_8bit does not work on a CPU: PEFT loses the scales of the 8-bit "
+                           "weights when it measures their lengths", "set load_in_4bit in place of load_in_8bit")
+        return _add_lora_8bit(model, lora, recipe)
+    return FastLanguageModel.get_peft_model(
+        model, random_state=recipe.random_state, max_seq_length=recipe.max_seq_length,
+        use_gradient_checkpointing=recipe.use_gradient_checkpointing, **lora)
+
+
+def _add_lora_8bit(model: Any, lora: dict[str, Any], recipe: Recipe) -> Any:
+    torch.manual_seed(recipe.random_state)
+    return get_peft_model(_prepare_8bit(model, recipe), LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+def _continued(model: Any, adapter: Path, recipe: Recipe) -> Any:
+    """A fresh adapter of the saved one's settings, made the usual way, with the saved weights in it."""
+    config, tensors = read_adapter_config(adapter), load_file(adapter / "adapter_model.safetensors")
+    start = changed_base(config)
+    if start and not (start == "loftq" and recipe.load_in_4bit):
+        raise KitError(f"adapter_name_or_path: {adapter} began with init_lora_weights: {start}: it belongs to a base "
+                       f"model of other weights than {recipe.model_name}",
+                       "set load_in_4bit: true" if start == "loftq" else "leave adapter_name_or_path out")
+    lora = {name: config[name] for name in KEPT if config.get(name)}
+    if isinstance(lora["target_modules"], str):  # a pattern, which Unsloth's CPU path would take apart
+        lora["target_modules"] = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors
+                                         if ".lora_A." in name})
+    try:
+        model = _wrapped(model, recipe, {"lora_dropout": recipe.lora_dropout, **lora})
+        result = set_peft_model_state_dict(model, tensors)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {reason}",
+                       OTHER_BASE) from None
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
+    if lost:
+        raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {lost[0]} is only on one "
+                       f"side ({len(lost)} tensors)", OTHER_BASE)
+    model.peft_config["default"].loftq_config = config.get("loftq_config") or {}
+    return model
+
+
+def _check_targets(model: Any, recipe: Recipe) -> None:
+    linears = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                      if type(module).__name__.startswith(("Linear", "Bf16StoredLinear"))} - {"lm_head"})
+    unknown = [name for name in recipe.target_modules if name not in linears]
+    if len(unknown) == len(recipe.target_modules):
+        raise KitError(f"target_modules: {', '.join(unknown)}: no such layer in {recipe.model_name}",
+                       f"its linear layers are: {', '.join(linears)}")
+
+
+def _on_gpu(model: Any) -> bool:
+    return next(model.parameters()).device.type == "cuda"
+
+
+def trainable_share(model: Any) -> tuple[int, int]:
+    """(trainable, all) parameters; 4-bit weights are counted unpacked."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()
+        return int(trainable), int(total)
+    total = model.num_parameters()
+    return total, total
+
+
+def start_loftq(model: Any, base: Path, recipe: Recipe) -> None:
+    """Start each adapter as what 4-bit lost: B A is the best rank-r approximation of W - Q, Q the quantised weight.
+
+    LoftQ with one iteration (Li et al. 2023, algorithm 1), which leaves Q as it is, so that the base model can be
+    loaded again. PEFT's own start needs CUDA and weights that are not quantised yet. KitError for other settings.
+    """
+    settings = {"loftq_bits": 4, "loftq_iter": 1, **(recipe.loftq_config or {})}
+    if settings != {"loftq_bits": 4, "loftq_iter": 1}:
+        raise KitError(f"loftq_config: {recipe.loftq_config}: only loftq_bits: 4 with loftq_iter: 1 is possible on a "
+                       "base that is quantised while it is loaded", "set loftq_config: {loftq_bits: 4, loftq_iter: 1}")
+    layers = {f"{name.removeprefix(PREFIX)}.weight": module for name, module in model.named_modules()
+              if hasattr(module, "lora_A") and type(module.base_layer).__name__ == "Linear4bit"}
+    done = 0
+    for file in weight_files(base):
+        with safe_open(file, framework="pt") as tensors, torch.random.fork_rng(), torch.no_grad():
+            for name in sorted(layers.keys() & set(tensors.keys())):
+                module = layers[name]
+                a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+                quantised = dequantize_module_weight(module.base_layer).float()
+                lost = tensors.get_tensor(name).to(quantised) - quantised
+                torch.manual_seed(recipe.random_state)
+                # By random projections (Halko et al. 2009): of a large layer all singular values would take minutes.
+                lost /= module.scaling["default"]
+                u, size, v = torch.svd_lowrank(lost, q=min(2 * len(a), *lost.shape), niter=4)
+                root = size[:len(a)].sqrt()
+                b.copy_(u[:, :len(a)] * root)
+                a.copy_((v[:, :len(a)] * root).T)
+                done += 1
+    if done < len(layers) or not done:
+        raise KitError(f"loftq_config: {base} holds the 16-bit weights of {done} of {len(layers)} 4-bit layers",
+                       "set model_name to the 16-bit original, or leave loftq_config out")

@@ -1,0 +1,173 @@
+"""Templates and rendering: one Jinja chat template renders everything.
+
+Training text, the mask (kit.data.masks), the prompt at inference, the GGUF's template and the Modelfile all come
+from `tokenizer.chat_template`, which `prepare_tokenizer` settles once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from kit.common.errors import KitError
+from kit.models.fetch import hub_hint, model_folder
+from kit.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+# STOP stands for the tokenizer's own end-of-text token. A system message takes the preamble's place.
+ALPACA = (
+    "{% if messages[0]['role'] != 'system' %}{{ '" + ALPACA_PREAMBLE + "\n\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + message['content'] + 'STOP\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+PAD_CANDIDATES = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>", "<|vision_pad|>", "<pad>", "[PAD]")
+
+# Private-use characters that mark where a message's content lands in the rendered text.
+OPEN, CLOSE = "\ue010", "\ue011"
+
+
+def alpaca_turn(instruction: str, input: str | None = "") -> str:
+    """The user's turn of an Alpaca row: the input, when there is one, under its own heading."""
+    return f"{instruction}\n\n### Input:\n{input}" if input else instruction
+
+
+def template_kwargs(recipe: Recipe) -> dict[str, Any]:
+    """Extra variables the template is rendered with, the same in training, inference and export."""
+    return {} if recipe.enable_thinking is None else {"enable_thinking": recipe.enable_thinking}
+
+
+def with_system(messages: list[Message], recipe: Recipe) -> list[Message]:
+    """Put the recipe's system prompt in front of a conversation that has none."""
+    if recipe.system_prompt and messages[0]["role"] != "system":
+        return [{"role": "system", "content": recipe.system_prompt}, *messages]
+    return messages
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: Recipe,
+           add_generation_prompt: bool = False) -> str:
+    """The conversation as the model sees it; with the opening of the answer if asked.
+
+    Raises KitError when the template refuses these turns.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(
+            with_system(messages, recipe), tokenize=False, add_generation_prompt=add_generation_prompt,
+            **template_kwargs(recipe)))
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        turns = ", ".join(m["role"] for m in messages[:6]) + (", …" if len(messages) > 6 else "")
+        raise KitError(f"the chat template refuses the turns {turns}: {' '.join(str(error).split())[:200]}",
+                       "change the rows' roles, or set prompt_style: chatml") from None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: Recipe) -> list[int]:
+    """Token ids of a conversation up to where the answer begins."""
+    text = render(tokenizer, messages, recipe, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Settle template, stop token and pad token; the same tokenizer is saved with every artefact.
+
+    Afterwards `eos_token` is what ends an answer in the template and `pad_token` is another token, so
+    that ignoring padding never means ignoring the stop. Raises KitError for a template that can't do this.
+    """
+    if recipe.prompt_style == "chatml":
+        missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
+        if missing:
+            raise KitError(f"prompt_style: chatml needs the tokens {' and '.join(missing)}, which this model lacks",
+                           "set prompt_style: chat (the model's own template) or alpaca")
+        tokenizer.chat_template = _bos_of(tokenizer) + CHATML
+    elif recipe.prompt_style == "alpaca":
+        tokenizer.chat_template = _bos_of(tokenizer) + ALPACA.replace("STOP", _literal(tokenizer.eos_token))
+    elif not tokenizer.chat_template:
+        raise KitError("this model has no chat template of its own (a base model?)",
+                       "set prompt_style: chatml or alpaca")
+    stop = stop_token(tokenizer, recipe)
+    if tokenizer.eos_token and tokenizer.eos_token != stop and "eos_token" in tokenizer.chat_template:
+        # What the template writes as eos_token stays what it was, though eos_token now is what ends an answer.
+        tokenizer.chat_template = f"{{% set eos_token = '{_literal(tokenizer.eos_token)}' %}}{tokenizer.chat_template}"
+    tokenizer.eos_token = stop
+    if tokenizer.pad_token is None or tokenizer.pad_token == stop:
+        tokenizer.pad_token = _pad_token(tokenizer, stop)
+    return tokenizer
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer with its template, without the model: what the data check needs."""
+    from transformers import AutoTokenizer
+
+    name = model_folder(recipe)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.revision,
+                                                  local_files_only=recipe.local_files_only,
+                                                  trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise KitError(f"model_name: the tokenizer of {recipe.model_name} could not be loaded: "
+                       f"{str(error).strip().split(chr(10))[0][:300]}", hub_hint()) from None
+    return prepare_tokenizer(tokenizer, recipe)
+
+
+def _bos_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning-of-text token as template text, if this tokenizer opens every text with one."""
+    opens = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ '" + _literal(tokenizer.bos_token) + "' }}" if opens and tokenizer.bos_token else ""
+
+
+def _literal(text: str | None) -> str:
+    return (text or "").replace("\\", "\\\\").replace("'", "\\'")
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
+    vocabulary = tokenizer.get_vocab()
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    for token in [*(c for c in PAD_CANDIDATES if c in vocabulary), tokenizer.unk_token, *reversed(special)]:
+        if token and token not in (stop, tokenizer.bos_token):
+            return str(token)
+    raise KitError(f"this tokenizer has no token besides {stop!r} to pad with",
+                   "add a pad token to the model's tokenizer_config.json")
+
+
+def stop_token(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
+    """The special token that ends an assistant turn in this template."""
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    turns = marked(with_system(messages, recipe))
+    after = pieces(render(tokenizer, turns, recipe), list(range(len(turns))))[-1]
+    special = [t.content for t in tokenizer.added_tokens_decoder.values()]
+    for token in sorted({*special, tokenizer.eos_token or ""}, key=len, reverse=True):
+        if token and after.lstrip().startswith(token):
+            return token
+    raise KitError(f"the chat template ends an answer with {after[:30]!r}, which is no special token: "
+                   "a model trained on it could not stop", "set prompt_style: chatml or alpaca")
+
+
+def marked(messages: list[Message]) -> list[Message]:
+    """The messages with a marker in place of each content, so that its place in the rendered text is known exactly."""
+    return [{**m, "content": f"{OPEN}{i}{CLOSE}"} for i, m in enumerate(messages)]
+
+
+def pieces(text: str, expected: list[int]) -> list[str]:
+    """The text before the first marker and behind each; KitError unless `expected` markers stand there in order."""
+    first, *rest = text.split(OPEN)
+    found = [part.partition(CLOSE) for part in rest]
+    if [index for index, _, _ in found] != [str(i) for i in expected]:
+        raise KitError("the chat template drops, moves or repeats a message, so its answers can't be located in the "
+                       "text", "set prompt_style: chatml")
+    return [first, *(after for _, _, after in found)]

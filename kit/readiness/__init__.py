@@ -1,0 +1,1 @@
+"""Readiness: what can be known before a run: doctor, forecast, rehearsal, preflight."""

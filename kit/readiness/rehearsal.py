@@ -1,0 +1,264 @@
+"""The export, rehearsed before anything is trained: a tiny model of the same architecture goes the whole way.
+
+The chosen model's config is shrunk, its own tokenizer and template are taken as they are, and adapter, merge,
+conversion, quantisation, llama.cpp and the Modelfile follow by the code that will export the real model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import kit.common.unsloth
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from kit.common.errors import GateError, KitError
+from kit.common.files import whole_folder
+from kit.export.adapter import merge_adapter, save_adapter
+from kit.export.modelfile import write_modelfile
+from kit.gguf.child import LlamaChild
+from kit.gguf.convert import export_gguf
+from kit.gguf.formats import quantization_of
+from kit.gguf.header import read_header
+from kit.models.fetch import hub_hint, model_folder
+from kit.models.template import load_tokenizer, render, template_kwargs
+from kit.readiness.shrink import random_model, shrunk
+from kit.recipe.recipe import Recipe
+from kit.runs.gates import Gates
+from kit.runs.run import Run
+from kit.verifying.contents import check_contents
+from kit.verifying.merge import check_merge
+from kit.verifying.template import cases, check_gguf_template
+
+# Mean KL in nats per token against the merged tiny model in float32. Formats that are not named are only reported.
+# The worst twentieth of the tokens is left out: where two experts score alike, a rounding picks the other one.
+TOLERANCES = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.05}
+COUNTED = 0.95
+TEXTS = [
+    "It's 12345 o'clock; they'd  paid $1,234.50.",
+    "def f(x):\n\tif x:\n        return x ** 2  # why?\n\n\nf(3)",
+    "你好，世界！ Größe, naïve, Привет мир. 🙂👍🏽",
+    'https://example.com/a_b?c=1&d=%20 {"k": [1, 2]}',
+]
+QUESTION = [{"role": "user", "content": "Where is my parcel? 我的包裹在哪里？"}]
+ANSWER_TOKENS = 8
+LONGEST = 128  # tokens whose logits are compared
+RANK = 8
+SEED = 3407
+EMBEDDINGS = ("embed_tokens", "lm_head")  # trained whole when target_modules names them
+NO_EXPORT = ("this model can't be exported with what is set up here: choose another model, or train without an export "
+             "(gguf: [], and if the merge failed save_merged: none)")
+
+
+class _Stopped(Exception):
+    """A step failed; its gate says why."""
+
+
+class _Tiny(NamedTuple):
+    """A tiny model on the disk: its recipe names the base folder, its run folder is the rehearsal's own."""
+
+    recipe: Recipe
+    run: Run
+    tokenizer: Any
+
+
+def rehearse(recipe: Recipe) -> Gates:
+    """Take a tiny model of the recipe's architecture the way of the recipe's export; a gate for each step.
+
+    The first failure ends it: its gate names the cause and what to change. Nothing stays on the disk. Raises KitError
+    when the model's config or tokenizer can't be loaded.
+    """
+    gates = Gates("export rehearsal")
+    if recipe.save_merged == "none":
+        gates.check("merge", None, "left out", detail="save_merged: none: nothing is exported")
+        return gates
+    place = Path(recipe.output_dir).expanduser()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=place) as folder, suppress(_Stopped):
+        _steps(recipe, Path(folder), gates)
+    return gates
+
+
+def _steps(recipe: Recipe, folder: Path, gates: Gates) -> None:
+    tokenizer, config = load_tokenizer(recipe), _config(recipe)
+    try:
+        model = random_model(shrunk(config), SEED, recipe.trust_remote_code)
+        _logprobs(model, [0, 1])
+    except Exception as error:  # a config of unknown making, in code that never saw such sizes
+        gates.check("tiny model", None, "not rehearsed",
+                    detail=f"{config.model_type} can't be made small: {type(error).__name__}: {str(error)[:200]}")
+        return
+    size = model.num_parameters(exclude_embeddings=True) / 1e6
+    print(f"export rehearsal: {type(model).__name__} with {size:.1f} million weights beside the vocabulary", flush=True)
+
+    with _step(gates, "merge"):
+        tiny = _merge(model, tokenizer, recipe, folder, gates)
+    if not recipe.gguf:
+        gates.check("convert", None, "left out", detail="gguf: []: no GGUF is made")
+        return
+    texts = [render(tokenizer, [{"role": "user", "content": text}, {"role": "assistant", "content": text}], recipe)
+             for text in TEXTS]
+    ids = [token for text in texts for token in _ids(tokenizer, text)][:LONGEST]
+    expected = _logprobs(_merged_model(tiny), ids)  # before a converter has seen the folder
+    with _step(gates, "convert"):
+        files = _export(tiny, gates)
+    with _step(gates, "tokenizer"):  # before llama.cpp reads them: a wrong one ends its process
+        for file in files:
+            check_contents(gates, quantization_of(file), read_header(file), tiny.run.merged)
+    with ExitStack() as stack:
+        with _step(gates, "load"):
+            children = [stack.enter_context(LlamaChild(file, 4 * LONGEST, logits=True,
+                                                       template_kwargs=template_kwargs(recipe))) for file in files]
+        with _step(gates, "template"):
+            every = list(cases(tokenizer, recipe, []))
+            for child in children:
+                check_gguf_template(gates, quantization_of(child.gguf), child, tokenizer, every)
+        with _step(gates, "logits"):
+            for child in children:
+                _same_logits(child, expected, ids, gates)
+        with _step(gates, "answer"):
+            _answer(children, gates)
+    with _step(gates, "Modelfile"):
+        _modelfile(files[-1], tiny, gates)
+
+
+@contextmanager
+def _step(gates: Gates, name: str) -> Iterator[None]:
+    """A KitError inside is a failed gate of this name. Shows what was checked; ends the rehearsal if it failed."""
+    before = len(gates.gates)
+    try:
+        yield
+    except KitError as error:
+        # What a GateError advises is for a model that is trained already.
+        hint = NO_EXPORT if isinstance(error, GateError) else error.hint
+        gates.check(name, False, "failed", detail=error.message, hint=hint)
+    for gate in gates.gates[before:]:
+        print(f"  {gate.sign} {gate.name}: {gate.figure}", flush=True)
+    if gates.failed:
+        raise _Stopped
+
+
+def _config(recipe: Recipe) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
+            model_folder(recipe), revision=recipe.revision, local_files_only=recipe.local_files_only,
+            trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise KitError(f"model_name: the config of {recipe.model_name} could not be loaded: "
+                       f"{str(error).strip().splitlines()[0][:300]}", hub_hint()) from None
+
+
+def _merge(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, gates: Gates) -> _Tiny:
+    """Save the tiny model and a random adapter, and merge them; gates `merged config` and `merge`."""
+    with whole_folder(folder / "base") as base:
+        model.save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    tiny = _Tiny(recipe.model_copy(update={"model_name": str(folder / "base"), "revision": None,
+                                           "output_dir": str(folder), "run_name": "run"}),
+                 Run(folder / "run"), tokenizer)
+    saved = save_adapter(model if recipe.full_finetuning else _with_adapter(model, recipe), tokenizer, tiny.run)
+    if recipe.full_finetuning:
+        gates.check("merge", None, "left out", detail="full_finetuning: all weights are saved as they are")
+    else:
+        merge_adapter(folder / "base", saved, tiny.run.merged)
+        check_merge(gates, folder / "base", saved, tiny.run.merged)
+    return tiny
+
+
+def _with_adapter(model: Any, recipe: Recipe) -> Any:
+    """The model with a random adapter on the recipe's layers; none of its matrices is zero."""
+    whole = [name for name in recipe.target_modules if name in EMBEDDINGS]
+    layers = [name for name in recipe.target_modules if name not in whole]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, modules_to_save=whole or None,
+                        bias=recipe.bias, use_rslora=recipe.use_rslora, use_dora=recipe.use_dora,
+                        init_lora_weights=False, task_type="CAUSAL_LM")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return get_peft_model(model, config)
+    except ValueError as error:
+        linears = {name.rpartition(".")[2] for name, module in model.named_modules()
+                   if isinstance(module, torch.nn.Linear)}
+        raise KitError(f"target_modules: no adapter could be made: {str(error)[:300]}",
+                       f"the model's linear layers are {', '.join(sorted(linears))}") from None
+
+
+def _export(tiny: _Tiny, gates: Gates) -> list[Path]:
+    """The recipe's GGUFs, and always a 16-bit one, where a wrong conversion shows before any rounding.
+
+    That is f16 unless the recipe asks for bf16: llama.cpp rounds what flows through a bf16 file ten times as coarsely.
+    """
+    asked = tiny.recipe.gguf
+    exact = [quant for quant in asked if quant in ("f16", "bf16")] or ["f16"]
+    names = [*exact, *(quant for quant in asked if quant not in exact)]
+    began = time.time()
+    try:
+        files = export_gguf(tiny.run.merged, tiny.run.gguf, names, "rehearsal")
+    except GateError as error:
+        missing = next(quant for quant in names if not (tiny.run.gguf / f"rehearsal-{quant}.gguf").is_file())
+        gates.check(_verb(missing), False, "failed", detail=error.message, hint=NO_EXPORT)
+        return []
+    for quant, file in zip(names, files, strict=True):
+        written = file.stat().st_mtime
+        gates.check(_verb(quant), True, f"{file.stat().st_size / 1e6:.1f} MB in {written - began:.1f} s")
+        began = written
+    return files
+
+
+def _verb(quant: str) -> str:
+    return f"{'convert' if quant in ('f16', 'bf16') else 'quantise'} {quant}"
+
+
+def _same_logits(child: LlamaChild, expected: Any, ids: list[int], gates: Gates) -> None:
+    """Gate `logits <quant>`: mean KL of the next-token distributions, sum p (log p - log q), p the merged model's."""
+    quant = quantization_of(child.gguf)
+    found = torch.from_numpy(child.logprobs(ids))
+    known = min(expected.shape[-1], found.shape[-1])  # a converter may cut rows that no token has
+    p, q = expected[:, :known].log_softmax(-1), found[:, :known].log_softmax(-1)
+    kls = (p.exp() * (p - q)).sum(-1).sort().values
+    kl = float(kls[:round(COUNTED * len(ids))].mean())
+    top1 = float((p.argmax(-1) == q.argmax(-1)).float().mean())
+    allowed = TOLERANCES.get(quant)
+    passed = None if allowed is None else kl <= allowed
+    gates.check(f"logits {quant}", passed, f"mean KL {kl:.2g}, top-1 {top1:.0%} of {len(ids)} tokens",
+                "" if allowed is None else f"mean KL ≤ {allowed:g}",
+                f"{quant}: llama.cpp computes another model than the merged one" if passed is False else "",
+                NO_EXPORT)
+
+
+def _answer(children: list[LlamaChild], gates: Gates) -> None:
+    ends = [child.answer(QUESTION, ANSWER_TOKENS)[1] for child in children]  # its words mean nothing
+    gates.check("answer", True, f"{len(ends)} files answer with up to {ANSWER_TOKENS} tokens")
+
+
+def _modelfile(gguf: Path, tiny: _Tiny, gates: Gates) -> None:
+    recipe = tiny.recipe
+    try:
+        write_modelfile(gguf.with_name("Modelfile"), gguf.name, tiny.tokenizer,
+                        recipe.num_ctx or recipe.max_seq_length, template_kwargs(recipe), recipe.system_prompt or "")
+    except KitError as error:
+        gates.check("Modelfile", None, "not possible", detail=error.message, hint=error.hint)
+    else:
+        gates.check("Modelfile", True, "written")
+
+
+def _merged_model(tiny: _Tiny) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny.run.merged, dtype=torch.float32,
+                                                trust_remote_code=tiny.recipe.trust_remote_code).eval()
+
+
+def _logprobs(model: Any, ids: list[int]) -> Any:
+    """Log probabilities (len(ids), vocabulary) of the token after each."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,134 @@
+"""The recipe: one flat set of fields under the names of Unsloth, PEFT and TRL.
+
+A YAML file states what differs from the defaults; the same file drives the notebook,
+papermill and the command line. `Recipe.load(path, learning_rate="1e-4")` reads and checks it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import field_validator, model_validator
+
+from kit.common.errors import nearest
+from kit.gguf.formats import QUANTIZATIONS
+from kit.recipe.fields import FIELDS, Fields
+from kit.recipe.reading import checked, given
+
+
+class Recipe(Fields):
+    """Every choice of a run. Frozen; unknown names are refused."""
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        names = list(value) if isinstance(value, (list, dict)) else [value]
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError("a source is a file, a folder, a hub id or `starter`; several are a list of them")
+        if len(set(names)) < len(names):
+            raise ValueError("a source is named twice; to take its rows twice write {source: 2}")
+        if isinstance(value, dict):
+            for name, passes in value.items():
+                if isinstance(passes, bool) or not isinstance(passes, (int, float)) or not 0 < passes <= 1000:
+                    raise ValueError(f"the weight of {name} is how often its rows are taken, above 0 and up to 1000")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in FIELDS:
+                raise ValueError(f"{name!r} is no field of a row{nearest(name, FIELDS)}; there are: "
+                                 f"{', '.join(FIELDS)}")
+        if len(set(columns.values())) < len(columns):
+            raise ValueError("one column stands for two fields")
+        return columns
+
+    @field_validator("gguf")
+    @classmethod
+    def _known_quantizations(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in QUANTIZATIONS:
+                raise ValueError(
+                    f"{name!r} is no quantisation{nearest(name, QUANTIZATIONS)}; there are: {', '.join(QUANTIZATIONS)}"
+                )
+        return list(dict.fromkeys(names))
+
+    @field_validator("max_steps")
+    @classmethod
+    def _no_zero_steps(cls, steps: int | None) -> int | None:
+        if steps == 0:
+            raise ValueError("0 steps train nothing; leave it out (or -1) to train by num_train_epochs")
+        return None if steps == -1 else steps
+
+    @field_validator("test_size")
+    @classmethod
+    def _share_or_rows(cls, size: float) -> float:
+        if (size > 1 and size != int(size)) or size == 1:
+            raise ValueError("a share must be below 1 and a number of rows a whole number of 2 or more")
+        return size
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Recipe:
+        both = [
+            ("max_steps", "num_train_epochs", "max_steps would win silently; keep one of them"),
+            ("load_in_4bit", "load_in_8bit", "the base model has one precision; keep one of them"),
+            ("load_in_4bit", "full_finetuning", "quantised weights can't be trained; set one of them to false"),
+            ("load_in_8bit", "full_finetuning", "quantised weights can't be trained; set one of them to false"),
+            ("fsdp", "deepspeed", "both shard the model; keep one of them"),
+            ("full_finetuning", "adapter_name_or_path", "full finetuning has no adapter; keep one of them"),
+            ("fp16", "bf16", "mixed precision has one format; keep one, or neither for the machine's best"),
+        ]
+        problems = [f"{a} and {b} are both set: {why}" for a, b, why in both if getattr(self, a) and getattr(self, b)]
+        if self.eval_dataset and self.test_size:
+            problems.append("eval_dataset and test_size are both set: keep the file or the share")
+        if self.last_response_only and not self.train_on_responses_only:
+            problems.append("last_response_only and train_on_responses_only: false exclude each other: keep one")
+        if self.gguf and self.save_merged == "none":
+            problems.append("gguf is made from the merged model: set save_merged to 16bit, or gguf to []")
+        if self.loftq_config and not self.load_in_4bit:
+            problems.append("loftq_config corrects 4-bit error: set load_in_4bit, or leave loftq_config out")
+        if self.loftq_config and self.save_merged != "none":
+            problems.append("a LoftQ adapter belongs to its own quantised base and can't be merged into the 16-bit "
+                            "one: set save_merged: none and gguf: [], or leave loftq_config out")
+        if self.eval_strategy == "no" and (self.early_stopping_patience or self.load_best_model_at_end):
+            problems.append("early_stopping_patience and load_best_model_at_end need evaluations: set eval_strategy")
+        if self.eval_strategy != "no" and not (self.eval_dataset or self.test_size or "starter" in self.sources):
+            problems.append("eval_strategy needs held-out rows: set eval_dataset or test_size")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base model is loaded in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """What `dataset` names, each with how often its rows are taken."""
+        if isinstance(self.dataset, dict):
+            return dict(self.dataset)
+        return dict.fromkeys([self.dataset] if isinstance(self.dataset, str) else self.dataset, 1.0)
+
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any] | Recipe, **overrides: Any) -> Recipe:
+        """Read a YAML file (or take a dict or a recipe), put `overrides` on top, check everything.
+
+        Raises KitError that lists up to 20 problems, each with its line in the file.
+        """
+        return checked(cls, source, overrides)
+
+    def dump(self) -> str:
+        """All fields, resolved, as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def given(cls, namespace: dict[str, Any]) -> dict[str, Any]:
+        """The recipe fields among a notebook's variables: what papermill or a person set there.
+
+        A variable that is nearly a field's name is taken for a slip and refused.
+        """
+        return given(namespace)

@@ -1,0 +1,99 @@
+"""Gates: checks that say pass or fail with their figure, the tolerance beside it, and the cause of a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kit.common.errors import GateError, KitError
+from kit.common.show import Table
+
+DAMAGED = "the file is damaged, or something is wrong here that should have a better message: make it again"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One check. `passed` is None for a figure that is only reported, or a check that does not apply here."""
+
+    name: str
+    passed: bool | None
+    figure: str
+    tolerance: str = ""
+    detail: str = ""  # the cause of a failure, or a remark
+    hint: str = ""  # what to change
+
+    @property
+    def sign(self) -> str:
+        return {True: "✓", False: "✗", None: "–"}[self.passed]
+
+
+class Gates:
+    """The gates of one stage, in the order they were checked; shows itself as a table in notebook and terminal."""
+
+    def __init__(self, title: str, gates: list[Gate] | None = None) -> None:
+        self.title = title
+        self.gates = list(gates or [])
+
+    def check(self, name: str, passed: bool | None, figure: str, tolerance: str = "", detail: str = "",
+              hint: str = "") -> bool:
+        """Add a gate; returns whether it did not fail."""
+        self.gates.append(Gate(name, passed, figure, tolerance, detail, hint))
+        return passed is not False
+
+    @contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        """An error inside becomes a failed gate of this name: what can't be read or loaded has not passed."""
+        try:
+            yield
+        except KitError as error:
+            self.check(name, False, "failed", detail=error.message, hint=error.hint)
+        except Exception as error:  # whatever torch, transformers or a parser says of a damaged file
+            told = " ".join(str(error).split())[:300]
+            self.check(name, False, "failed", detail=f"{type(error).__name__}: {told}", hint=DAMAGED)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed
+
+    @property
+    def failed(self) -> list[Gate]:
+        return [gate for gate in self.gates if gate.passed is False]
+
+    def require(self) -> None:
+        """GateError that names each failed gate with its cause; the first one's remedy is the hint."""
+        if not self.failed:
+            return
+        causes = "; ".join(f"{gate.name}: {gate.detail or f'{gate.figure}, allowed {gate.tolerance}'}"
+                           for gate in self.failed)
+        raise GateError(f"{self.title}: {len(self.failed)} of {len(self.gates)} gates failed: {causes}",
+                        next((gate.hint for gate in self.failed if gate.hint), ""))
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [asdict(gate) for gate in self.gates]
+
+    @classmethod
+    def from_json(cls, title: str, gates: list[dict[str, Any]]) -> Gates:
+        return cls(title, [Gate(**gate) for gate in gates])
+
+    @property
+    def verdict(self) -> str:
+        """One line: how many passed, and which did not."""
+        count = sum(gate.passed is True for gate in self.gates)
+        passed = f"{count} gate{'' if count == 1 else 's'} passed"
+        if self.failed:
+            return f"FAILED: {', '.join(gate.name for gate in self.failed)} ({passed})"
+        return passed if count < 2 else f"all {passed}"
+
+    def _table(self) -> Any:
+        rows = [[gate.sign, gate.name, gate.figure, gate.tolerance,
+                 gate.detail + (f"\n→ {gate.hint}" if gate.hint and gate.passed is False else "")]
+                for gate in self.gates]
+        return Table(["", "gate", "measured", "allowed", "remarks"], rows, f"{self.title}: {self.verdict}")
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return str(self._table()._repr_html_())

@@ -1,0 +1,225 @@
+"""The run folder: names, manifest, stages and the result that says how a run ended.
+
+runs/<name>/ holds recipe.yaml, manifest.json, log.jsonl, result.json, adapter/, merged/, gguf/, figures/, verify.json
+and report.html.
+`result.json` is the truth about a run: its `status` is `running` until `finish` or `fail` is called.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kit.common.errors import KitError, Stopped
+from kit.common.files import hashes_of, sha256, write_json, write_text
+from kit.common.paths import PROJECT
+from kit.common.processes import is_main
+from kit.data.sources import data_files
+from kit.models.adapters import adapter_folder, read_adapter_config
+from kit.models.fetch import model_folder
+from kit.recipe.machine import machine, peak_memory_gb, versions
+from kit.recipe.recipe import Recipe
+from kit.runs.folder import _now, check_free, clear, read_result
+from kit.runs.gates import Gates
+
+
+class Run:
+    """One run's folder. Use `Run.start(recipe)` in a run and `Run.open(path)` to look at one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.adapter, self.merged, self.merged_4bit = folder / "adapter", folder / "merged", folder / "merged-4bit"
+        self.gguf, self.figures = folder / "gguf", folder / "figures"
+        self.log, self.checkpoints = folder / "log.jsonl", folder / "checkpoints"
+        self.result: dict[str, Any] = {}
+        self._stage_began = 0.0
+        self._silent = False
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Run:
+        run = cls(Path(recipe.output_dir).expanduser() / recipe.run_name)
+        if recipe.checkpoint_dir:
+            run.checkpoints = Path(recipe.checkpoint_dir).expanduser() / recipe.run_name
+        return run
+
+    @classmethod
+    def start(cls, recipe: Recipe) -> Run:
+        """Make the folder and write what is known before the first step.
+
+        Raises KitError when it holds a finished run. What an unfinished run left is replaced, but for its checkpoints,
+        which `kit.train` goes on from. Of several processes the main one writes for all.
+        """
+        run = cls.of(recipe)
+        run._silent = not is_main()
+        if run._silent:
+            return run
+        check_free(run.folder)
+        kept = ("notebook.ipynb", *(("checkpoints",) if recipe.resume_from_checkpoint else ()))
+        clear(run.folder, run.checkpoints, kept)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / "recipe.yaml", recipe.dump())
+        run.result = {"status": "running", "stage": "start", "pid": os.getpid(), "started": _now(),
+                      "seconds": {}}
+        run._stage_began = time.perf_counter()
+        run._save()
+        _watch(run)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A run folder that exists; a bare name is looked for in runs/."""
+        for folder in (Path(path).expanduser(), Path("runs") / path):
+            if (folder / "recipe.yaml").is_file():
+                run = cls(folder)
+                run.result = read_result(folder)
+                return run
+        there = sorted(p.parent.name for p in Path("runs").glob("*/recipe.yaml"))
+        raise KitError(f"{path} is no run folder (no recipe.yaml in it)",
+                       f"runs here: {', '.join(there) or 'none yet; make one with `kit run recipes/quickstart.yaml`'}")
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.load(self.folder / "recipe.yaml")
+
+    def stage(self, name: str) -> None:
+        """Close the stage before, with its seconds, and say in result.json that this one began."""
+        self._close_stage()
+        self.result["stage"] = name
+        self._save()
+
+    def gate(self, gates: Gates) -> None:
+        """Add gates to result.json; GateError when one of them failed."""
+        self.result.setdefault("gates", {})[gates.title] = gates.as_json()
+        self._save()
+        gates.require()
+
+    def note(self, **figures: Any) -> None:
+        """Add figures to result.json."""
+        self.result.update(figures)
+        self._save()
+
+    def finish(self) -> None:
+        """Write the files with their sizes and mark the run finished."""
+        self._close_stage()
+        files = {str(p.relative_to(self.folder)): p.stat().st_size
+                 for p in sorted(self.folder.rglob("*")) if p.is_file()}
+        self.result.update(status="finished", stage="done", finished=_now(), files=files,
+                           peak_memory_gb=round(peak_memory_gb(), 2))
+        if "forecast" in self.result:
+            said = {**self.result["forecast"], "train_seconds": self.result.get("train", {}).get("forecast_seconds")}
+            self.result.update(forecast=said, forecast_score=forecast_score(said, self.result))
+        self._save()
+
+    def fail(self, reason: str, status: str = "failed") -> None:
+        """Mark the run as ended early: `stage` stays where it stopped."""
+        self._close_stage()
+        self.result.update(status=status, reason=reason, finished=_now(), peak_memory_gb=round(peak_memory_gb(), 2))
+        self._save()
+
+    def manifest(self, recipe: Recipe, tokenizer: Any, notes: list[str]) -> None:
+        """Write manifest.json: what went in, so that a run can be told from another."""
+        if self._silent:
+            return
+
+        data: dict[str, str] = {}
+        for path in data_files(recipe):
+            data[str(path) if path.name in data else path.name] = sha256(path)
+        write_json(self.folder / "manifest.json", {
+            "model_name": recipe.model_name, "revision": recipe.revision, "dataset": recipe.dataset,
+            "data_sha256": data,
+            "base_sha256": _base_hashes(recipe),
+            "adapter_name_or_path": _adapter_hash(recipe),
+            "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+            "stop_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
+            "versions": versions(), "machine": vars(machine(self.folder)), "settings": notes,
+            "seed": recipe.seed, "random_state": recipe.random_state, "command": sys.argv, "git": _commit()})
+
+    def _close_stage(self) -> None:
+        now = time.perf_counter()
+        if self._stage_began:
+            seconds = self.result.setdefault("seconds", {})
+            name = self.result["stage"]
+            seconds[name] = round(seconds.get(name, 0) + now - self._stage_began, 2)
+            self.result.setdefault("peak_memory_gb_until", {})[name] = round(peak_memory_gb(), 2)
+        self._stage_began = now
+
+    def _save(self) -> None:
+        if not self._silent:
+            write_json(self.folder / "result.json", self.result)
+
+
+def _base_hashes(recipe: Recipe) -> dict[str, str] | None:
+    """Of a base model that lies in a folder; that of a hub id is known when the adapter has been merged into it."""
+    folder = Path(model_folder(recipe))
+    return hashes_of(folder) if folder.is_dir() else None
+
+
+def _adapter_hash(recipe: Recipe) -> dict[str, str] | None:
+    """Of the adapter that is trained on, if there is one."""
+    if recipe.adapter_name_or_path is None:
+        return None
+
+    folder = adapter_folder(recipe)
+    read_adapter_config(folder)  # complains where there is none
+    return {name: sha256(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+def _watch(run: Run) -> None:
+    """Whatever ends the process or a notebook cell early is written to result.json."""
+    def at_exit() -> None:
+        if run.result.get("status") == "running":
+            run.fail("the process ended before the run did (an early exit or a stopped kernel)", "stopped")
+
+    atexit.register(at_exit)
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def after_cell(result: Any) -> None:
+        error = result.error_in_exec or result.error_before_exec
+        if error is not None and run.result.get("status") == "running":
+            stopped = isinstance(error, (Stopped, KeyboardInterrupt))
+            run.fail(f"{type(error).__name__}: {error}", "stopped" if stopped else "failed")
+
+    shell.events.register("post_run_cell", after_cell)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout the kit runs from, if it is one."""
+    try:
+        done = subprocess.run(["git", "-C", str(PROJECT), "rev-parse", "HEAD"], capture_output=True, text=True,
+                              timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+FORECAST_FOLDERS = ("adapter", "merged", "merged-4bit", "gguf", "checkpoints")
+
+
+def forecast_score(said: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
+    """What happened divided by what was forecast, for each figure that both know; 1 is exact.
+
+    `said` has peak_memory_gb, disk_gb, steps, train_seconds; `result` is result.json. Disk counts adapter, merged,
+    gguf and checkpoints: notebook, figures and pages are not forecast.
+    """
+    train = result.get("train") or {}
+    files: dict[str, int] = result.get("files") or {}
+    kept = sum(size for name, size in files.items() if _folder(name) in FORECAST_FOLDERS)
+    happened = {"peak_memory_gb": result.get("peak_memory_gb"), "disk_gb": kept / 1e9, "steps": train.get("steps"),
+                "train_seconds": train.get("train_seconds")}
+    return {name: round(value / said[name], 3) for name, value in happened.items() if value and said.get(name)}
+
+
+def _folder(name: str) -> str:
+    return name.replace("\\", "/").partition("/")[0]

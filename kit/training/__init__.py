@@ -1,0 +1,1 @@
+"""Training: the trainer, the first step, evaluations, checkpoints, resume."""

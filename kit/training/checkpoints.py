@@ -1,0 +1,207 @@
+"""Checkpoints that count: each folder is sealed by a manifest, written last, with sizes and hashes of its files.
+
+What the trainer writes can be torn by a kill or a full disk at any byte. A checkpoint without a manifest, or with a
+file that differs from it, is skipped with its reason. The manifest also says what the training was made of
+(`identity`), so that a checkpoint is never gone on with under other data or settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.compute as pc
+from safetensors import SafetensorError
+
+from kit.common.errors import KitError
+from kit.common.files import sha256, write_json
+from kit.recipe.recipe import Recipe
+from kit.recipe.settings import resolved
+from kit.runs.folder import read_manifest
+from kit.runs.run import Run
+
+MANIFEST = "kit-manifest.json"
+LOG = "log.jsonl"  # the run's log as it was at this step
+# Fields that a checkpoint may be gone on with under another value: they change where things lie, what is shown, what is
+# saved and how answers are written, but no weight. Data is compared by its rows, the processes by `sharding`.
+FREE = frozenset({
+    "run_name", "output_dir", "local_files_only", "hub", "trust_remote_code", "dataset", "dataset_config",
+    "dataset_split", "dataset_revision", "columns", "eval_dataset", "test_size", "eval_overlap", "max_train_samples",
+    "max_eval_samples", "metric", "save_strategy", "save_steps", "save_minutes", "save_total_limit", "checkpoint_dir",
+    "resume_from_checkpoint", "fsdp", "deepspeed", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
+    "report_to", "bf16", "fp16", "dtype", "max_input_length", "max_new_tokens", "temperature", "top_p", "top_k",
+    "min_p", "repetition_penalty", "save_merged", "gguf", "num_ctx", "push_to_hub", "hub_model_id",
+    "hub_private_repo"})
+
+
+class Checkpoint(NamedTuple):
+    """A sealed checkpoint: its folder, optimiser step, and training time up to it in seconds."""
+
+    folder: Path
+    step: int
+    seconds: float
+
+
+def identity(recipe: Recipe, tokenizer: Any, rows: Any, held_out: Any, sharding: dict[str, Any]) -> dict[str, Any]:
+    """What a training is made of, as a flat dict of plain values: two with the same identity take the same steps."""
+    run = Run.of(recipe)
+    base = read_manifest(run.folder).get("base_sha256") if (run.folder / "manifest.json").is_file() else None
+    fields = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in FREE}
+    return {"training rows": rows_sha256(rows), "held-out rows": rows_sha256(held_out) if held_out else None,
+            "chat template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+            "base model": hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest() if base else None,
+            "number format": resolved(recipe).dtype, **sharding, **fields}
+
+
+def rows_sha256(rows: Any) -> str:
+    """Of a Dataset's tokens and labels in order, or of its messages where tokens are made when a row is taken."""
+    digest = hashlib.sha256()
+    columns = [name for name in ("input_ids", "labels") if name in rows.column_names] or ["messages"]
+    for batch in rows.with_format("arrow").select_columns(columns).iter(batch_size=1000):
+        for name in columns:
+            column = batch.column(name)
+            if name == "messages":
+                digest.update(json.dumps(column.to_pylist(), ensure_ascii=False).encode())
+            else:
+                digest.update(pc.list_value_length(column).to_numpy().tobytes())
+                digest.update(pc.list_flatten(column).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing_checkpoint(folder: Path) -> Iterator[None]:
+    """A checkpoint that can't be written is told as a KitError; the ones before it are whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0][:200]
+        raise KitError(f"{folder} could not be written: {reason}",
+                       "free room or set checkpoint_dir to another disk; the same command goes on from the checkpoint "
+                       "before") from error
+
+
+def seal(folder: Path, identity: dict[str, Any], seconds: float, log: Path) -> None:
+    """Add the run's log and, when every byte is on the disk, the manifest that makes the checkpoint count."""
+    with writing_checkpoint(folder):
+        if log.is_file():
+            shutil.copyfile(log, folder / LOG)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+        for path in files:
+            _to_disk(path)
+        listed = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                  for path in files}
+    write_json(folder / MANIFEST, {"step": _step(folder), "seconds": round(seconds, 2), "identity": identity,
+                                   "files": listed})
+    for path in (folder / MANIFEST, folder, folder.parent):
+        _to_disk(path)
+
+
+def newest(folder: Path, wanted: dict[str, Any]) -> Checkpoint | None:
+    """The newest sound checkpoint in `folder`; None when there is none. Each broken one is told with its reason.
+
+    Raises KitError when the newest sound one was made of something else than `wanted` (an `identity`).
+    """
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        if _step(path) < 0:
+            continue
+        if reason := problem(path):
+            print(f"{path.name} is skipped: {reason}")
+            _set_aside(path)
+            continue
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if changed := _changes(manifest["identity"], wanted):
+            raise KitError(f"{path} can't be gone on with, what it was made of has changed: {'; '.join(changed)}",
+                           "set it back, give another run_name, or start again with --overwrite "
+                           "(resume_from_checkpoint: false)")
+        return Checkpoint(path, manifest["step"], manifest["seconds"])
+    return None
+
+
+def problem(folder: Path) -> str:
+    """Why a checkpoint does not count, or ''."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        step = manifest["step"]
+        files = {str(name): (int(told["bytes"]), str(told["sha256"])) for name, told in manifest["files"].items()}
+    except FileNotFoundError:
+        return "it has no manifest: writing it was cut short"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest can't be read ({type(error).__name__})"
+    if step != _step(folder):
+        return f"its manifest is that of step {step}"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes, {size:,} were written"
+        try:
+            if sha256(path) != digest:
+                return f"{name} is damaged (its hash differs)"
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+    return ""
+
+
+def rotate(folder: Path, keep: int | None, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and that of step `best`, and what was set aside as broken.
+
+    To be called when the newest one is sealed: until then the one before is all there is.
+    """
+    for path in folder.glob("checkpoint-*.broken"):
+        shutil.rmtree(path, ignore_errors=True)
+    there = sorted((path for path in folder.glob("checkpoint-*") if _step(path) >= 0), key=_step)
+    for path in there[:-keep] if keep else []:
+        if _step(path) != best:
+            # Without its manifest first: a deletion that is cut short must not leave half of one that counts.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def restore_log(checkpoint: Path, log: Path) -> None:
+    """The run's log as it was at the checkpoint: lines of steps that will be taken again are gone."""
+    if (checkpoint / LOG).is_file():
+        shutil.copyfile(checkpoint / LOG, log)
+    else:
+        log.unlink(missing_ok=True)
+
+
+def _changes(had: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What differs, told: hashes as 'changed', other values as 'from → to'."""
+    told = []
+    for name in dict.fromkeys([*wanted, *had]):
+        before, now = had.get(name), wanted.get(name)
+        if before == now or (name == "base model" and None in (before, now)):  # a hub's is known only after merging
+            continue
+        hashed = any(isinstance(value, str) and len(value) == 64 for value in (before, now))
+        told.append(f"the {name} changed" if hashed else f"{name}: {before} → {now}")
+    return told
+
+
+def _set_aside(folder: Path) -> None:
+    """Out of the trainer's way, which will write a checkpoint of that step again; deleted once that is sealed."""
+    aside = folder.with_name(folder.name + ".broken")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _to_disk(path: Path) -> None:
+    with suppress(OSError):  # a mounted folder may not know the call
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

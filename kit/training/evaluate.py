@@ -1,0 +1,101 @@
+"""The held-out rows during training: loss, perplexity and token accuracy, in less memory than a training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from kit.common.processes import rank, total, world_size
+from kit.data.masks import IGNORED
+
+METRICS = ("loss", "perplexity", "token_accuracy")
+CHUNK = 256  # tokens whose logits are there at once: 150 MB for a vocabulary of 150,000
+
+
+def evaluate(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> dict[str, float]:
+    """`loss` (mean over the trained tokens, in nats), `perplexity` (its exponential) and `token_accuracy` (share).
+
+    `rows` have `input_ids` and `labels`. Batches are of like length; logits are made for CHUNK trained tokens at a time
+    and nothing is kept for a backward pass, so there is room wherever a training step of that batch size had room. No
+    random number is drawn. Several processes take turns with the batches.
+    """
+    places = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
+    batches = [places[i:i + batch_size] for i in range(0, len(places), batch_size)]
+    # Sharded layers meet in every pass: each process takes as many, the last ones perhaps without counting them.
+    rounds = math.ceil(len(batches) / world_size())
+    sums = [0.0, 0.0, 0.0]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for number in range(rank(), rounds * world_size(), world_size()):
+                batch = [rows[i] for i in batches[min(number, len(batches) - 1)]]
+                found = _pass(model, tokenizer, batch)
+                if number < len(batches):
+                    sums = [a + b for a, b in zip(sums, found, strict=True)]
+    finally:
+        model.train(training)
+    loss, right, tokens = total(*sums)
+    mean = loss / max(tokens, 1)
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": right / max(tokens, 1)}
+
+
+def _pass(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple[float, float, float]:
+    """(sum of the losses, right tokens, tokens) of a batch, padded on the right as in training."""
+    device = next(model.parameters()).device
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, filler: int) -> Any:
+        return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in rows], device=device)
+
+    labels = padded("labels", IGNORED)[:, 1:]
+    ids, mask = padded("input_ids", tokenizer.pad_token_id or 0), padded("labels", 0)
+    for line, row in zip(mask, rows, strict=True):
+        line[:] = torch.arange(width, device=device) < len(row["input_ids"])
+    with _head_in_chunks(model, labels) as sums:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return sums[0], sums[1], float((labels != IGNORED).sum())
+
+
+@contextmanager
+def _head_in_chunks(model: Any, labels: Any) -> Iterator[list[float]]:
+    """While this lasts, the output head answers with a stub, and its losses and right tokens go into the list.
+
+    The head's own `forward` is replaced, not bypassed: where weights are sharded they are there only within its call.
+    """
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    forward, sums = head.forward, [0.0, 0.0]
+
+    def in_chunks(hidden: Any, *rest: Any) -> Any:
+        trained = labels != IGNORED
+        states, wanted = hidden[:, :-1][trained], labels[trained]
+        for start in range(0, len(wanted), CHUNK):
+            logits = forward(states[start:start + CHUNK], *rest).float()
+            if softcap:
+                logits = torch.tanh(logits / softcap) * softcap
+            target = wanted[start:start + CHUNK]
+            sums[0] += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+            sums[1] += float((logits.argmax(-1) == target).sum())
+        return hidden[..., :1]
+
+    head.forward = in_chunks
+    try:
+        yield sums
+    finally:
+        head.forward = forward
+
+
+def since_best(losses: list[float], threshold: float) -> int:
+    """How many evaluations ago the loss was last lower than ever before by more than `threshold`."""
+    best, count = math.inf, 0
+    for loss in losses:
+        if loss < best - threshold:
+            best, count = loss, 0
+        else:
+            count += 1
+    return count

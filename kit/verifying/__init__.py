@@ -1,0 +1,1 @@
+"""Verifying: every gate after training, and the reference they compare with."""

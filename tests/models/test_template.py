@@ -1,0 +1,130 @@
+"""One template renders everything, and the mask is exactly the answers with their stop token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kit.common.errors import KitError
+from kit.data.masks import Formatter
+from kit.models.template import ALPACA_PREAMBLE, alpaca_turn, prepare_tokenizer, prompt_ids, render
+from kit.recipe.recipe import Recipe
+
+TURNS = [
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好，请用中文回答"},
+     {"role": "assistant", "content": "好的。"}, {"role": "user", "content": "1+1?"},
+     {"role": "assistant", "content": "2"}],
+    [{"role": "user", "content": "  {{ x }} {% y %}\n\n\\'\"🙂 "}, {"role": "assistant", "content": '{"a": null}\n'}],
+]
+
+
+@pytest.fixture(params=["chat", "chatml", "alpaca"])
+def styled(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[Any, Recipe]:
+    import copy
+
+    recipe = Recipe.load({}, prompt_style=request.param)
+    fresh = copy.deepcopy(tokenizer)
+    if request.param == "alpaca":
+        fresh.eos_token = "<|endoftext|>"
+    return prepare_tokenizer(fresh, recipe), recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("messages", TURNS, ids=["one turn", "system and two turns", "odd characters"])
+def test_trained_tokens_are_the_answers_and_the_stop(styled: Any, messages: list[dict[str, str]]) -> None:
+    tokenizer, recipe = styled
+    [(ids, labels)] = Formatter(tokenizer, recipe).encode([messages])
+    assert tokenizer.decode(ids) == render(tokenizer, messages, recipe)
+    trained = tokenizer.decode([label for label in labels if label != -100])
+    stop = tokenizer.eos_token
+    assert trained == "".join(m["content"] + stop for m in messages if m["role"] == "assistant")
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+
+
+@pytest.mark.slow
+def test_the_prompt_at_inference_is_what_stood_before_the_answer(styled: Any) -> None:
+    tokenizer, recipe = styled
+    for messages in TURNS:
+        [(ids, labels)] = Formatter(tokenizer, recipe).encode([messages])
+        last = max(i for i, label in enumerate(labels) if label == -100 and i + 1 < len(ids) and labels[i + 1] != -100)
+        assert ids[: last + 1] == prompt_ids(tokenizer, messages[:-1], recipe)
+
+
+@pytest.mark.slow
+def test_stop_and_pad_are_two_tokens(styled: Any) -> None:
+    tokenizer, recipe = styled
+    assert tokenizer.eos_token == ("<|endoftext|>" if recipe.prompt_style == "alpaca" else "<|im_end|>")
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+
+
+@pytest.mark.slow
+def test_a_base_models_stop_token_becomes_the_templates(tokenizer: Any) -> None:
+    import copy
+
+    base = copy.deepcopy(tokenizer)
+    base.eos_token = base.pad_token = "<|endoftext|>"  # as Qwen2.5's base models come
+    prepare_tokenizer(base, Recipe.load({}))
+    assert (base.eos_token, base.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+@pytest.mark.slow
+def test_loss_on_everything_when_asked(tokenizer: Any) -> None:
+    recipe = Recipe.load({}, train_on_responses_only=False)
+    [(ids, labels)] = Formatter(tokenizer, recipe).encode([TURNS[0]])
+    assert ids == labels
+
+
+@pytest.mark.slow
+def test_system_prompt_of_the_recipe(tokenizer: Any) -> None:
+    recipe = Recipe.load({}, system_prompt="Answer as a pirate.")
+    assert "<|im_start|>system\nAnswer as a pirate.<|im_end|>" in render(tokenizer, TURNS[0], recipe)
+    assert "Be brief." in render(tokenizer, TURNS[1], recipe) and "pirate" not in render(tokenizer, TURNS[1], recipe)
+
+
+def broken(tokenizer: Any, template: str) -> str:
+    import copy
+
+    fresh = copy.deepcopy(tokenizer)
+    fresh.chat_template = template
+    with pytest.raises(KitError) as caught:
+        Formatter(prepare_tokenizer(fresh, Recipe.load({})), Recipe.load({})).encode(TURNS[:2])
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_templates_that_cannot_be_masked_are_refused(tokenizer: Any) -> None:
+    each = "{% for m in messages %}"
+    assert "no special token" in broken(tokenizer, each + "{{ m.content }}\n{% endfor %}")
+    assert "drops, moves or repeats" in broken(tokenizer, "{{ messages[-1].content }}<|im_end|>")
+    upper = each + "{{ m.content | upper }}<|im_end|>{% endfor %}"
+    assert "rewrites" in broken(tokenizer, upper)
+    last_only = each + "{{ m.content }}{% if loop.last %}<|im_end|>{% else %}\n{% endif %}{% endfor %}"
+    assert "would not be what is asked" in broken(tokenizer, last_only)
+
+
+@pytest.mark.slow
+def test_no_template_names_the_remedy(tokenizer: Any) -> None:
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(KitError, match="prompt_style: chatml or alpaca"):
+        prepare_tokenizer(bare, Recipe.load({}))
+
+
+def test_alpaca_rows_fold_the_input_into_the_users_turn() -> None:
+    assert alpaca_turn("Sum up.") == alpaca_turn("Sum up.", None) == "Sum up."
+    assert alpaca_turn("Sum up.", "A text") == "Sum up.\n\n### Input:\nA text"
+
+
+@pytest.mark.slow
+def test_alpaca_text_has_its_three_headings(tokenizer: Any) -> None:
+    import copy
+
+    recipe = Recipe.load({}, prompt_style="alpaca")
+    fresh = prepare_tokenizer(copy.deepcopy(tokenizer), recipe)
+    messages = [{"role": "user", "content": alpaca_turn("Add.", "1, 2")}, {"role": "assistant", "content": "3"}]
+    assert render(fresh, messages, recipe) == (
+        f"{ALPACA_PREAMBLE}\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3{fresh.eos_token}\n\n")

@@ -1,0 +1,241 @@
+"""What a run is said to need, against what it takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit.models.size import Checkpoint, local_model
+from kit.readiness.forecast import checkpoints_left, forecast
+from kit.recipe.recipe import Recipe
+from kit.runs.run import Run, forecast_score
+from kit.training.steps import Pace, steps_of
+from support.command import PROJECT
+
+
+def write_weights(path: Path, tensors: dict[str, list[int]]) -> None:
+    """A safetensors file of zeros in bfloat16."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * math.prod(shape)]}
+        end += 2 * math.prod(shape)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+LAYER = {"model.layers.0.input_layernorm.weight": [64], "model.layers.0.self_attn.qkv_proj.weight": [192, 64],
+         "model.layers.0.self_attn.o_proj.weight": [64, 64], "model.layers.0.mlp.gate_up_proj.weight": [256, 64],
+         "model.layers.0.mlp.down_proj.weight": [64, 128]}
+CONFIG = {"model_type": "phi3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+          "num_attention_heads": 4, "vocab_size": 1000}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with one layer as Phi-3 has them, its projections fused; in two shards."""
+    made = tmp_path / "model"
+    made.mkdir()
+    (made / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    shards = {"model-1.safetensors": LAYER,
+              "model-2.safetensors": {"model.embed_tokens.weight": [1000, 64], "model.norm.weight": [64]}}
+    for name, tensors in shards.items():
+        write_weights(made / name, tensors)
+    places = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    return made
+
+
+def known(recipe: Recipe) -> Checkpoint:
+    found = local_model(recipe)
+    assert isinstance(found, Checkpoint), found
+    return found
+
+
+def test_the_sizes_of_a_model_come_from_its_headers(folder: Path) -> None:
+    recipe = Recipe.load({}, model_name=str(folder), r=8)
+    model = known(recipe)
+    layer = 192 * 64 + 64 * 64 + 256 * 64 + 64 * 128
+    assert model.parameters == layer + 64 + 1000 * 64 + 64
+    assert model.weight_bytes == 2 * model.parameters
+    assert model.adapter(recipe) == 8 * ((192 + 64) + (64 + 64) + (256 + 64) + (64 + 128))
+    few = Recipe.load({}, model_name=str(folder), r=8, target_modules=["v_proj"])
+    assert model.adapter(few) == 8 * (192 + 64), "v_proj is a part of qkv_proj"
+
+
+def test_parts_of_memory(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 12}), encoding="utf-8")
+
+    def parts(**fields: Any) -> dict[str, float]:
+        usual = {"model_name": str(folder), "dtype": "bfloat16", "use_gradient_checkpointing": False}
+        said = forecast(Recipe.load({**usual, **fields}))
+        peak = sum(said.memory_gb.values()) - min(said.memory_gb["answers"],
+                                                  said.memory_gb["activations"] + said.memory_gb["logits"])
+        assert said.peak_memory_gb == pytest.approx(peak, abs=1e-5)
+        return said.memory_gb
+
+    usual = parts()
+    assert parts(use_gradient_checkpointing=True)["activations"] < 0.4 * usual["activations"]
+    one, long = (parts(per_device_train_batch_size=1, max_seq_length=length)["activations"] for length in (2048, 4096))
+    assert long == pytest.approx(2 * one, rel=1e-3)
+    assert usual["activations"] > 2 * one, "rows of different length need a mask"
+    small = parts(load_in_4bit=True)
+    assert small["adapter and optimiser"] == pytest.approx(usual["adapter and optimiser"] / 2, rel=1e-2)
+    assert small["weights"] < parts(load_in_8bit=True)["weights"] < usual["weights"]
+    assert parts(dtype="float32")["weights"] == pytest.approx(2 * usual["weights"], rel=1e-3)
+    model = known(Recipe.load({}, model_name=str(folder)))
+    full = parts(full_finetuning=True)["adapter and optimiser"]
+    assert full == pytest.approx(6 * model.parameters / 1e9, rel=1e-3), "gradient and two moments in bfloat16"
+
+
+def test_a_model_that_is_not_here(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = forecast(Recipe.load({}, model_name="nobody/nothing", max_steps=7))
+    assert said.peak_memory_gb is None and said.disk_gb is None and said.steps == 7
+    assert "nobody/nothing is not on this disk" in said.notes[-1] and "?" in repr(said)
+
+    (folder / "model-2.safetensors").unlink()
+    assert "not all weights" in forecast(Recipe.load({}, model_name=str(folder))).notes[-1]
+    (folder / "model-1.safetensors").write_bytes(b"\xff" * 20)
+    assert "damaged" in forecast(Recipe.load({}, model_name=str(folder))).notes[-1]
+    monkeypatch.setenv("KIT_CACHE", str(tmp_path / "empty"))
+    assert "unpacked by the first run" in forecast(Recipe.load({})).notes[-1]
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_config_without_the_usual_names(folder: Path) -> None:
+    (folder / "config.json").write_text('{"n_embd": 64}', encoding="utf-8")
+    assert "no hidden_size, num_hidden_layers" in forecast(Recipe.load({}, model_name=str(folder))).notes[-1]
+
+
+def test_nothing_heavy_is_imported(starter: Path) -> None:
+    code = ("import sys, time; began = time.perf_counter(); from kit.readiness.forecast import forecast\n"
+            "from kit import Recipe\n"
+            "print(forecast(Recipe.load('recipes/quickstart.yaml')))\n"
+            "print(time.perf_counter() - began, {'torch', 'transformers', 'unsloth', 'datasets'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert re.search(r"memory at its peak +\d\.\d\d GB", done.stdout), done.stderr
+    seconds, heavy = done.stdout.splitlines()[-1].split(" ", 1)
+    assert heavy == "set()" and float(seconds) < 2
+
+
+def test_more_processes_take_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.load({}, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    assert steps_of(recipe, 9) == 5
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert steps_of(recipe, 9) == 3
+
+
+def test_disk_counts_what_is_there_for_a_while(folder: Path) -> None:
+    def room(**fields: Any) -> tuple[float, float]:
+        said = forecast(Recipe.load({"model_name": str(folder), "save_minutes": None}, **fields))
+        assert said.disk_gb is not None and said.room_gb is not None
+        return said.disk_gb, said.room_gb
+
+    assert room(save_merged="none")[0] == room(save_merged="none")[1] < room()[0]
+    kept, needed = room(gguf=["q8_0"])
+    assert needed > kept + 0.01, "q8_0 is made from a 16-bit file that goes again"
+    assert room(gguf=["q8_0", "f16"])[0] == room(gguf=["q8_0", "f16"])[1]
+    # Should it take longer than the minutes, checkpoints come and all but the last ones go.
+    assert room(save_minutes=5)[1] > room()[1] == room(save_minutes=5, checkpoint_dir="/elsewhere")[1]
+    merged = room()[0] - room(save_merged="none")[0]
+    assert room()[0] + 0.2 * merged < room(save_merged="4bit")[0] < room()[0] + merged
+
+
+@pytest.mark.parametrize("fields, left", [
+    ({}, 0), ({"save_strategy": "epoch", "num_train_epochs": 1.5}, 2), ({"save_strategy": "steps", "save_steps": 6}, 2),
+    ({"eval_strategy": "steps", "eval_steps": 4}, 0),
+    ({"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}, 3),
+    ({"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "save_total_limit": None}, 4),
+])
+def test_checkpoints_that_are_left(fields: dict[str, Any], left: int) -> None:
+    """Of 14 steps; the best one may be kept besides the newest two."""
+    assert checkpoints_left(Recipe.load({"test_size": 2, "save_strategy": "no", **fields}), 14) == left
+
+
+def test_pace_goes_by_tokens() -> None:
+    pace = Pace(steps=10, tokens=1000)
+    assert pace.step(9.0, 300) is None
+    assert pace.step(2.0, 200) == 9 + 2 + 2 / 200 * 500
+    assert pace.step(2.0, 200) is None, "said once"
+    blind = Pace(steps=10, tokens=None)
+    assert (blind.step(9.0, 300), blind.step(2.0, 200)) == (None, 9 + 2 * 9)
+
+
+def test_score_is_what_happened_over_what_was_said() -> None:
+    said = {"peak_memory_gb": 2.0, "disk_gb": 0.5, "steps": 10, "train_seconds": 100}
+    result = {"peak_memory_gb": 3.0, "train": {"steps": 10, "train_seconds": 80},
+              "files": {"merged/model.safetensors": 400_000_000, "gguf/a.gguf": 200_000_000, "notebook.ipynb": 10**9,
+                        "figures/loss.png": 10**9}}
+    assert forecast_score(said, result) == {"peak_memory_gb": 1.5, "disk_gb": 1.2, "steps": 1.0, "train_seconds": 0.8}
+    assert forecast_score({"steps": 10, "peak_memory_gb": None}, result) == {"steps": 1.0}
+    assert forecast_score(said, {}) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows, fields, whole_passes", [
+    (7, {"gradient_accumulation_steps": 4}, True),
+    (13, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2}, True),
+    (11, {"gradient_accumulation_steps": 4, "num_train_epochs": 1.5}, False),
+    (9, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 0.3}, False),
+    (10, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 5}, False),
+    (12, {"gradient_accumulation_steps": 1, "num_train_epochs": 3, "save_strategy": "epoch"}, True),
+])
+def test_steps_tokens_and_checkpoints_are_the_trainer_s(tmp_path: Path, tokenizer: Any, rows: int,
+                                                        fields: dict[str, Any], whole_passes: bool) -> None:
+    import torch
+    from datasets import Dataset, DatasetDict
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kit import make_trainer
+    from kit.training.train import train
+
+    random_ = random.Random(rows)
+    ids = [[random_.randrange(20) for _ in range(random_.randint(20, 40))] + [tokenizer.eos_token_id]
+           for _ in range(rows)]
+    split = {"input_ids": ids, "labels": ids}
+    data = DatasetDict(train=Dataset.from_dict(split), test=Dataset.from_dict(split))
+    recipe = Recipe.load({}, output_dir=str(tmp_path), full_finetuning=True, dtype="float32",
+                         **{"save_strategy": "steps", "save_steps": 2, **fields})
+    torch.manual_seed(0)
+    tiny = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+                                        num_hidden_layers=1, num_attention_heads=2, pad_token_id=0))
+    trainer = make_trainer(tiny, tokenizer, data, recipe)
+    result = train(trainer, recipe)
+    said = forecast(recipe, data)
+    assert said.steps == result.steps == trainer.state.max_steps
+    assert said.tokens == (result.tokens if whole_passes else pytest.approx(result.tokens, rel=0.3))
+    made = len(list(Run.of(recipe).checkpoints.glob("checkpoint-*")))
+    assert made == checkpoints_left(recipe, result.steps)
+
+
+@pytest.mark.slow
+def test_memory_of_two_real_trainings() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/forecast.py", "quickstart", "long-checkpointing"], cwd=PROJECT,
+                          capture_output=True, text=True, timeout=400)
+    ratios = [float(ratio) for ratio in re.findall(r"GB happened \(([\d.]+)\)", done.stdout)]
+    assert len(ratios) == 2, done.stderr[-2000:]
+    assert all(0.6 < ratio < 1.6 for ratio in ratios), done.stdout
+    for said, happened in re.findall(r"steps (\d+), (\d+)", done.stdout):
+        assert said == happened
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_what_was_forecast(finished_run: Path, tokenizer: Any) -> None:
+    from kit import load_data
+
+    run = Run.open(finished_run)
+    said = forecast(run.recipe, load_data(run.recipe, tokenizer))
+    assert known(run.recipe).adapter(run.recipe) == run.result["trainable_parameters"]
+    happened = forecast_score(said.as_json(), run.result)
+    assert happened["steps"] == 1
+    assert 0.9 < happened["disk_gb"] < 1.1
+    assert 0.6 < happened["peak_memory_gb"] < 1.6

@@ -1,0 +1,96 @@
+"""The command: bad input is told in two lines, exits with 2 and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.command import PROJECT, kit, refused
+
+
+def test_import_is_light() -> None:
+    code = ("import sys, time; t = time.perf_counter(); import kit; s = time.perf_counter() - t\n"
+            "assert s < 0.3, s\n"
+            "assert not {'torch', 'transformers', 'unsloth', 'pydantic'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, timeout=60)
+
+
+def test_help_is_quick_and_names_the_commands() -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = kit("--help")
+        seconds.append(time.perf_counter() - began)
+    assert done.returncode == 0 and all(name in done.stdout for name in ("run", "train", "ask"))
+    assert min(seconds) < 0.6, seconds
+
+
+def test_bad_recipes(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    out = f"output_dir={tmp_path}"
+    for text, words in (("r: [1\n", "not YAML"), ("learning_rat: 1\n", "did you mean 'learning_rate'"),
+                        ("r: many\n", f"{recipe}:1: r: 'many'"),
+                        ("gguf: [q9]\n", "f16, bf16, q8_0, q5_k_m, q4_k_m")):
+        recipe.write_text(text)
+        refused(tmp_path, "run", str(recipe), words=words)
+    refused(tmp_path, "run", "recipes/nothing.yaml", words="there is no recipe")
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, "max_stepps=3", words="did you mean 'max_steps'")
+    refused(tmp_path, "train", "recipes/quickstart.yaml", out, "r", words="'r' is not field=value")
+
+
+def test_bad_data(tmp_path: Path) -> None:
+    out = f"output_dir={tmp_path}"
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={empty}", words="is empty")
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={tmp_path}/no.jsonl", words="there is no")
+    (tmp_path / "a.doc").write_text("a,b\n")
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={tmp_path}/a.doc", words="unknown kind of file")
+
+
+def test_bad_models(tmp_path: Path) -> None:
+    out = f"output_dir={tmp_path}"
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"model_name={tmp_path}", words="no config.json")
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, "model_name=/no/model", words="does not exist")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x10")
+    refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"model_name={tmp_path}", words="damaged")
+
+
+def test_too_little_disk_says_how_much_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from kit.common.errors import KitError
+    from kit.readiness.preflight import preflight
+    from kit.recipe.recipe import Recipe
+
+    whole = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: whole._replace(free=100_000_000))
+    recipe = Recipe.load({}, gguf=["f16", "q8_0"], output_dir=str(tmp_path / "runs"))
+    with pytest.raises(KitError, match=r"0\.7\d GB needed, 0\.10 GB free"):
+        preflight(recipe)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_is_kept(tmp_path: Path) -> None:
+    from kit.recipe.recipe import Recipe
+    from kit.runs.run import Run
+
+    Run.start(Recipe.load({}, run_name="quickstart", output_dir=str(tmp_path))).finish()
+    refused(tmp_path, "run", "recipes/quickstart.yaml", f"output_dir={tmp_path}", words="--overwrite")
+    # A mistake together with --overwrite must not cost the old run either.
+    refused(tmp_path, "run", "recipes/quickstart.yaml", f"output_dir={tmp_path}", "--overwrite",
+            "dataset=nowhere.jsonl", words="there is no nowhere.jsonl")
+
+
+def test_ask_needs_a_run_or_a_whole_file(tmp_path: Path) -> None:
+    refused(tmp_path, "ask", str(tmp_path / "nothing"), "Hi", words="is no run folder")
+    refused(tmp_path, "ask", str(tmp_path / "no.gguf"), "Hi", words="no.gguf")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 4)
+    refused(tmp_path, "ask", str(cut), "Hi", words="cut.gguf")
