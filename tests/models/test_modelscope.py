@@ -28,7 +28,8 @@ def hub() -> Iterator[ModelScopeStandIn]:
 
 def python(code: str, hub: ModelScopeStandIn, home: Path, *arguments: str, **environment: str) -> str:
     """What a fresh process prints: the package reads its settings when it is imported. A KitError is printed too."""
-    program = "import sys\nfrom pathlib import Path\nfrom kit.common.errors import KitError\nfrom kit.recipe.recipe import Recipe\n" \
+    program = "import sys\nfrom pathlib import Path\nfrom kit.common.errors import KitError\n" \
+              "from kit.recipe.recipe import Recipe\n" \
               "try:\n" + "".join(f"    {line}\n" for line in code.splitlines()) + \
               "except KitError as error: print(f'{type(error).__name__}: {error}')"
     paths = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
