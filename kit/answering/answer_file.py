@@ -65,9 +65,9 @@ def answer_file(run: str | Path, file: str | Path, out: str | Path | None = None
 
     `run` is a run's name or folder, a .gguf, or a recipe file (its base model); `engine` as in kit.answering.engines;
     `fields` are recipe fields set on top. kit.answering.question_files says which files are read and where a question
-    stands in them. The answer comes into `answer_column`; what became of it into <answer_column>_error, if any row failed, and
-    <answer_column>_note, if any answer or prompt was cut. Answers are kept in `out`.partial.jsonl as they come: the
-    same call resumes after a kill. Raises KitError for bad input, GateError where batches get other answers.
+    stands in them. The answer comes into `answer_column`; what became of it into <answer_column>_error, if any row
+    failed, and <answer_column>_note, if any answer or prompt was cut. Answers are kept in `out`.partial.jsonl as they
+    come: the same call resumes after a kill. Raises KitError for bad input, GateError where batches get other answers.
     """
     chosen = choose(str(run), engine, **fields)
     questions = read_questions(Path(file), column, chosen.recipe.columns)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from kit.common.errors import GateError
+from kit.common.padding import padded
 from kit.common.show import bar
 from kit.gguf.child import LlamaChild
 from kit.models.template import Message, prompt_ids, template_kwargs, with_system
@@ -161,21 +162,11 @@ def answer_batch(model: Any, tokenizer: Any, rows: list[list[int]], recipe: Reci
 def generate(model: Any, tokenizer: Any, rows: list[list[int]], **how: Any) -> Any:
     """What `model.generate` returns for prompts given as token ids, in one batch; `how` are its keywords."""
     _for_inference(model)
-    ids, mask = padded(rows, tokenizer.pad_token_id)
+    ids, mask = padded(rows, tokenizer.pad_token_id, left=True)
     with torch.no_grad():
         return model.generate(
             input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how)
-
-
-def padded(rows: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of one width and their attention mask (1 for a token, 0 for padding).
-
-    Padding stands on the left: an answer goes on where its prompt ends.
-    """
-    width = max(map(len, rows))
-    return ([[pad] * (width - len(ids)) + ids for ids in rows],
-            [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
 
 
 def same_answers(before: list[Reply], after: list[Reply], what: str) -> None:

@@ -40,3 +40,8 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """' (did you mean …?)' with the closest known name, or '' when none is close."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an upstream library says, on one line of at most so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

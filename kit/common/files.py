@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.common.show import bar
 
 
@@ -25,29 +25,68 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file whole or not at all."""
+    """Write a file (UTF-8), whole or not at all."""
     with writing(path) as file:
         file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all; what JSON does not know is written as its text."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[TextIO]:
     """A file to write (UTF-8) that appears under its name when all is written, and not at all after an error."""
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The name to write to: the file takes its own, `path`, when all is written. After an error nothing stays.
+
+    Raises KitError when the system refuses, of a full disk for example.
+    """
     partial = path.with_name(path.name + ".partial")
+    with unwritable(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder; what it replaces stays until it is complete."""
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    with unwritable(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def unwritable(path: Path, hint: str = "free room, or name another place (output_dir, KIT_CACHE)") -> Iterator[None]:
+    """The system's refusal becomes a KitError, also in the types that safetensors and tokenizers wrap it in."""
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise KitError(f"{path} can't be written: {error.strerror or error}",
-                       "free room, or name another place") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        yield
+    except KitError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        raise KitError(f"{path} can't be written: {getattr(error, 'strerror', None) or one_line(error)}",
+                       hint) from error
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
@@ -62,26 +101,3 @@ def _hashes(folder: Path, paths: list[Path], what: str) -> dict[str, str]:
             found[path.relative_to(folder).as_posix()] = sha256(path)
             progress.update()
     return found
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears complete or not at all; what it replaces stays until then."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        old = folder.with_name(folder.name + ".old")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except Exception as error:
-        # safetensors and tokenizers raise types of their own, with the system's words in them.
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise KitError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}",
-                       "free disk space or choose another output_dir") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,49 +1,77 @@
-"""The safetensors files of a model: their headers, and the index that names the shards."""
+"""The safetensors files of a model: their headers, and the index that names the shards.
+
+The format: an unsigned 64-bit length (little endian), a JSON header of that length, then the data without gaps
+(https://huggingface.co/docs/safetensors#format).
+"""
 
 from __future__ import annotations
 
 import json
 import struct
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from kit.common.errors import KitError
 
-
-def safetensors_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """{tensor: (shape, dtype)} of a file, which begins with its header: length (u64, little endian), then JSON."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    return {name: (tuple(tensor["shape"]), tensor["dtype"]) for name, tensor in header.items()
-            if name != "__metadata__"}
-
-
 INDEX = "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+FETCH_AGAIN = "fetch or write the model again, as safetensors"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those its index names, else all. KitError when there is none."""
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if missing := [path for path in files if not path.is_file()] or ([] if files else [folder / "*.safetensors"]):
-        raise KitError(f"{missing[0]} is not there", "fetch the model again, as safetensors")
-    return files
+class TensorInfo(NamedTuple):
+    """A tensor's shape, its dtype as the format spells it (BF16), and its bytes, counted from the data's start."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int
+    end: int
 
 
-def _layout(file: Path) -> tuple[int, dict[str, tuple[tuple[int, ...], int, int]]]:
-    """(where the data of a safetensors file starts, {tensor: (shape, begin, end)}), in bytes.
+class WeightsHeader(NamedTuple):
+    """`start` is the byte at which the data begins."""
 
-    The format: an unsigned 64-bit length, a JSON header, the data without gaps
-    (https://huggingface.co/docs/safetensors).
-    """
+    start: int
+    tensors: dict[str, TensorInfo]
+
+
+def read_weights_header(file: Path) -> WeightsHeader:
+    """The header of a safetensors file. Raises KitError when it has none, or the file is shorter than it says."""
     try:
         with file.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
-            header = json.loads(stream.read(length))
-    except (ValueError, struct.error, OverflowError, MemoryError):
-        raise KitError(f"{file} is damaged: it has no readable safetensors header", "fetch the model again") from None
-    return 8 + length, {name: (tuple(tensor["shape"]), *tensor["data_offsets"]) for name, tensor in header.items()
-                        if name != "__metadata__"}
+            if length > MAX_HEADER:
+                raise ValueError("the header is too long")
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        tensors = {name: TensorInfo(tuple(one["shape"]), one["dtype"], *one["data_offsets"])
+                   for name, one in header.items() if name != "__metadata__"}
+        missing = 8 + length + max((one.end for one in tensors.values()), default=0) - file.stat().st_size
+    except OSError as error:
+        raise KitError(f"{file} can't be read: {error.strerror or error}", FETCH_AGAIN) from None
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError):
+        raise KitError(f"{file} is damaged: it has no readable safetensors header", FETCH_AGAIN) from None
+    if missing > 0:
+        raise KitError(f"{file} is cut short: {missing} bytes are missing", FETCH_AGAIN)
+    return WeightsHeader(8 + length, tensors)
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The files that hold a model's weights, there or not: those its index names, else all, else model.safetensors.
+
+    Raises KitError for an index that can't be read.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(path.name for path in folder.glob("*.safetensors")) or ["model.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise KitError(f"{index} can't be read", FETCH_AGAIN) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of `shard_names`; KitError when one of them is missing."""
+    files = [folder / name for name in shard_names(folder)]
+    for path in files:
+        if not path.is_file():
+            raise KitError(f"{path} is not there", FETCH_AGAIN)
+    return files

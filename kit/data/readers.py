@@ -13,7 +13,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
-from kit.common.errors import KitError, nearest
+from kit.common.errors import KitError, nearest, one_line
 from kit.data.encodings import not_utf8, refuse_utf16
 from kit.data.json_rows import _excerpt, _json, _jsonl
 from kit.data.records import Problem, Record, Rows, _lines, _Progress
@@ -163,7 +163,7 @@ def _library(path: Path, what: str) -> Iterator[None]:
     except (KitError, PermissionError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        reason = one_line(error)
         raise KitError(f"{path}: cannot be read as {what}: {type(error).__name__}: {reason}",
                        "open it with the program that wrote it and save it again") from None
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub.constants
 
-from kit.common.errors import KitError, nearest
+from kit.common.errors import KitError, nearest, one_line
 from kit.common.paths import PROJECT
 from kit.data.readers import KINDS, read_rows
 from kit.data.records import Problem
@@ -174,7 +174,7 @@ def _from_hub(name: str, recipe: Recipe) -> Iterable[Any]:
     except KitError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         about = reason.replace(name, "")
         hint = "check dataset_config and dataset_split" if folder or "config" in about.lower() or "split" in about \
             else hub_hint()
@@ -213,7 +213,7 @@ def _fetched(name: str | Path, recipe: Recipe) -> Path:
     try:
         return Path(dataset_snapshot_download(str(name), revision=recipe.dataset_revision))
     except Exception as error:  # of its own, of requests, of the disk
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise KitError(f"dataset: {name}: {type(error).__name__}: {reason}", hub_hint()) from None
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kit.common.errors import GateError, KitError
-from kit.common.weight_files import _layout, weight_files
+from kit.common.weight_files import read_weights_header, weight_files
 from kit.models.adapters import PREFIX, changed_base, read_adapter_config
 from kit.models.precision import rounded_by_chance
 
@@ -96,7 +96,8 @@ def fitting(changes: dict[str, Any], adapter: Path, base: Path) -> dict[str, Any
 
     A tied head is the embedding: of the two, trained alike, the files hold one. Trained apart they can't be merged.
     """
-    shapes = {name: shape for file in weight_files(base) for name, (shape, _, _) in _layout(file)[1].items()}
+    shapes = {name: tensor.shape for file in weight_files(base)
+              for name, tensor in read_weights_header(file).tensors.items()}
     heads = {name for name in shapes if name.endswith("lm_head.weight")}
     words = {name: change for name, change in changes.items() if name.endswith("embed_tokens.weight")}
     head = {name: change for name, change in changes.items() if name.endswith("lm_head.weight")}
@@ -131,17 +132,17 @@ def merge_file(source: Path, target: Path, changes: dict[str, Any], progress: An
 
     A change keeps shape and format, so the header stays as it is, byte for byte. `progress` is told the bytes written.
     """
-    start, layout = _layout(source)
+    header = read_weights_header(source)
     with source.open("rb") as old, target.open("wb") as new:
-        _copy(old, new, start)
-        for name, (_, begin, end) in sorted(layout.items(), key=lambda item: item[1][1]):
+        _copy(old, new, header.start)
+        for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].begin):
             if name in changes:
                 with safe_open(source, framework="pt") as tensors:  # anew each time: what it has read stays mapped
                     _write(new, merged_tensor(name, tensors.get_tensor(name), changes[name]))
-                old.seek(start + end)
+                old.seek(header.start + tensor.end)
             else:
-                _copy(old, new, end - begin)
-            progress.update(end - begin)
+                _copy(old, new, tensor.end - tensor.begin)
+            progress.update(tensor.end - tensor.begin)
 
 
 def _write(file: BinaryIO, tensor: Any) -> None:

@@ -9,7 +9,6 @@ either side, and the Modelfile's template is that table of texts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from kit.common.errors import KitError
+from kit.common.files import write_text
 
 Message = dict[str, str]
 # What the template writes between two neighbours: {(role before, role after): text}.
@@ -69,13 +69,7 @@ def write_modelfile(path: Path, gguf_name: str, tokenizer: Any, num_ctx: int,
     lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(joints, tokenizer)]
     lines.append(f"PARAMETER num_ctx {num_ctx}")
 
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

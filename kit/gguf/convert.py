@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from kit.common.errors import GateError, KitError
+from kit.common.files import whole_file
 from kit.common.paths import existing
-from kit.common.weight_files import safetensors_header
+from kit.common.weight_files import read_weights_header, weight_files
 from kit.gguf.child import child_command, child_environment, how_it_ended, last_trouble
-from kit.gguf.formats import FILE_TYPES, check_quantizations, needed_bytes
+from kit.gguf.formats import QUANTIZATIONS, check_quantizations, needed_bytes
 from kit.gguf.header import check_gguf
 from kit.gguf.setup import converter_dir
 
@@ -69,7 +69,7 @@ def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: 
             _convert(merged, temporary, source_type, name, about)
         for quant in smaller:
             with _whole(made[quant]) as partial:
-                _run(child_command("quantize", str(source), str(partial), str(FILE_TYPES[quant])),
+                _run(child_command("quantize", str(source), str(partial), str(QUANTIZATIONS[quant].file_type)),
                      f"making {made[quant].name}")
     finally:
         temporary.unlink(missing_ok=True)
@@ -78,16 +78,12 @@ def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: 
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """The `.partial` to write; it takes the name `path` only when complete, and its size and seconds are printed."""
-    partial = path.with_name(path.name + ".partial")
+    """`whole_file`, checked before it takes its name; its size and seconds are printed."""
     start = time.monotonic()
-    try:
+    with whole_file(path) as partial:
         yield partial
         check_gguf(partial)
-        os.replace(partial, path)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", flush=True)
-    finally:
-        partial.unlink(missing_ok=True)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", flush=True)
 
 
 def merged_weights(merged: Path) -> tuple[int, str]:
@@ -95,20 +91,14 @@ def merged_weights(merged: Path) -> tuple[int, str]:
 
     Raises KitError if the folder holds no model.
     """
-    files = sorted(merged.glob("*.safetensors"))
-    if not files or not (merged / "config.json").is_file():
+    if not any(merged.glob("*.safetensors")) or not (merged / "config.json").is_file():
         raise KitError(f"no merged model at {merged} (config.json and *.safetensors are looked for)",
                        "merge first: save_merged=16bit")
-    counts: dict[str, int] = {}
-    for file in files:
-        try:
-            tensors = safetensors_header(file)
-        except (ValueError, struct.error, OverflowError, MemoryError):
-            raise KitError(f"{file} is damaged: it has no readable safetensors header",
-                           "fetch or write the model again") from None
-        for shape, dtype in tensors.values():
-            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
-    return sum(counts.values()), max(counts, key=lambda dtype: counts[dtype])
+    counts: Counter[str] = Counter()
+    for file in weight_files(merged):
+        for tensor in read_weights_header(file).tensors.values():
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    return counts.total(), counts.most_common(1)[0][0]
 
 
 def _convert(merged: Path, target: Path, file_type: str, name: str, about: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.models.fetch import hub_hint
 from kit.recipe.recipe import Recipe
 
@@ -30,7 +30,7 @@ def adapter_folder(recipe: Recipe) -> Path:
         return Path(snapshot_download(name, local_files_only=recipe.local_files_only, allow_patterns=["adapter_*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise KitError(f"adapter_name_or_path: {name} is no folder and could not be fetched: "
-                       f"{str(error).strip().splitlines()[0][:300]}", hub_hint()) from None
+                       f"{one_line(error)}", hub_hint()) from None
 
 
 PREFIX = "base_model.model."

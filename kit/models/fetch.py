@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.models.starter import starter_model
 from kit.recipe.recipe import Recipe
 
@@ -37,7 +37,7 @@ def model_folder(recipe: Recipe) -> str:
             return str(snapshot_download(recipe.model_name, revision=recipe.revision, allow_patterns=MODEL_FILES,
                                          local_files_only=recipe.local_files_only))
         except Exception as error:  # of its own, of requests, of the disk
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise KitError(f"model_name: {recipe.model_name} could not be fetched from ModelScope: {reason}",
                            hub_hint()) from None
     return recipe.model_name
@@ -71,7 +71,7 @@ def base_folder(recipe: Recipe) -> Path:
                                       allow_patterns=MODEL_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise KitError(f"model_name: the weights of {name} could not be fetched: "
-                       f"{str(error).strip().splitlines()[0][:300]}", hub_hint()) from None
+                       f"{one_line(error)}", hub_hint()) from None
 
 
 def hub_hint() -> str:

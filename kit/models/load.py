@@ -13,7 +13,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.models.fetch import hub_hint, model_folder
 from kit.models.quantised import check_precision, four_bit_config, load_quantised, unsloth_quantises, usual_4bit
 from kit.models.template import prepare_tokenizer
@@ -59,7 +59,7 @@ def _load(name: str, recipe: Recipe) -> tuple[Any, Any]:
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise
-        reason = str(error).strip().split("\n")[0][:300]
+        reason = one_line(error)
         hint = "check the folder's files, or fetch the model again" if Path(name).is_dir() else hub_hint()
         raise KitError(f"model_name: {recipe.model_name} could not be loaded: {reason}", hint) from error
     check_precision(model, recipe)

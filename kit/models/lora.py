@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.common.weight_files import weight_files
 from kit.models.adapters import PREFIX, adapter_folder, changed_base, read_adapter_config
 from kit.models.fetch import base_folder
@@ -81,7 +81,7 @@ def _continued(model: Any, adapter: Path, recipe: Recipe) -> Any:
         model = _wrapped(model, recipe, {"lora_dropout": recipe.lora_dropout, **lora})
         result = set_peft_model_state_dict(model, tensors)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {reason}",
                        OTHER_BASE) from None
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

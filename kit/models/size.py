@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from kit.common.errors import KitError
 from kit.common.paths import cache_dir
-from kit.common.weight_files import safetensors_header
+from kit.common.weight_files import TensorInfo, read_weights_header, weight_files
 from kit.models.starter import NAME
 from kit.recipe.recipe import Recipe
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-DTYPE_BYTES = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "BF16": 2, "F16": 2}
 # Some architectures have the three projections of attention, or the two of the MLP, in one matrix.
 FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
@@ -31,21 +30,21 @@ class Checkpoint:
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, tuple[tuple[int, ...], str]]
+    tensors: dict[str, TensorInfo]
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for shape, _ in self.tensors.values())
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def weight_bytes(self) -> int:
-        return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for shape, dtype in self.tensors.values())
+        return sum(tensor.end - tensor.begin for tensor in self.tensors.values())
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of the layers' matrices: what is quantised, and what can get an adapter."""
-        return {name: (shape[0], shape[1]) for name, (shape, _) in self.tensors.items()
-                if len(shape) == 2 and ".layers." in name and name.endswith(".weight")}
+        return {name: (tensor.shape[0], tensor.shape[1]) for name, tensor in self.tensors.items()
+                if len(tensor.shape) == 2 and ".layers." in name and name.endswith(".weight")}
 
     @property
     def tokenizer_bytes(self) -> int:
@@ -71,14 +70,12 @@ def local_model(recipe: Recipe) -> Checkpoint | str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {**config, **config.get("text_config", {})}
-        tensors = {name: tensor for file in sorted(folder.glob("*.safetensors"))
-                   for name, tensor in safetensors_header(file).items()}
-        index = folder / "model.safetensors.index.json"
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-    except (OSError, ValueError, KeyError, struct.error, OverflowError, MemoryError):
-        return f"the model at {folder} is damaged or not a whole one: its size is not known"
-    if not tensors or set(named) - set(tensors):
-        return f"not all weights of {recipe.model_name} are on this disk: its size is not known"
+        tensors = {name: tensor for file in weight_files(folder)
+                   for name, tensor in read_weights_header(file).tensors.items()}
+    except KitError as error:
+        return f"{error.message}: the size of {recipe.model_name} is not known"
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{folder}/config.json can't be read: the size of {recipe.model_name} is not known"
     if lacking := [name for name in NEEDED if name not in config]:
         return f"{folder}/config.json has no {', '.join(lacking)}: the memory of such a model can't be forecast"
     return Checkpoint(folder, config, tensors)

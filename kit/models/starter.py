@@ -9,15 +9,14 @@ text in another way, and a model exported with it does not tokenise in llama.cpp
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 
 from kit.common.errors import KitError
+from kit.common.files import whole_folder
 from kit.common.paths import cache_dir
 from kit.gguf.header import CONTROL, read_header
 
@@ -39,18 +38,12 @@ def starter_model() -> Path:
     if folder.is_dir():
         return folder
     source = packaged_gguf()
-    print(f"Unpacking {source.name} into {folder} (once, about 10 seconds) …", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{NAME}-", suffix=".partial", dir=folder.parent))
-    try:
-        unpack(source, partial)
-        os.replace(partial, folder)
-    except OSError:
-        # Another process (torchrun starts several) may have finished the same folder first.
+    with FileLock(f"{folder}.lock"):  # torchrun starts several processes at once
         if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            print(f"Unpacking {source.name} into {folder} (once, about 10 seconds) …", flush=True)
+            with whole_folder(folder) as partial:
+                unpack(source, partial)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.models.fetch import hub_hint, model_folder
 from kit.recipe.recipe import Recipe
 
@@ -121,7 +121,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
                                                   trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError) as error:
         raise KitError(f"model_name: the tokenizer of {recipe.model_name} could not be loaded: "
-                       f"{str(error).strip().split(chr(10))[0][:300]}", hub_hint()) from None
+                       f"{one_line(error)}", hub_hint()) from None
     return prepare_tokenizer(tokenizer, recipe)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.common.show import Table
-from kit.gguf.formats import BITS, VOCABULARY_BYTES, needed_bytes
+from kit.gguf.formats import file_bytes, needed_bytes
 from kit.models.size import Checkpoint, local_model
 from kit.readiness.forecast_memory import NF4_BYTES, Lengths, memory_parts, trained_in_float32
 from kit.recipe.machine import Machine, machine
@@ -147,7 +147,7 @@ def _files(model: Checkpoint, recipe: Recipe, steps: int | None) -> tuple[dict[s
         linear = sum(math.prod(shape) for shape in model.linears.values())
         files["merged-4bit"] = linear * NF4_BYTES + (model.parameters - linear) * 2 + model.tokenizer_bytes
     if recipe.gguf:
-        files["gguf"] = sum(int(model.parameters * BITS[name] / 8) + VOCABULARY_BYTES for name in recipe.gguf)
+        files["gguf"] = sum(file_bytes(model.parameters, name) for name in recipe.gguf)
         temporary = max(0.0, needed_bytes(model.parameters, recipe.gguf) - files["gguf"])
     if recipe.checkpoint_dir:
         return files, temporary

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import re
-import struct
 import threading
 import urllib.request
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub import constants, get_token, try_to_load_from_cache
 from kit.common.errors import KitError
 from kit.common.paths import cache_dir
 from kit.common.show import size
+from kit.common.weight_files import INDEX, read_weights_header, shard_names
 from kit.data.sources import data_files, files_of, local_path
 from kit.models.fetch import hub_hint, model_folder
 from kit.models.starter import NAME, packaged_gguf
@@ -26,7 +26,6 @@ from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate
 
 SECONDS = 2.0
-MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -91,30 +90,20 @@ def lacks(folder: Path) -> list[str]:
     lacking = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in TOKENIZERS):
         lacking.append("a tokenizer (tokenizer.json)")
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            return [*lacking, f"a readable {index.name}"]
+    try:
+        shards = shard_names(folder)
+    except KitError:
+        return [*lacking, f"a readable {INDEX}"]
     lacking += [name for name in shards if not (folder / name).is_file()]
     return lacking + [f"a whole {name}" for name in shards if (folder / name).is_file() and _torn(folder / name)]
 
 
 def _torn(shard: Path) -> bool:
-    """Whether a safetensors file is shorter than its header says, or has none: u64 length, JSON, data.
-
-    https://huggingface.co/docs/safetensors#format
-    """
     try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, MAX_HEADER)))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        return shard.stat().st_size < 8 + length + max(ends, default=0)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
+        read_weights_header(shard)
+    except KitError:
         return True
+    return False
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.gguf.child import child_environment, how_it_ended, last_trouble
 from kit.recipe.machine import look
 
@@ -146,7 +146,7 @@ def torch_child(folder: str, bits: str) -> None:
             quantised(int(bits), machine.device)
             say(trouble="")
         except Exception as error:
-            say(trouble=" ".join(str(error).split())[:300] or type(error).__name__)
+            say(trouble=one_line(error))
 
 
 def llama_child(*names: str) -> None:

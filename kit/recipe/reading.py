@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from kit.common.errors import KitError, nearest
+from kit.common.errors import KitError, nearest, one_line
 from kit.common.paths import PROJECT
 from kit.common.secrets import secret
 from kit.recipe.fields import Fields
@@ -90,7 +90,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         try:
             values[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise KitError(f"{pair!r}: the value is not YAML: {_one_line(error)}", "quote it") from None
+            raise KitError(f"{pair!r}: the value is not YAML: {one_line(error)}", "quote it") from None
     return values
 
 
@@ -125,7 +125,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except UnicodeDecodeError as error:
         raise KitError(f"{path}: not UTF-8 text (byte {error.start})", "save the recipe as UTF-8") from None
     except yaml.YAMLError as error:
-        raise KitError(f"{path}: not YAML: {_one_line(error)}", "a recipe is lines of `field: value`") from None
+        raise KitError(f"{path}: not YAML: {one_line(error)}", "a recipe is lines of `field: value`") from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
@@ -151,7 +151,3 @@ def _explain(error: Any, where: str, lines: dict[str, int], overrides: dict[str,
     field = Fields.model_fields.get(name)
     about = f" ({field.description})" if field and field.description else ""
     return f"{place}{name}: {error['input']!r}: {text[:1].lower()}{text[1:]}{about}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

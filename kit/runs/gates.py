@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kit.common.errors import GateError, KitError
+from kit.common.errors import GateError, KitError, one_line
 from kit.common.show import Table
 
 DAMAGED = "the file is damaged, or something is wrong here that should have a better message: make it again"
@@ -50,7 +50,7 @@ class Gates:
         except KitError as error:
             self.check(name, False, "failed", detail=error.message, hint=error.hint)
         except Exception as error:  # whatever torch, transformers or a parser says of a damaged file
-            told = " ".join(str(error).split())[:300]
+            told = one_line(error)
             self.check(name, False, "failed", detail=f"{type(error).__name__}: {told}", hint=DAMAGED)
 
     @property

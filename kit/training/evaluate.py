@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kit.common.padding import padded
 from kit.common.processes import rank, total, world_size
 from kit.data.masks import IGNORED
 
@@ -47,17 +48,11 @@ def evaluate(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> dict[str
 def _pass(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple[float, float, float]:
     """(sum of the losses, right tokens, tokens) of a batch, padded on the right as in training."""
     device = next(model.parameters()).device
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(name: str, filler: int) -> Any:
-        return torch.tensor([row[name] + [filler] * (width - len(row[name])) for row in rows], device=device)
-
-    labels = padded("labels", IGNORED)[:, 1:]
-    ids, mask = padded("input_ids", tokenizer.pad_token_id or 0), padded("labels", 0)
-    for line, row in zip(mask, rows, strict=True):
-        line[:] = torch.arange(width, device=device) < len(row["input_ids"])
+    ids, mask = padded([row["input_ids"] for row in rows], tokenizer.pad_token_id or 0)
+    labels = torch.tensor(padded([row["labels"] for row in rows], IGNORED)[0], device=device)[:, 1:]
     with _head_in_chunks(model, labels) as sums:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+              use_cache=False)
     return sums[0], sums[1], float((labels != IGNORED).sum())
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from kit.common.show import bar
 from kit.gguf.child import LlamaChild
+from kit.gguf.formats import QUANTIZATIONS
 from kit.runs.gates import Gates
 from kit.verifying.reference import Engine, Reference, Said
 
@@ -28,19 +29,12 @@ class Tolerance(NamedTuple):
     why: str
 
 
-# f16 and bf16 hold the merged weights exactly (f16: all within its range), so only the merge's own rounding is left:
-# 0.000004 on the demo. q8_0 rounds each block of 32 weights to 8 bits: 0.00014 there, 0.007 on a model that was hardly
-# trained. Below 4.5 bits a narrow model loses visibly; beyond 0.3 its answers are others.
 TOLERANCES = {
     "adapter": Tolerance(1e-4, 0.999, "the same weights: only the order of additions may differ"),
     "merged": Tolerance(1e-3, 0.99, "weights rounded once to the base model's 16-bit format"),
     "merged from a quantised base": Tolerance(0.5, None, "trained on rounded weights, merged into the original ones"),
-    "f16": Tolerance(1e-3, 1.0, "holds the merged weights exactly"),
-    "bf16": Tolerance(1e-3, 1.0, "holds the merged weights exactly"),
-    "q8_0": Tolerance(0.02, 0.97, "8-bit blocks of 32 weights"),
-    "q5_k_m": Tolerance(0.3, None, "about 5.7 bits; reported"),
-    "q4_k_m": Tolerance(0.3, None, "about 4.9 bits; reported"),
     "merged-4bit": Tolerance(0.3, None, "NF4, about 4.1 bits; reported"),
+    **{name: Tolerance(one.mean_kl, one.top1, one.why) for name, one in QUANTIZATIONS.items()},
 }
 # A reference computed in 16-bit (on a GPU) has noise of its own: mean KL 0.0016 and 97 % top-1 against float32.
 NOISE_16BIT = Tolerance(0.01, 0.04, "the reference was computed in 16-bit")

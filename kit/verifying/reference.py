@@ -8,7 +8,6 @@ greedy answers: an artefact whose likeliest tokens along such an answer are the 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,8 @@ from safetensors.numpy import save_file
 
 from kit.answering.infer import Reply, answer
 from kit.common.errors import KitError
+from kit.common.files import whole_file
+from kit.common.padding import padded
 from kit.common.show import bar
 from kit.models.precision import in_float32
 from kit.models.template import prompt_ids
@@ -72,14 +73,8 @@ class Reference(NamedTuple):
                    "top": np.concatenate([said.top for said in self.said]),
                    "best": np.concatenate([said.best for said in self.said]).astype(np.int32),
                    "next": np.concatenate([said.next for said in self.said])}
-        partial = path.with_name(path.name + ".partial")
-        try:
+        with whole_file(path) as partial:
             save_file(tensors, partial, metadata={"reference": json.dumps(about, ensure_ascii=False)})
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise KitError(f"{path} can't be written: {error}", "free room, or name another output_dir") from None
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Reference:
@@ -192,9 +187,9 @@ def _logprobs(model: Any, ids: list[list[int]], where: list[list[int]]) -> Itera
             width = len(ids[order[-1]])
             count = max(1, BATCH_TOKENS // width)
             batch, order = order[-count:], order[:-count]
-            padded = torch.tensor([ids[n] + [0] * (width - len(ids[n])) for n in batch], device=model.device)
-            mask = torch.tensor([[1] * len(ids[n]) + [0] * (width - len(ids[n])) for n in batch], device=model.device)
-            logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+            rows, mask = padded([ids[n] for n in batch], 0)
+            logits = model(input_ids=torch.tensor(rows, device=model.device),
+                           attention_mask=torch.tensor(mask, device=model.device), use_cache=False).logits
             for place, number in enumerate(batch):
                 yield number, torch.log_softmax(logits[place, where[number]].float(), -1)
             progress.update(len(batch))

@@ -41,13 +41,13 @@ def loaded(folder: Path) -> tuple[Any, Any, Recipe, list[list[int]]]:
     return model, tokenizer, recipe, rows
 
 
-def padded_right(rows: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:
+def padded_right(rows: list[list[int]], pad: int, left: bool) -> tuple[list[list[int]], list[list[int]]]:
     width = max(map(len, rows))
     return ([ids + [pad] * (width - len(ids)) for ids in rows],
             [[1] * len(ids) + [0] * (width - len(ids)) for ids in rows])
 
 
-def without_a_mask(rows: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:
+def without_a_mask(rows: list[list[int]], pad: int, left: bool) -> tuple[list[list[int]], list[list[int]]]:
     width = max(map(len, rows))
     return [[pad] * (width - len(ids)) + ids for ids in rows], [[1] * width for _ in rows]
 
