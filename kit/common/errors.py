@@ -31,15 +31,15 @@ class GateError(KitError):
 
 
 class Stopped(KitError):
-    """A training that was asked to stop and saved its state: the same command goes on. 75 is sysexits' EX_TEMPFAIL."""
+    """A training that was asked to stop and wrote a checkpoint: the same command resumes it. 75: EX_TEMPFAIL."""
 
     exit_code = 75
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """' (did you mean …?)' with the closest known name, or '' when none is close."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,15 +14,6 @@ from typing import Any, TextIO
 
 from kit.common.errors import KitError, one_line
 from kit.common.show import bar
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,7 +52,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder; what it replaces stays until it is complete."""
+    """The same for a folder; what it replaces stays until it is complete, and comes back when it can't be put there."""
     partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     with unwritable(folder):
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,36 +60,63 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             partial.mkdir(parents=True)
             yield partial
             if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 os.replace(folder, old)
-            os.replace(partial, folder)
+            try:
+                os.replace(partial, folder)
+            except OSError:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
-def unwritable(path: Path, hint: str = "free room, or name another place (output_dir, KIT_CACHE)") -> Iterator[None]:
-    """The system's refusal becomes a KitError, also in the types that safetensors and tokenizers wrap it in."""
+def unwritable(path: Path, hint: str = "free room, or name another place (output_dir, KIT_CACHE)",
+               also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """The system's refusal to write `path` becomes a KitError with `hint`; out of memory stays what it is.
+
+    A refusal is an OSError, one that safetensors or tokenizers wrapped in a type of their own, and what is in `also`.
+    """
     try:
         yield
-    except KitError:
-        raise
     except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):
+        refused = isinstance(error, (OSError, *also)) or "os error" in str(error)
+        if isinstance(error, KitError) or not refused or "out of memory" in str(error).lower():
             raise
         raise KitError(f"{path} can't be written: {getattr(error, 'strerror', None) or one_line(error)}",
                        hint) from error
 
 
-def hashes_of(folder: Path) -> dict[str, str]:
-    """{file: sha256} of a model's weights and config."""
-    return _hashes(folder, [*sorted(folder.glob("*.safetensors")), folder / "config.json"], "hashing the base model")
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; {} when the file is missing or damaged, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
-def _hashes(folder: Path, paths: list[Path], what: str) -> dict[str, str]:
-    found = {}
-    with bar(len(paths), what, "file", leave=False, delay=2) as progress:
+def timestamp() -> str:
+    """Now, in ISO 8601 with the zone: how the files of a run state a time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes_of(folder: Path, paths: list[Path] | None = None) -> dict[str, str]:
+    """{path in the folder: sha256} of `paths`; without them, of a model's weights and config."""
+    if paths is None:
+        paths = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    hashes = {}
+    with bar(len(paths), "hashing", "file", leave=False, delay=2) as progress:
         for path in paths:
-            found[path.relative_to(folder).as_posix()] = sha256(path)
+            hashes[path.relative_to(folder).as_posix()] = sha256(path)
             progress.update()
-    return found
+    return hashes

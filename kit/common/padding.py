@@ -10,11 +10,10 @@ def padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[list
     where its prompt ends.
     """
     width = max(map(len, rows))
-    fill = [[filler] * (width - len(ids)) for ids in rows]
-    none = [[0] * len(part) for part in fill]
-    ones = [[1] * len(ids) for ids in rows]
-    if left:
-        return [part + ids for part, ids in zip(fill, rows, strict=True)], \
-            [part + row for part, row in zip(none, ones, strict=True)]
-    return [ids + part for part, ids in zip(fill, rows, strict=True)], \
-        [row + part for part, row in zip(none, ones, strict=True)]
+    ids, masks = [], []
+    for row in rows:
+        padding = width - len(row)
+        before, after = (padding, 0) if left else (0, padding)
+        ids.append([filler] * before + row + [filler] * after)
+        masks.append([0] * before + [1] * len(row) + [0] * after)
+    return ids, masks

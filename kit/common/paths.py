@@ -14,10 +14,8 @@ def cache_dir() -> Path:
 
 
 def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above that is there."""
-    there = folder.expanduser().resolve()
-    while not there.exists():
-        there = there.parent
-    return there
-
-
+    """The folder itself, or the nearest one above that exists."""
+    nearest = folder.expanduser().resolve()
+    while not nearest.exists():
+        nearest = nearest.parent
+    return nearest

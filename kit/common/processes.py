@@ -1,11 +1,13 @@
 """Several processes under torchrun: who speaks, and how they agree.
 
-Everything here also holds for one process: it is then the main one and agrees with itself.
+Everything here also holds for one process: it is then the main one and agrees with itself. torch is imported where
+several processes need it: the command's parent process asks `is_main` without it.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from kit.common.errors import KitError
@@ -28,16 +30,26 @@ def is_main() -> bool:
 
 def any_of(*flags: bool) -> list[bool]:
     """Each flag, true for all processes when it is true for one of them."""
+    return [bool(flag) for flag in _reduced("MAX", flags)]
+
+
+def total(*numbers: float) -> list[float]:
+    """The sums over all processes, in float64."""
+    return _reduced("SUM", numbers)
+
+
+def _reduced(operation: str, numbers: Sequence[float]) -> list[float]:
+    """The maximum (MAX) or sum (SUM) of each number over all processes."""
     if world_size() == 1:
-        return list(flags)
+        return list(numbers)
     import torch
     from torch import distributed
 
-    together = torch.tensor([int(flag) for flag in flags])
+    reduced = torch.tensor(numbers, dtype=torch.float64)
     if distributed.get_backend() == "nccl":
-        together = together.cuda()
-    distributed.all_reduce(together, op=distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in together.tolist()]
+        reduced = reduced.cuda()
+    distributed.all_reduce(reduced, op=getattr(distributed.ReduceOp, operation))
+    return list(reduced.tolist())
 
 
 def from_main(make: Any) -> Any:
@@ -46,31 +58,17 @@ def from_main(make: Any) -> Any:
         return make()
     from torch import distributed
 
-    told: list[Any] = [None]
+    outcome: list[Any] = [None]
     if is_main():
         try:
-            told = [(make(), None)]
+            outcome = [(make(), None)]
         except KitError as problem:
-            told = [(None, problem)]
-    distributed.broadcast_object_list(told, src=0)
-    value, error = told[0]
+            outcome = [(None, problem)]
+    distributed.broadcast_object_list(outcome, src=0)
+    value, error = outcome[0]
     if error is not None:
         raise error
     return value
-
-
-def total(*numbers: float) -> list[float]:
-    """The sums over all processes, in float64."""
-    if world_size() == 1:
-        return list(numbers)
-    import torch
-    from torch import distributed
-
-    together = torch.tensor(numbers, dtype=torch.float64)
-    if distributed.get_backend() == "nccl":
-        together = together.cuda()
-    distributed.all_reduce(together)
-    return list(together.tolist())
 
 
 def wait() -> None:

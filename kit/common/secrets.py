@@ -28,6 +28,6 @@ def secret(text: str, addresses: bool = True) -> str | None:
     if not any(hint in text for hint in _HINTS):
         return None
     for kind, pattern in SECRETS.items():
-        if (addresses or kind != "e-mail address") and (found := pattern.search(text)):
-            return f"{kind} {found[0][:4]}…"
+        if (addresses or kind != "e-mail address") and (match := pattern.search(text)):
+            return f"{kind} {match[0][:4]}…"
     return None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import html
+import io
 import sys
-import textwrap
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
+TEXT_WIDTH = 110  # characters of a table
 # What a token is to the training, with its looks in a terminal and in a notebook.
-KINDS = {
+TOKEN_STYLES = {
     "masked": ("dim", "color:#777"),
     "special": ("magenta", "color:#6a1b9a;border:1px solid #ce93d8;border-radius:3px"),  # control token, not trained
     "trained": ("black on green", "background:#c8e6c9;color:#1b5e20"),
@@ -28,18 +29,19 @@ class Table:
         self.title = title
 
     def __repr__(self) -> str:
-        rooms = _rooms([self.columns, *self.rows])
-        cells = [[_wrap(text, room) for text, room in zip(row, rooms, strict=True)]
-                 for row in [self.columns, *self.rows]]
-        widths = [max(len(line) for row in cells for line in row[i]) for i in range(len(self.columns))]
+        # Here, as it takes 0.1 s and most processes show no table.
+        from rich import box, console, table
+        from rich.text import Text
+
+        grid = table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        for column in self.columns:
+            grid.add_column(Text(column), overflow="fold")
+        for row in self.rows:
+            grid.add_row(*map(Text, row))
+        text = io.StringIO()
+        console.Console(file=text, width=TEXT_WIDTH, color_system=None, force_jupyter=False).print(grid)
         lines = [self.title] if self.title else []
-        for number, row in enumerate(cells):
-            for k in range(max(len(cell) for cell in row)):
-                parts = [(cell[k] if k < len(cell) else "").ljust(w) for cell, w in zip(row, widths, strict=True)]
-                lines.append("  ".join(parts).rstrip())
-            if number == 0:
-                lines.append("  ".join("─" * width for width in widths))
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str.rstrip, text.getvalue().splitlines())])
 
     def _repr_html_(self) -> str:
         style = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:4px 12px"
@@ -50,50 +52,49 @@ class Table:
         return f"<table>{title}<tr>{head}</tr>{body}</table>"
 
 
-class Tokens:
-    """One formatted row, its kinds of tokens told apart: by colour in a notebook and a terminal, else by brackets."""
+class MarkedText:
+    """Text in stretches (kind, text): marked by colour in a notebook and a terminal, else by brackets."""
 
-    def __init__(self, tokenizer: Any, row: dict[str, Any], max_seq_length: int | None = None) -> None:
-        labels = row["labels"]
-        self.title = f"{sum(label != -100 for label in labels):,} of {len(labels):,} tokens are trained"
-        self.spans = spans(tokenizer, row["input_ids"], labels, max_seq_length)
-
-    @classmethod
-    def of(cls, title: str, spans: list[tuple[str, str]]) -> Tokens:
-        """Of spans that are known already."""
-        made = cls.__new__(cls)
-        made.title, made.spans = title, spans
-        return made
+    def __init__(self, title: str, spans: list[tuple[str, str]]) -> None:
+        self.title = title
+        self.spans = spans
 
     def __repr__(self) -> str:
-        groups: list[tuple[str, str]] = []  # (opening bracket, text)
-        for kind, text in self.spans:
-            bracket = {"trained": "⟦", "stop": "⟦", "lost": "⟪"}.get(kind, "")
-            groups = [*groups[:-1], (bracket, groups[-1][1] + text)] if groups and groups[-1][0] == bracket else \
-                [*groups, (bracket, text)]
+        brackets = {"trained": "⟦⟧", "stop": "⟦⟧", "lost": "⟪⟫"}
+        text = ""
+        for pair, group in groupby(self.spans, lambda span: brackets.get(span[0], "")):
+            text += pair[:1] + "".join(part for _, part in group) + pair[1:]
         lost = ", ⟪ ⟫ are lost" if any(kind == "lost" for kind, _ in self.spans) else ""
-        closing = {"⟦": "⟧", "⟪": "⟫", "": ""}
-        return f"{self.title} (⟦ ⟧{lost})\n" + "".join(f"{b}{text}{closing[b]}" for b, text in groups)
+        return f"{self.title} (⟦ ⟧{lost})\n{text}"
 
     def __rich__(self) -> Any:
         from rich.text import Text
 
-        kinds = [(f" {kind} ", style) for kind, (style, _) in KINDS.items()]
+        kinds = [(f" {kind} ", style) for kind, (style, _) in TOKEN_STYLES.items()]
         legend = Text.assemble((self.title, "bold"), "  ", *kinds)
-        return legend + "\n" + Text.assemble(*((text, KINDS[kind][0]) for kind, text in self.spans))
+        return legend + "\n" + Text.assemble(*((text, TOKEN_STYLES[kind][0]) for kind, text in self.spans))
 
     def _repr_html_(self) -> str:
         def span(kind: str, text: str) -> str:
-            return f"<span title='{kind}' style='{KINDS[kind][1]}'>{html.escape(text)}</span>"
+            return f"<span title='{kind}' style='{TOKEN_STYLES[kind][1]}'>{html.escape(text)}</span>"
 
-        legend = " ".join(span(kind, kind) for kind in KINDS)
+        legend = " ".join(span(kind, kind) for kind in TOKEN_STYLES)
         text = "".join(span(kind, text) for kind, text in self.spans)
         return f"<b>{html.escape(self.title)}</b>  {legend}<pre style='white-space:pre-wrap'>{text}</pre>"
 
 
+class Tokens(MarkedText):
+    """One formatted row (`input_ids` and `labels`): what is trained, what is masked, what max_seq_length cuts off."""
+
+    def __init__(self, tokenizer: Any, row: dict[str, Any], max_seq_length: int | None = None) -> None:
+        labels = row["labels"]
+        super().__init__(f"{sum(label != -100 for label in labels):,} of {len(labels):,} tokens are trained",
+                         spans(tokenizer, row["input_ids"], labels, max_seq_length))
+
+
 def spans(tokenizer: Any, ids: list[int], labels: list[int],
           max_seq_length: int | None = None) -> list[tuple[str, str]]:
-    """A row's text in stretches of one kind, a key of KINDS; each control token is a stretch of its own."""
+    """A row's text in stretches of one kind, a key of TOKEN_STYLES; each control token is a stretch of its own."""
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     groups: list[tuple[str, list[int]]] = []
     for place, (token, label) in enumerate(zip(ids, labels, strict=True)):
@@ -115,36 +116,30 @@ def spans(tokenizer: Any, ids: list[int], labels: list[int],
 
 def show(thing: Any) -> None:
     """Display in a notebook, print elsewhere; of a figure, where it was saved."""
-    figure = hasattr(thing, "savefig")
-    if not in_notebook():
-        if sys.stdout.isatty() and hasattr(thing, "__rich__"):
-            import rich
+    is_figure = hasattr(thing, "savefig")
+    if getattr(ipython(), "kernel", None) is not None:  # also under papermill
+        from IPython.display import Image, display
 
-            rich.print(thing)
-        else:
-            print(thing.get_label() if figure else thing)
-        return
-    from IPython.display import Image, display
+        if is_figure:  # made without pyplot, it has no picture of its own in a notebook
+            picture = io.BytesIO()
+            thing.savefig(picture, format="png", dpi=100)
+            thing = Image(data=picture.getvalue())
+        display(thing)
+    elif sys.stdout.isatty() and hasattr(thing, "__rich__"):
+        import rich
 
-    # A Figure made without pyplot has no picture of its own in a notebook.
-    display(Image(data=_png(thing)) if figure else thing)
-
-
-def _png(figure: Any) -> bytes:
-    import io
-
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return picture.getvalue()
+        rich.print(thing)
+    else:
+        print(thing.get_label() if is_figure else thing)
 
 
-def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this code (also under papermill)."""
+def ipython() -> Any:
+    """The IPython shell that runs this code, a notebook's kernel among them; else None."""
     try:
         from IPython import get_ipython
     except ImportError:
-        return False
-    return getattr(get_ipython(), "kernel", None) is not None
+        return None
+    return get_ipython()
 
 
 def side_by_side(prompts: list[Any], references: list[str], limit: int = 3, **answers: list[Any]) -> Table:
@@ -172,12 +167,11 @@ def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:
                 mininterval=0.5 if sys.stderr.isatty() else 5, **options)
 
 
-def clock(seconds: float) -> str:
-    """Seconds for people: 45 s, 2 min 10 s, 3 h 5 min."""
+def duration(seconds: float) -> str:
+    """Seconds for people: 41.2 s, 4.5 min, 2.3 h."""
     if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def size(count: float) -> str:
@@ -191,17 +185,3 @@ def size(count: float) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _rooms(rows: list[list[str]], total: int = 110, least: int = 16) -> list[int]:
-    """Characters for each column: those that need less than their share leave the rest to the others."""
-    needed = [max((len(line) for row in rows for line in row[i].splitlines()), default=1) for i in range(len(rows[0]))]
-    rooms: dict[int, int] = {}
-    for place in sorted(range(len(needed)), key=lambda i: needed[i]):
-        share = (total - sum(rooms.values())) // (len(needed) - len(rooms))
-        rooms[place] = min(needed[place], max(least, share))
-    return [max(1, rooms[i]) for i in range(len(needed))]
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    return [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, width) or [""]]

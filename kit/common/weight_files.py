@@ -42,9 +42,9 @@ def read_weights_header(file: Path) -> WeightsHeader:
             if length > MAX_HEADER:
                 raise ValueError("the header is too long")
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        tensors = {name: TensorInfo(tuple(one["shape"]), one["dtype"], *one["data_offsets"])
-                   for name, one in header.items() if name != "__metadata__"}
-        missing = 8 + length + max((one.end for one in tensors.values()), default=0) - file.stat().st_size
+        tensors = {name: TensorInfo(tuple(info["shape"]), info["dtype"], *info["data_offsets"])
+                   for name, info in header.items() if name != "__metadata__"}
+        missing = 8 + length + max((info.end for info in tensors.values()), default=0) - file.stat().st_size
     except OSError as error:
         raise KitError(f"{file} can't be read: {error.strerror or error}", FETCH_AGAIN) from None
     except (ValueError, struct.error, KeyError, TypeError, AttributeError):
@@ -55,7 +55,7 @@ def read_weights_header(file: Path) -> WeightsHeader:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The files that hold a model's weights, there or not: those its index names, else all, else model.safetensors.
+    """Names of a model's weight files, missing ones too: those its index names, else all, else model.safetensors.
 
     Raises KitError for an index that can't be read.
     """
@@ -73,5 +73,5 @@ def weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in shard_names(folder)]
     for path in files:
         if not path.is_file():
-            raise KitError(f"{path} is not there", FETCH_AGAIN)
+            raise KitError(f"{path} is missing", FETCH_AGAIN)
     return files

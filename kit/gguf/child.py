@@ -1,7 +1,7 @@
 """llama.cpp in a child process: what aborts, hangs or disagrees there never takes the notebook with it.
 
-`LlamaChild` is the parent's side. The child is kit.gguf.worker: it reads one JSON
-request per line on stdin and writes JSON lines on stdout, each carrying the request's number.
+`LlamaChild` is the parent's side. The child is kit.gguf.worker: it reads one JSON request per line on stdin and writes
+JSON lines on stdout, each carrying the request's number.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -28,14 +29,13 @@ TROUBLE = (("error", "what():", "assert", "out of memory", "no space"), ("failed
 
 
 def child_command(*arguments: str) -> list[str]:
-    """The command line that starts this module as a child."""
+    """The command line that starts kit.gguf.worker."""
     return [sys.executable, "-m", "kit.gguf.worker", *arguments]
 
 
 def child_environment() -> dict[str, str]:
     """This process's environment, with the folder that holds `kit` on the child's import path."""
-    home = str(PROJECT)
-    path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
 
 
@@ -43,19 +43,15 @@ def last_trouble(log: str) -> str:
     """The last line that names an error, else one that speaks of failing, else the last line, else ''."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     for words in TROUBLE:  # the cause before its consequences ("failed to load model")
-        if told := [line for line in lines if any(word in line.lower() for word in words)]:
-            return told[-1][:500]
-    return (lines or [""])[-1][:500]
+        for line in reversed(lines):
+            if any(word in line.lower() for word in words):
+                return line[:500]
+    return lines[-1][:500] if lines else ""
 
 
 def how_it_ended(returncode: int) -> str:
     """'killed by SIGABRT' or 'exit code 1'."""
-    if returncode >= 0:
-        return f"exit code {returncode}"
-    try:
-        return f"killed by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"killed by signal {-returncode}"
+    return f"exit code {returncode}" if returncode >= 0 else f"killed by {signal.Signals(-returncode).name}"
 
 
 class LlamaChild:
@@ -73,13 +69,13 @@ class LlamaChild:
         self.finish_reason = ""
         self._load = {"gguf": str(self.gguf), "n_ctx": n_ctx, "logits": logits,
                       "template_kwargs": template_kwargs or {}}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Any = None  # subprocess.Popen while the child runs
         self._number = 0
 
     def __enter__(self) -> Self:
         if not self.gguf.is_file():
             raise KitError(f"no GGUF at {self.gguf}", "export one first (gguf=[q8_0]), or give its path")
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()
         self._lines: queue.Queue[str | None] = queue.Queue()
         try:
             self._process = subprocess.Popen(
@@ -92,28 +88,19 @@ class LlamaChild:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Kill the child, if there is one, and wait until it is gone."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                try:
-                    if pipe:
-                        pipe.close()
-                except OSError:  # a request that the dead child never read
-                    pass
-            self._process = None
-        if hasattr(self, "_stderr"):
-            self._stderr.close()
+        self._stderr.close()
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # a request that the dead child never read
+                pipe.close()
+        self._process = None
 
-    @property
-    def pid(self) -> int:
-        """The child's process id."""
-        return self._running().pid
+    __exit__ = close
 
     def tokenize(self, text: str, special: bool = True, add_bos: bool = False) -> list[int]:
         """Token ids of `text`; `special` reads control tokens written in it as such."""
@@ -151,49 +138,45 @@ class LlamaChild:
         """Natural log probabilities of the next token after each id: float32 (len(ids), vocabulary)."""
         return self._evaluate(ids, list(range(len(ids))), None)["all"]
 
-    def said(self, ids: list[int], where: list[int], top_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the model holds of the token after each of the n places `where` in `ids`.
+    def predictions(self, ids: list[int], places: list[int],
+                    top_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the model predicts for the token after each of the n `places` in `ids`.
 
         `top_ids` (n, k) are tokens of interest: returned are their natural log probabilities (n, k), the likeliest
         token (n), and the log probability of the token that really follows (n).
         """
-        found = self._evaluate(ids, where, top_ids)
-        return found["top"], found["best"], found["next"]
+        predicted = self._evaluate(ids, places, top_ids)
+        return predicted["top"], predicted["best"], predicted["next"]
 
-    def _evaluate(self, ids: list[int], where: list[int], top_ids: np.ndarray | None) -> dict[str, np.ndarray]:
+    def _evaluate(self, ids: list[int], places: list[int], top_ids: np.ndarray | None) -> dict[str, np.ndarray]:
         if not self._load["logits"]:
             raise KitError("this child keeps no logits", "open it with LlamaChild(..., logits=True)")
         with tempfile.TemporaryDirectory(prefix="kit-logprobs-") as folder:
-            asked, file = Path(folder) / "top.npy", Path(folder) / "logprobs.npz"
             if top_ids is not None:
-                np.save(asked, top_ids)
-            self._ask("evaluate", ids=list(map(int, ids)), where=where, file=str(file),
-                      top="" if top_ids is None else str(asked))
-            with np.load(file) as arrays:
+                np.save(f"{folder}/top_ids.npy", top_ids)
+            self._ask("evaluate", ids=list(map(int, ids)), places=places, folder=folder)
+            with np.load(f"{folder}/logprobs.npz") as arrays:
                 return dict(arrays)
 
     def metadata(self) -> dict[str, str]:
         """The GGUF's key-value pairs, arrays left out, every value as text."""
         return self._ask("metadata")
 
-    def ends(self) -> dict[str, Any]:
-        """`eos` and `eot` (token ids, -1 for none), and `add_bos`: whether a BOS is put before every prompt."""
-        return self._ask("ends")
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts a BOS before every prompt."""
+        return self._ask("adds_bos")
 
     def _ask(self, method: str, **arguments: Any) -> Any:
         return self._receive(self._send(method, **arguments))["result"]
 
     def _send(self, method: str, **arguments: Any) -> int:
         pipe = self._running().stdin
-        assert pipe is not None
         self._number += 1
-        self._said_before = os.fstat(self._stderr.fileno()).st_size
+        self._stderr_before = os.fstat(self._stderr.fileno()).st_size
         line = json.dumps({"id": self._number, "method": method, "arguments": arguments})
-        try:
+        with suppress(OSError):  # the child is gone: _receive says how it ended
             pipe.write(line + "\n")
             pipe.flush()
-        except OSError:  # the child is gone: _receive says how it ended
-            pass
         return self._number
 
     def _receive(self, number: int) -> dict[str, Any]:
@@ -204,8 +187,7 @@ class LlamaChild:
                 raise self._failed(f"no answer within {self.seconds:g} seconds",
                                    "allow more seconds, a smaller n_ctx, or a smaller quantisation") from None
             if line is None:
-                ended = how_it_ended(self._running().wait())
-                raise self._failed(f"llama.cpp died ({ended})",
+                raise self._failed(f"llama.cpp died ({how_it_ended(self._running().wait())})",
                                    "the file or its tokenizer is broken: run the export again")
             reply = json.loads(line)
             if reply["id"] != number:  # left over from a stream that the caller broke off
@@ -217,12 +199,12 @@ class LlamaChild:
 
     def _failed(self, cause: str, hint: str) -> GateError:
         """The error to raise, with llama.cpp's own last words; the child is ended."""
-        self._stderr.seek(self._said_before)
-        said = last_trouble(self._stderr.read().decode("utf-8", "replace"))
+        self._stderr.seek(self._stderr_before)
+        trouble = last_trouble(self._stderr.read().decode("utf-8", "replace"))
         self.close()
-        return GateError(f"{self.gguf.name}: {cause}" + (f"; llama.cpp said: {said}" if said else ""), hint)
+        return GateError(f"{self.gguf.name}: {cause}" + (f"; llama.cpp said: {trouble}" if trouble else ""), hint)
 
-    def _running(self) -> subprocess.Popen[str]:
+    def _running(self) -> Any:
         if self._process is None:
             raise KitError("the llama.cpp child is not running", "use LlamaChild in a `with` block")
         return self._process
@@ -230,9 +212,7 @@ class LlamaChild:
     def _listen(self, pipe: IO[str]) -> None:
         """Pass the child's lines on, then None when it has ended (a thread, so that waiting can time out)."""
         lines = self._lines
-        try:
+        with suppress(OSError, ValueError):  # closed by `close`
             for line in pipe:
                 lines.put(line)
-        except (OSError, ValueError):  # closed by `close`
-            pass
         lines.put(None)

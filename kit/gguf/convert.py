@@ -1,4 +1,4 @@
-"""GGUF files: converted by llama.cpp's own converter, quantised, checked, and made to answer in a child process."""
+"""GGUF files: converted by llama.cpp's own converter, quantised and checked, each step in a child process."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LOSSLESS: dict[str, str] = {"BF16": "bf16", "F16": "f16", "F32": "f16"}
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raise KitError if the disk of `folder` (which need not exist yet) has less than `needed_bytes` free."""
-    there = existing(Path(folder))
-    free = shutil.disk_usage(there).free
+    folder = existing(Path(folder))
+    free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise KitError(f"too little disk for the export: {needed_bytes / 1e9:.2f} GB needed, "
-                       f"{free / 1e9:.2f} GB free at {there}",
+                       f"{free / 1e9:.2f} GB free at {folder}",
                        "free some room, ask for fewer or smaller quantisations, or put the run on another disk")
 
 
@@ -46,38 +46,39 @@ def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: 
     leaves an earlier export of that name as it was, and no partial file.
     """
     check_quantizations(quantizations)
-    names = list(dict.fromkeys(quantizations))
     merged, folder = Path(merged), Path(folder)
-    if not names:
+    files = {quantization: folder / f"{name}-{quantization}.gguf" for quantization in quantizations}
+    if not files:
         return []
     parameters, dtype = merged_weights(merged)
-    best: str = LOSSLESS.get(dtype, "f16")
+    best = LOSSLESS.get(dtype, "f16")
     # bf16 weights survive f16 (3 bits more, overflow only above 65504), but f16 weights do not survive bf16.
-    source_type = best if best in names or "f16" not in names else "f16"
-    smaller = [quant for quant in names if quant not in ("f16", "bf16")]
-    check_disk(folder, needed_bytes(parameters, [*names, source_type] if smaller else names))
+    source_type = best if best in files or "f16" not in files else "f16"
+    converted = [quantization for quantization in files if quantization in ("f16", "bf16")]
+    quantised = [quantization for quantization in files if quantization not in converted]
+    check_disk(folder, needed_bytes(parameters, [*files, source_type] if quantised else list(files)))
     folder.mkdir(parents=True, exist_ok=True)
 
-    made = {quant: folder / f"{name}-{quant}.gguf" for quant in names}
     temporary = folder / f"{name}-{source_type}.source.partial"
     try:
-        for quant in (q for q in names if q not in smaller):
-            with _whole(made[quant]) as partial:
-                _convert(merged, partial, quant, name, about)
-        source = made.get(source_type, temporary)
-        if smaller and source is temporary:
+        for quantization in converted:
+            with _checked(files[quantization]) as partial:
+                _convert(merged, partial, quantization, name, about)
+        source = files.get(source_type, temporary)
+        if quantised and source is temporary:
             _convert(merged, temporary, source_type, name, about)
-        for quant in smaller:
-            with _whole(made[quant]) as partial:
-                _run(child_command("quantize", str(source), str(partial), str(QUANTIZATIONS[quant].file_type)),
-                     f"making {made[quant].name}")
+        for quantization in quantised:
+            with _checked(files[quantization]) as partial:
+                file_type = str(QUANTIZATIONS[quantization].file_type)
+                _run(child_command("quantize", str(source), str(partial), file_type),
+                     f"making {files[quantization].name}")
     finally:
         temporary.unlink(missing_ok=True)
-    return [made[quant] for quant in names]
+    return list(files.values())
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def _checked(path: Path) -> Iterator[Path]:
     """`whole_file`, checked before it takes its name; its size and seconds are printed."""
     start = time.monotonic()
     with whole_file(path) as partial:
@@ -112,12 +113,10 @@ def _convert(merged: Path, target: Path, file_type: str, name: str, about: str) 
 
 def _run(command: list[str], what: str) -> None:
     """Run a child to its end; its last error line becomes the GateError's reason. Ctrl-C ends it too."""
-    with tempfile.TemporaryFile() as log:
-        # HF_HUB_OFFLINE: an export reads the merged folder and nothing else.
-        done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=log,
-                              stderr=subprocess.STDOUT, env={**child_environment(), "HF_HUB_OFFLINE": "1"})
-        log.seek(0)
-        said = log.read().decode("utf-8", "replace")
+    # HF_HUB_OFFLINE: an export reads the merged folder and nothing else.
+    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+                          env={**child_environment(), "HF_HUB_OFFLINE": "1"})
     if done.returncode:
-        raise GateError(f"{what} failed ({how_it_ended(done.returncode)}): {last_trouble(said)}",
+        raise GateError(f"{what} failed ({how_it_ended(done.returncode)}): {last_trouble(done.stdout)}",
                         "mend the cause and export again; nothing has to be trained again")

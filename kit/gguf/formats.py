@@ -55,10 +55,10 @@ def check_quantizations(names: Sequence[str]) -> None:
 def needed_bytes(parameters: int, names: Sequence[str]) -> int:
     """Disk room in bytes for these GGUFs of a model with `parameters` weights, a temporary 16-bit file included."""
     check_quantizations(names)
-    made = list(dict.fromkeys(names))
-    if made and not {"f16", "bf16"} & set(made):
-        made.append("bf16")
-    return sum(file_bytes(parameters, name) for name in made)
+    files = set(names)
+    if files and not {"f16", "bf16"} & files:
+        files.add("bf16")
+    return sum(file_bytes(parameters, name) for name in files)
 
 
 def file_bytes(parameters: int, name: str) -> int:

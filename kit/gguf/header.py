@@ -20,9 +20,7 @@ from kit.common.errors import KitError
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 CONTROL = 3  # tokenizer.ggml.token_type of a special token
-# ggml tensor type: (weights per block, bytes per block).
-BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
-          11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 30: (1, 2)}
+UINT64 = struct.Struct("<Q")
 
 
 class Tensor(NamedTuple):
@@ -44,11 +42,13 @@ class Header(NamedTuple):
 
     @property
     def expected_bytes(self) -> int:
-        """The file's size as its header has it; a tensor of a type unknown here counts as empty."""
+        """The file's size as its header has it; a tensor of a type that the package gguf does not know is empty."""
+        from gguf.constants import GGML_QUANT_SIZES  # here, as it takes 0.2 s and most readers need no size
+
         ends = [0]
         for tensor in self.tensors:
-            weights, block = BLOCKS.get(tensor.kind, (1, 0))
-            ends.append(tensor.offset + math.prod(tensor.shape) // weights * block)
+            weights, block_bytes = GGML_QUANT_SIZES.get(tensor.kind, (1, 0))
+            ends.append(tensor.offset + math.prod(tensor.shape) // weights * block_bytes)
         return self.start + max(ends)
 
 
@@ -73,11 +73,13 @@ def read_header(path: Path) -> Header:
     except (struct.error, EOFError):
         raise KitError(f"{path} is cut short: its {path.stat().st_size} bytes end inside the header",
                        "copy it again or run the export again") from None
-    except UnicodeDecodeError:
-        raise KitError(f"{path}: a text in its header is not UTF-8", "the file is damaged: export it again") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise KitError(f"{path}: a value in its header can't be read", "the file is damaged: export it again") from None
 
 
 class _Reader:
+    """No length that the file gives is believed: more than the file holds raises EOFError, and takes no memory."""
+
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
         self.size = os.fstat(file.fileno()).st_size
@@ -95,8 +97,7 @@ class _Reader:
         tensors = []
         for _ in range(tensor_count):
             name = self._string()
-            (dimensions,) = self._unpack("I")
-            shape = self._unpack(f"{self._count(dimensions)}Q")
+            shape = self._unpack("{}Q".format(*self._unpack("I")))
             tensors.append(Tensor(name, shape, *self._unpack("IQ")))
         end = self.file.tell()
         alignment = fields.get("general.alignment") or 32
@@ -107,37 +108,21 @@ class _Reader:
             return self._string()
         if kind == ARRAY:
             item, count = self._unpack("IQ")
-            self._count(count)
             if item in SCALARS:
                 return list(self._unpack(f"{count}{SCALARS[item]}"))
-            if item == STRING:
-                return self._strings(count)
             return [self._value(item) for _ in range(count)]
         if kind not in SCALARS:
             raise KitError(f"{self.path}: value type {kind} is no GGUF type", "the file is damaged: export it again")
         return self._unpack(SCALARS[kind])[0]
 
-    def _strings(self, count: int) -> list[str]:
-        """A vocabulary has 150,000: no call and no question about the file for each."""
-        read, length_of = self.file.read, struct.Struct("<Q").unpack
-        texts = []
-        for _ in range(count):
-            (length,) = length_of(read(8))
-            text = read(min(length, self.size))
-            if len(text) < length:
-                raise EOFError
-            texts.append(text.decode("utf-8"))
-        return texts
-
     def _string(self) -> str:
-        (length,) = self._unpack("Q")
-        return self.file.read(self._count(length)).decode("utf-8")
+        return self._take(*UINT64.unpack(self.file.read(8))).decode("utf-8")  # short, as a vocabulary has 150,000
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
-        return struct.unpack("<" + layout, self.file.read(struct.calcsize("<" + layout)))
+        return struct.unpack("<" + layout, self._take(struct.calcsize("<" + layout)))
 
-    def _count(self, count: int) -> int:
-        """A length as the file gives it; EOFError when not even single bytes of that number are left."""
-        if count > self.size - self.file.tell():
+    def _take(self, count: int) -> bytes:
+        data = self.file.read(min(count, self.size))
+        if len(data) < count:
             raise EOFError
-        return count
+        return data

@@ -23,9 +23,10 @@ import tempfile
 import time
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import TextIO
+from typing import Any, TextIO
 
 from kit.common.errors import KitError
+from kit.common.files import whole_folder
 from kit.common.paths import PROJECT, cache_dir
 
 PACKAGE = "llama-cpp-python"
@@ -36,6 +37,9 @@ KEPT = (CONVERTER, "conversion", "gguf-py", "models", "LICENSE")
 # package's CMakeLists switches on by a cache entry that only a plain variable (SLIM_CMAKE) can overrule.
 CMAKE_DEFAULTS = "-DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_ALL_WARNINGS=OFF"
 SLIM_CMAKE = "set(LLAMA_BUILD_COMMON OFF)\n"
+PIP = (sys.executable, "-m", "pip")
+PIPED: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8",
+                         "errors": "replace"}
 SETUP = f"{Path(sys.executable).name} -m kit.gguf.setup"
 
 
@@ -54,21 +58,18 @@ def converter_dir() -> Path:
 
     Raises KitError when `LLAMA_CPP_DIR` holds no converter, or nothing has been set up yet.
     """
-    own = os.environ.get("LLAMA_CPP_DIR")
-    if own:
+    if own := os.environ.get("LLAMA_CPP_DIR"):
         folder = Path(own).expanduser().resolve()
         if not (folder / CONVERTER).is_file():
-            raise KitError(
-                f"LLAMA_CPP_DIR is {own}, which holds no {CONVERTER}",
-                "set it to the top folder of a llama.cpp checkout, or unset it to use the matching one",
-            )
+            raise KitError(f"LLAMA_CPP_DIR is {own}, which holds no {CONVERTER}",
+                           "set it to the top folder of a llama.cpp checkout, or unset it to use the matching one")
         return folder
     version = installed_version()
     if version is None:
         raise KitError(f"{PACKAGE} is not installed, so there is no GGUF converter", SETUP)
     folder = _converter_folder(version)
     if not (folder / CONVERTER).is_file():
-        raise KitError(f"no GGUF converter for {PACKAGE} {version}: {folder} is not there", SETUP)
+        raise KitError(f"no GGUF converter for {PACKAGE} {version}: {folder} is missing", SETUP)
     return folder
 
 
@@ -84,10 +85,10 @@ def pinned_version() -> str:
     """The llama-cpp-python version that constraints.txt names."""
     file = PROJECT / "constraints.txt"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    found = re.search(rf"^{PACKAGE}==(\S+)", text, re.MULTILINE)
-    if not found:
+    pin = re.search(rf"^{PACKAGE}==(\S+)", text, re.MULTILINE)
+    if not pin:
         raise KitError(f"{file} names no {PACKAGE} version", f"add a line like {PACKAGE}==0.3.36")
-    return found[1]
+    return pin[1]
 
 
 def _converter_folder(version: str) -> Path:
@@ -102,15 +103,18 @@ def _set_up(version: str) -> None:
         return
     wheels = cache_dir() / "wheels" / f"{PACKAGE}-{version}-{machine_key()}"
     wheel = next(wheels.glob("*.whl"), None)
+    needs_wheel = needs_runtime and wheel is None
     cache_dir().mkdir(parents=True, exist_ok=True)
-    # The wheel is moved to its place only when whole, so an interrupted run leaves nothing that counts.
     with tempfile.TemporaryDirectory(dir=cache_dir(), suffix=".partial") as scratch:
-        if not has_converter or (needs_runtime and wheel is None):
+        if needs_wheel or not has_converter:
             archive = _download(version, Path(scratch))
-            if not has_converter:
-                take_converter(archive, _converter_folder(version))
-            if needs_runtime and wheel is None:
-                wheel = _keep(_compile(archive, Path(scratch)), wheels)
+        if not has_converter:
+            take_converter(archive, _converter_folder(version))
+        if needs_wheel:
+            compiled = _compile(archive, Path(scratch))
+            wheels.mkdir(parents=True, exist_ok=True)
+            # Moved to its place when whole, so that an interrupted build leaves nothing that counts.
+            wheel = compiled.replace(wheels / compiled.name)
     if needs_runtime and wheel is not None:
         _install(wheel)
 
@@ -135,10 +139,8 @@ def _download(version: str, into: Path) -> Path:
     done = _pip("download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d", str(into))
     archive = next(into.glob("*.tar.gz"), None)
     if done.returncode or archive is None:
-        raise KitError(
-            f"pip could not download {PACKAGE} {version}:\n{_tail(done.stdout)}",
-            f"check the network and pip's index, then run {SETUP} again",
-        )
+        raise KitError(f"pip could not download {PACKAGE} {version}:\n{_tail(done.stdout)}",
+                       f"check the network and pip's index, then run {SETUP} again")
     return archive
 
 
@@ -148,61 +150,44 @@ def take_converter(archive: Path, folder: Path) -> None:
     Raises KitError when the archive is torn, holds no converter, or names a path outside the folder.
     """
     print(f"llama.cpp: unpacking the converter to {folder}", flush=True)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                parts = PurePosixPath(member.name).parts  # <package>-<version>/vendor/llama.cpp/...
-                kept = parts[1:3] == ("vendor", "llama.cpp") and parts[3:] and parts[3] in KEPT
-                if not kept or not member.isfile():
-                    continue
-                if ".." in parts:
-                    raise tarfile.TarError(f"it names a path outside its folder: {member.name}")
-                target = partial.joinpath(*parts[3:])
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with tar.extractfile(member) as source, target.open("wb") as copy:  # type: ignore[union-attr]
-                    shutil.copyfileobj(source, copy)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise KitError(f"{archive.name} could not be unpacked: {error}", f"run {SETUP} again") from error
-    if not (partial / CONVERTER).is_file():
-        shutil.rmtree(partial, ignore_errors=True)
-        raise KitError(f"{archive.name} holds no vendor/llama.cpp/{CONVERTER}", SETUP)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        try:
+            with tarfile.open(archive) as tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    parts = PurePosixPath(member.name).parts  # <package>-<version>/vendor/llama.cpp/...
+                    if parts[1:3] != ("vendor", "llama.cpp") or not set(parts[3:4]) & set(KEPT):
+                        continue
+                    if ".." in parts:
+                        raise tarfile.TarError(f"it names a path outside its folder: {member.name}")
+                    target = partial.joinpath(*parts[3:])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with tar.extractfile(member) as source, target.open("wb") as copy:  # type: ignore[union-attr]
+                        shutil.copyfileobj(source, copy)
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise KitError(f"{archive.name} could not be unpacked: {error}", f"run {SETUP} again") from error
+        if not (partial / CONVERTER).is_file():
+            raise KitError(f"{archive.name} holds no vendor/llama.cpp/{CONVERTER}", SETUP)
 
 
 def _compile(archive: Path, scratch: Path) -> Path:
     """Build the wheel with pip, one line of progress while it compiles; the log stays in the cache folder."""
-    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
-    if sys.platform != "win32" and not any(shutil.which(name) for name in compilers if name):
-        raise KitError(
-            f"no C++ compiler found (looked for {', '.join(filter(None, compilers))}); llama.cpp is C++",
-            "Debian or Ubuntu: sudo apt-get install g++ · Fedora: sudo dnf install gcc-c++ · "
-            "macOS: xcode-select --install",
-        )
+    compilers = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
+    if sys.platform != "win32" and not any(map(shutil.which, compilers)):
+        raise KitError(f"no C++ compiler found (looked for {', '.join(compilers)}); llama.cpp is C++",
+                       "Debian or Ubuntu: sudo apt-get install g++ · Fedora: sudo dnf install gcc-c++ · "
+                       "macOS: xcode-select --install")
     slim = scratch / "slim.cmake"
     slim.write_text(SLIM_CMAKE)
     # The user's own flags come last, so they win.
-    flags = [CMAKE_DEFAULTS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(slim.as_posix())}"]
-    environment = {
-        "CMAKE_BUILD_PARALLEL_LEVEL": str(min(os.cpu_count() or 1, 16)),  # each compiler takes up to 1 GB
-        **os.environ,
-        "CMAKE_ARGS": " ".join([*flags, os.environ.get("CMAKE_ARGS", "")]),
-    }
+    flags = [CMAKE_DEFAULTS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(slim.as_posix())}",
+             os.environ.get("CMAKE_ARGS", "")]
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(min(os.cpu_count() or 1, 16)),  # each compiler takes up to 1 GB
+                   **os.environ, "CMAKE_ARGS": " ".join(flags)}
     print(f"llama.cpp: compiling {PACKAGE} for this CPU, once (2 to 4 minutes on two cores)", flush=True)
     # pip's own cache is left out: it knows nothing of the CPU a wheel was compiled for.
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir"]
+    command = [*PIP, "wheel", "-v", "--no-deps", "--no-cache-dir", "-w", str(scratch), str(archive)]
     log = cache_dir() / "llama-cpp-build.log"
-    with (
-        log.open("w", encoding="utf-8") as record,
-        subprocess.Popen(
-            [*command, "-w", str(scratch), str(archive)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            encoding="utf-8", errors="replace",
-        ) as build,
-    ):  # fmt: skip
+    with log.open("w", encoding="utf-8") as record, subprocess.Popen(command, env=environment, **PIPED) as build:
         try:
             _show_progress(build, record)
         except BaseException:
@@ -210,32 +195,23 @@ def _compile(archive: Path, scratch: Path) -> Path:
             raise
     wheel = next(scratch.glob("*.whl"), None)
     if build.returncode or wheel is None:
-        raise KitError(
-            f"{PACKAGE} did not compile; the end of {log}:\n{_tail(log.read_text('utf-8'))}",
-            f"mend what it names there, then run {SETUP} again",
-        )
+        raise KitError(f"{PACKAGE} did not compile; the end of {log}:\n{_tail(log.read_text('utf-8'))}",
+                       f"mend what it names there, then run {SETUP} again")
     return wheel
 
 
 def _show_progress(build: subprocess.Popen[str], record: TextIO) -> None:
     """Copy pip's output to the log; on a terminal one moving line, else a line every 20 seconds."""
     start = shown = time.monotonic()
+    in_terminal = sys.stdout.isatty()
     for line in build.stdout or ():
         record.write(line)
         step = re.match(r"\s*\[\s*(\d+/\d+|\d+%)\]", line)  # ninja counts files, make gives per cent
         now = time.monotonic()
-        if step and (sys.stdout.isatty() or now - shown > 20):
+        if step and (in_terminal or now - shown > 20):
             shown = now
-            end = "\r" if sys.stdout.isatty() else "\n"
-            print(f"llama.cpp:   [{step[1]}] {now - start:.0f} s ", end=end, flush=True)
+            print(f"llama.cpp:   [{step[1]}] {now - start:.0f} s ", end="\r" if in_terminal else "\n", flush=True)
     print(f"llama.cpp:   compiled in {time.monotonic() - start:.0f} s ", flush=True)
-
-
-def _keep(wheel: Path, wheels: Path) -> Path:
-    wheels.mkdir(parents=True, exist_ok=True)
-    kept = wheels / wheel.name
-    os.replace(wheel, kept)
-    return kept
 
 
 def _install(wheel: Path) -> None:
@@ -243,25 +219,17 @@ def _install(wheel: Path) -> None:
     print(f"llama.cpp: installing {wheel.name}", flush=True)
     done = _pip("install", "--no-deps", "--no-index", str(wheel))
     if done.returncode:
-        raise KitError(
-            f"pip could not install {wheel}:\n{_tail(done.stdout)}",
-            f"delete that file, then run {SETUP} again",
-        )
-    check = [sys.executable, "-c", "import llama_cpp; llama_cpp.llama_backend_init()"]
-    loaded = subprocess.run(check, capture_output=True, encoding="utf-8", errors="replace")
+        raise KitError(f"pip could not install {wheel}:\n{_tail(done.stdout)}",
+                       f"delete that file, then run {SETUP} again")
+    loaded = subprocess.run([sys.executable, "-c", "import llama_cpp; llama_cpp.llama_backend_init()"], **PIPED)
     if loaded.returncode:
         wheel.unlink()
-        raise KitError(
-            f"{wheel.name} does not load here (exit code {loaded.returncode}):\n{_tail(loaded.stderr)}",
-            f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP} compiles it again",
-        )
+        raise KitError(f"{wheel.name} does not load here (exit code {loaded.returncode}):\n{_tail(loaded.stdout)}",
+                       f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP} compiles it again")
 
 
 def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pip", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
-    )  # fmt: skip
+    return subprocess.run([*PIP, *arguments], **PIPED)
 
 
 def _tail(text: str, lines: int = 12) -> str:

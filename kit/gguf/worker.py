@@ -7,24 +7,24 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter, chat_formatter_to_chat_completion_handler
 
 from kit.gguf.child import Message
 
-if TYPE_CHECKING:
-    pass
 
 class Worker:
-    """The child's side: one loaded model; each public method answers one kind of request."""
+    """One loaded model; each public method answers one kind of request, as LlamaChild's of that name describes it."""
 
     def load(self, gguf: str, n_ctx: int, logits: bool, template_kwargs: dict[str, Any]) -> bool:
-        from llama_cpp import Llama
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter, chat_formatter_to_chat_completion_handler
-
         # llama-cpp-python takes half the cores; more than eight gain little for models of this size.
         threads = min(os.cpu_count() or 1, 8)
-        self.llama: Any = Llama(model_path=gguf, n_ctx=n_ctx, logits_all=logits, n_threads=threads,
-                           n_threads_batch=threads, verbose=True)
+        self.llama: Any = llama_cpp.Llama(model_path=gguf, n_ctx=n_ctx, logits_all=logits, n_threads=threads,
+                                          n_threads_batch=threads, verbose=True)
         # Llama(...) swaps a template it recognises for a built-in one and takes no template variables. So the
         # formatter is made here, from the GGUF's own text, with the arguments Llama(...) itself would use.
         template = self.llama.metadata.get("tokenizer.chat_template")
@@ -56,30 +56,28 @@ class Worker:
             reason = choice["finish_reason"] or reason
         yield {"finish_reason": reason}
 
-    def evaluate(self, ids: list[int], where: list[int], file: str, top: str) -> bool:
-        import numpy as np
-
+    def evaluate(self, ids: list[int], places: list[int], folder: str) -> bool:
+        """Write logprobs.npz: `all` after each of the places, or with a top_ids.npy there `top`, `best` and `next`."""
         if len(ids) > self.llama.n_ctx():
             raise ValueError(f"{len(ids)} tokens exceed the context window of {self.llama.n_ctx()}")
         self.llama.reset()
         self.llama.eval(ids)
-        scores = self.llama.scores[where]
+        scores = self.llama.scores[places]
         scores = scores - scores.max(axis=-1, keepdims=True)
         logprobs = (scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))).astype(np.float32)
-        if not top:
-            np.savez(file, all=logprobs)
-            return True
-        following = np.array([ids[place + 1] for place in where])
-        np.savez(file, top=np.take_along_axis(logprobs, np.load(top), -1), best=logprobs.argmax(-1),
-                 next=logprobs[np.arange(len(where)), following])
+        arrays = {"all": logprobs}
+        if (wanted := Path(folder, "top_ids.npy")).is_file():
+            following = [ids[place + 1] for place in places]
+            arrays = {"top": np.take_along_axis(logprobs, np.load(wanted), -1), "best": logprobs.argmax(-1),
+                      "next": logprobs[np.arange(len(places)), following]}
+        np.savez(f"{folder}/logprobs.npz", **arrays)
         return True
 
     def metadata(self) -> dict[str, str]:
         return self.llama.metadata
 
-    def ends(self) -> dict[str, Any]:
-        model = self.llama._model
-        return {"eos": model.token_eos(), "eot": model.token_eot(), "add_bos": bool(model.add_bos_token())}
+    def adds_bos(self) -> bool:
+        return bool(self.llama._model.add_bos_token())
 
     def _token(self, token: int) -> str:
         return self.llama._model.token_get_text(token) if token != -1 else ""
@@ -100,18 +98,15 @@ def serve() -> None:
         request = json.loads(line)
         try:
             result = getattr(worker, request["method"])(**request["arguments"])
-            parts = result if isinstance(result, Iterator) else [{"result": result}]
-            for part in parts:
+            for part in result if isinstance(result, Iterator) else [{"result": result}]:
                 print(json.dumps({"id": request["id"], **part}), file=replies, flush=True)
         except Exception as error:
-            cause = f"{type(error).__name__}: {error}"
-            print(json.dumps({"id": request["id"], "error": cause}), file=replies, flush=True)
+            reply = {"id": request["id"], "error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(reply), file=replies, flush=True)
 
 
 def quantize(source: str, target: str, file_type: str) -> None:
     """Make the GGUF `target` of llama.cpp's numeric `file_type` (llama_ftype) from the 16-bit GGUF `source`."""
-    import llama_cpp
-
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = int(file_type)
     code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)
@@ -119,7 +114,4 @@ def quantize(source: str, target: str, file_type: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve()
-    else:
-        quantize(*sys.argv[2:])
+    serve() if sys.argv[1] == "serve" else quantize(*sys.argv[2:])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kit.common.errors import KitError
-from kit.common.files import write_json
+from kit.common.files import read_json, timestamp, write_json
 
 MADE = ("recipe.yaml", "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "data.html", "adapter", "merged",
         "merged-4bit", "gguf", "figures", "checkpoints", "gathered", "reference.safetensors", "verify.json",
@@ -23,8 +24,8 @@ def check_free(folder: Path) -> None:
     status = result.get("status")
     if status == "finished":
         raise KitError(f"{folder} holds a finished run", "give another run_name, or --overwrite to replace it")
-    if status == "running" and result.get("pid") != os.getpid():  # a notebook may begin again in its own kernel
-        raise KitError(f"{folder} is in use by a run at work (process {result.get('pid')})",
+    if status == "running" and result["pid"] != os.getpid():  # a notebook may begin again in its own kernel
+        raise KitError(f"{folder} is in use by a run at work (process {result['pid']})",
                        "wait for it, or give another run_name")
     if folder.is_dir() and not status:
         others = sorted(p.name for p in folder.iterdir() if p.name not in MADE)
@@ -45,15 +46,18 @@ def clear(folder: Path, checkpoints: Path, keep: tuple[str, ...] = ()) -> None:
             path.unlink(missing_ok=True)
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """{path in the folder: bytes} of every file in it."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     """result.json, with `stopped` for a run whose process is gone; {} when there is none."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if result.get("status") == "running" and result.get("pid") != os.getpid() and not _alive(result.get("pid")):
+    result = read_json(folder / "result.json")
+    if result.get("status") == "running" and not _alive(result.get("pid")):
         result.update(status="stopped", reason="the process was killed")
-    return dict(result)
+    return result
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -69,24 +73,15 @@ def close_dead(folder: Path, reason: str) -> dict[str, Any]:
     """After a run's process ended: its result, marked as stopped if it never got to mark itself."""
     result = read_result(folder)
     if result.get("status") in ("running", "stopped"):
-        result.update(status="stopped", reason=result.get("reason") or reason, finished=_now())
+        result.update(status="stopped", reason=result.get("reason") or reason, finished=timestamp())
         write_json(folder / "result.json", result)
     return result
 
 
 def _alive(pid: Any) -> bool:
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, TypeError, ValueError):
         return False
-    except PermissionError:
-        return True
-    # A zombie still answers signal 0.
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, IndexError):
-        return True
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

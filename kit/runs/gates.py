@@ -50,8 +50,7 @@ class Gates:
         except KitError as error:
             self.check(name, False, "failed", detail=error.message, hint=error.hint)
         except Exception as error:  # whatever torch, transformers or a parser says of a damaged file
-            told = one_line(error)
-            self.check(name, False, "failed", detail=f"{type(error).__name__}: {told}", hint=DAMAGED)
+            self.check(name, False, "failed", detail=f"{type(error).__name__}: {one_line(error)}", hint=DAMAGED)
 
     @property
     def passed(self) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from kit.common.files import _hashes, sha256, write_json
+from kit.common.files import hashes_of, sha256, write_json
 from kit.common.secrets import secret
 from kit.gguf.header import Header
 from kit.runs.folder import read_manifest
@@ -17,7 +16,6 @@ from kit.runs.run import Run
 
 # What is shipped, and its witness.
 SEALED = ("recipe.yaml", "reference.safetensors", "adapter", "merged", "merged-4bit", "gguf")
-SHORT = 12  # hex digits of a hash that a GGUF's metadata carries
 # Texts of a run that people pass on; weights and tokenizers hold no text of the user's.
 TEXTS = ("*.yaml", "*.json", "*.jsonl", "*.ipynb", "*.html", "*.md", "*.txt", "*.jinja", "Modelfile")
 NOT_TEXT = {"tokenizer.json", "vocab.json"}
@@ -26,25 +24,25 @@ TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MODEL
 
 def seal(run: Run) -> dict[str, str]:
     """Write the sha256 of every artefact into manifest.json; returns {path in the run folder: hex digest}."""
-    manifest = read_manifest(run.folder)
-    manifest["artefacts"] = artefacts(run)
+    manifest = {**read_manifest(run.folder), "artefacts": artefacts(run)}
     write_json(run.folder / "manifest.json", manifest)
     return dict(manifest["artefacts"])
 
 
 def artefacts(run: Run) -> dict[str, str]:
     """{path in the run folder: sha256} of what SEALED names."""
-    paths = [path for name in SEALED for path in _files(run.folder / name)]
-    return _hashes(run.folder, paths, "hashing")
+    places = [run.folder / name for name in SEALED]
+    return hashes_of(run.folder, [path for place in places for path in sorted([place, *place.rglob("*")])
+                                  if path.is_file()])
 
 
 def about(run: Run) -> str:
     """What a GGUF's general.description says: the run's name and short hashes of what it was made from."""
     manifest = read_manifest(run.folder)
-    adapter = run.adapter if run.adapter.is_dir() else run.merged
-    weights = {path.name: sha256(path) for path in sorted(adapter.glob("*.safetensors"))}
+    trained, folder = ("adapter", run.adapter) if run.adapter.is_dir() else ("weights", run.merged)
     parts = {"base": manifest.get("base_sha256"), "data": manifest.get("data_sha256") or manifest.get("dataset"),
-             "template": manifest.get("template_sha256"), "adapter" if run.adapter.is_dir() else "weights": weights}
+             "template": manifest.get("template_sha256"),
+             trained: {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}}
     return f"{run.recipe.run_name}: " + ", ".join(f"{name} {_digest(part)}" for name, part in parts.items())
 
 
@@ -54,51 +52,45 @@ def check_hashes(gates: Gates, run: Run) -> bool:
     if not sealed:
         return gates.check("sha256", False, "no hashes", "those written when the run ended",
                            "manifest.json holds no artefacts: the run did not come to its end", "run the recipe again")
-    found = artefacts(run)
-    changed = [name for name in sealed if name in found and found[name] != sealed[name]]
-    told = [(changed, "changed since the run"), ([name for name in sealed if name not in found], "gone"),
-            ([name for name in found if name not in sealed], "not made by the run")]
-    cause = "; ".join(f"{name} is {what}" for names, what in told for name in names[:3])
-    return gates.check("sha256", not cause, f"{len(found)} files", "as when the run ended", cause,
+    present = artefacts(run)
+    problems = {"changed since the run": [name for name in sealed if present.get(name, sealed[name]) != sealed[name]],
+                "gone": [name for name in sealed if name not in present],
+                "not made by the run": [name for name in present if name not in sealed]}
+    cause = "; ".join(f"{name} is {what}" for what, names in problems.items() for name in names[:3])
+    return gates.check("sha256", not cause, f"{len(present)} files", "as when the run ended", cause,
                        "copy the run's files again, or export again")
 
 
 def check_origin(gates: Gates, name: str, header: Header, expected: str) -> bool:
     """Add `origin <name>`: the GGUF names the base, data, template and adapter of this run."""
-    said = str(header.fields.get("general.description", ""))
+    origin = str(header.fields.get("general.description", ""))
     cause = ""
-    if not said:
+    if not origin:
         cause = "its metadata (general.description) does not say what it was made from"
-    elif said != expected:
-        cause = f"it was made from {said!r}, this run is {expected!r}: it is another run's file"
-    return gates.check(f"origin {name}", not cause, said.rpartition(", ")[2] or "none", "this run's", cause,
+    elif origin != expected:
+        cause = f"it was made from {origin!r}, this run is {expected!r}: it is another run's file"
+    return gates.check(f"origin {name}", not cause, origin.rpartition(", ")[2] or "none", "this run's", cause,
                        "put back this run's own file, or export again")
 
 
 def check_secrets(gates: Gates, run: Run) -> bool:
     """Add `secrets`: no text of the run holds what looks like a token, or the value of one in the environment."""
-    found, count = [], 0
     values = {name: value for name in TOKEN_VARIABLES if len(value := os.environ.get(name, "")) >= 8}
-    paths = sorted({path for pattern in TEXTS for path in run.folder.rglob(pattern)} - {run.folder / "verify.json"})
-    for path in paths:
-        if path.name in NOT_TEXT or not path.is_file():
-            continue
-        count += 1
+    paths = {path for pattern in TEXTS for path in run.folder.rglob(pattern)
+             if path.is_file() and path.name not in NOT_TEXT and path != run.folder / "verify.json"}
+    leaks = []
+    for path in sorted(paths):
         text = path.read_text(encoding="utf-8", errors="replace")
-        told = next((f"the value of {name}" for name, value in values.items() if value in text), None) or \
+        kind = next((f"the value of {name}" for name, value in values.items() if value in text), None) or \
             secret(text, addresses=False)
-        if told:
-            found.append(f"{path.relative_to(run.folder)} holds {told}")
-    return gates.check("secrets", not found, f"{count} texts", "none", "; ".join(found[:3]),
+        if kind:
+            leaks.append(f"{path.relative_to(run.folder)} holds {kind}")
+    return gates.check("secrets", not leaks, f"{len(paths)} texts", "none", "; ".join(leaks[:3]),
                        "revoke that token now, remove it there, and run again with it in the environment only")
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-
-
 def _digest(part: Any) -> str:
-    """The short form of a hash, or of a JSON value's hash."""
-    text = part if isinstance(part, str) and len(part) == 64 else \
-        hashlib.sha256(json.dumps(part, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    return text[:SHORT]
+    """The 12 first hex digits of a hash, or of a JSON value's hash."""
+    if not (isinstance(part, str) and len(part) == 64):
+        part = hashlib.sha256(json.dumps(part, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return part[:12]

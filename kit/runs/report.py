@@ -19,13 +19,13 @@ import yaml
 from jinja2 import ChainableUndefined, Environment
 from markupsafe import Markup
 
-from kit.common.files import write_text
+from kit.common.files import read_json, write_text
 from kit.common.secrets import SECRETS
-from kit.common.show import scores, size
+from kit.common.show import duration, scores, size
 from kit.data.text_checks import CONTROL
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import read_result
-from kit.runs.gates import Gate, Gates
+from kit.runs.folder import file_sizes, read_result
+from kit.runs.gates import Gates
 from kit.runs.run import Run
 
 FIGURES = {"loss.png": "Loss of each optimiser step", "lengths.png": "Row lengths in tokens",
@@ -55,7 +55,7 @@ def write_report(run: Run) -> Path:
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=ChainableUndefined, finalize=_printed, trim_blocks=True,
                        lstrip_blocks=True)
-    page.filters.update(number=_number, share=_share, duration=_duration, when=_when, size=size)
+    page.filters.update(number=_number, share=_share, duration=_duration, when=_when, size=size, quoted=_quoted)
     path = run.folder / "report.html"
     write_text(path, page.from_string(source).render(_contents(run)))
     return path
@@ -63,18 +63,21 @@ def write_report(run: Run) -> Path:
 
 def _contents(run: Run) -> dict[str, Any]:
     """What the template shows. A part that the run never came to is empty."""
-    result, manifest = read_result(run.folder), _read_object(run.folder / "manifest.json")
+    result, manifest = read_result(run.folder), read_json(run.folder / "manifest.json")
     gates, doubt = _verification(run, result, manifest)
     recipe = _read_recipe(run)
     stages = result.get("scores") or {stage: result[f"score_{stage}"] for stage in ("before", "after")
                                       if result.get(f"score_{stage}")}
     return {
         "name": run.folder.resolve().name, "result": result, "manifest": manifest, "recipe": recipe,
-        "method": _method(recipe), "verdict": _verdict(run, result, gates, doubt),
+        "verdict": _verdict(run, result, gates, doubt),
         "gates": sorted(gates.gates, key=lambda gate: gate.passed is not False) if gates else [],
         "stages": stages, "scores": scores(**stages) if any(stages.values()) else None,
         "train": _training(run, result), "forecast": _forecast(result), "figures": _figures(run),
-        "files": _files(run, result, manifest), "differences": _differences(recipe), "uses": _uses(run),
+        "files": _files(run, result, manifest), "differences": _differences(recipe),
+        "run": run, "adapter": (run.adapter / "adapter_config.json").is_file(),
+        "merged": (run.merged / "config.json").is_file(), "modelfile": (run.gguf / "Modelfile").is_file(),
+        "gguf": any(run.gguf.glob("*.gguf")),
         "beside": [name for name in ("data.html", "notebook.ipynb") if (run.folder / name).is_file()]}
 
 
@@ -83,15 +86,15 @@ def _verification(run: Run, result: dict[str, Any], manifest: dict[str, Any]) ->
     path = run.folder / "verify.json"
     if not path.is_file():
         return None, ""
-    verify = _read_object(path)
+    verify = read_json(path)
     try:
-        gates = Gates("gates", [Gate(**gate) for gate in verify["gates"]])
+        gates = Gates.from_json("gates", verify["gates"])
     except (KeyError, TypeError):
         return None, "verify.json is damaged"
     if verify.get("passed") is not gates.passed or all(gate.passed is None for gate in gates.gates):
         return None, "verify.json contradicts itself, or no gate in it says pass or fail"
     checked, started = _moment(verify.get("checked")), _moment(result.get("started"))
-    if checked and started and checked < started:
+    if checked and started and checked.astimezone() < started.astimezone():
         return None, "verify.json is older than this run: what it checked is no longer here"
     if verify.get("artefacts") != manifest.get("artefacts"):
         return None, "verify.json is about other files than those the run holds now"
@@ -105,7 +108,7 @@ def _verdict(run: Run, result: dict[str, Any], gates: Gates | None, doubt: str) 
     if not status:
         return Verdict("error", "NO RESULT: the folder holds no readable result.json")
     if status == "running":
-        return Verdict("warning", f"RUNNING: at the stage {stage}", "This page shows what there was when it was made.")
+        return Verdict("warning", f"RUNNING: at the stage {stage}", "This page shows the run as it was when the page was written.")
     if status != "finished":
         return Verdict("error", f"{str(status).upper()}: the run ended at the stage {stage}", result.get("reason", ""))
     if gates is None:
@@ -128,23 +131,23 @@ def _training(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     last, losses = entries[-1], [entry["loss"] for entry in entries if "loss" in entry]
     tail = losses[-max(1, len(losses) // 10):]
     seconds, tokens = last.get("seconds"), last.get("tokens")
-    reached = {"steps": last.get("step"), "tokens": tokens, "train_seconds": seconds,
-               "tokens_per_second": tokens / seconds if tokens and seconds else None}
-    return {**reached, **result.get("train", {}), "first_loss": losses[0] if losses else None,
+    return {"steps": last.get("step"), "tokens": tokens, "train_seconds": seconds,
+            "tokens_per_second": tokens / seconds if tokens and seconds else None,
+            **result.get("train", {}), "first_loss": losses[0] if losses else None,
             "last_loss": sum(tail) / len(tail) if tail else None, "last_steps": len(tail)}
 
 
 def _forecast(result: dict[str, Any]) -> list[list[str]]:
     """[what, forecast, happened, happened / forecast]; a figure that was not forecast has no row."""
-    said, ratios = result.get("forecast") or {}, result.get("forecast_score") or {}
+    forecast, ratios = result.get("forecast") or {}, result.get("forecast_score") or {}
     happened = {**result.get("train", {}), "peak_memory_gb": result.get("peak_memory_gb")}
-    if said.get("disk_gb") and ratios.get("disk_gb"):
-        happened["disk_gb"] = said["disk_gb"] * ratios["disk_gb"]  # which files count, the score knows
-    return [[label, _of_kind(name, said[name]), _of_kind(name, happened.get(name)), _number(ratios.get(name), 2)]
-            for name, label in FORECAST.items() if said.get(name) is not None]
+    if forecast.get("disk_gb") and ratios.get("disk_gb"):
+        happened["disk_gb"] = forecast["disk_gb"] * ratios["disk_gb"]  # which files count, the score knows
+    return [[label, _with_unit(name, forecast[name]), _with_unit(name, happened.get(name)),
+             _number(ratios.get(name), 2)] for name, label in FORECAST.items() if forecast.get(name) is not None]
 
 
-def _of_kind(name: str, value: Any) -> str:
+def _with_unit(name: str, value: Any) -> str:
     """A forecast's figure with its unit, which its name tells."""
     if name.endswith("_seconds"):
         return _duration(value)
@@ -158,29 +161,10 @@ def _figures(run: Run) -> dict[str, tuple[str, Markup]]:
 
 
 def _files(run: Run, result: dict[str, Any], manifest: dict[str, Any]) -> list[tuple[str, int, str]]:
-    """(path in the run folder, bytes, sha256 or ''); of a run that did not finish, what lies there now."""
-    files = result.get("files") or {path.relative_to(run.folder).as_posix(): path.stat().st_size
-                                    for path in sorted(run.folder.rglob("*"))
-                                    if path.is_file() and path.name != "report.html"}
+    """(path in the run folder, bytes, sha256 or ''); of a run that did not finish, the files it has now."""
+    files = result.get("files") or {**file_sizes(run.folder), "report.html": 0}
     digests = manifest.get("artefacts") or {}
-    return [(name, count, digests.get(name, "")) for name, count in files.items()]
-
-
-def _uses(run: Run) -> list[tuple[str, str]]:
-    """(what for, command) for what the folder really holds."""
-    folder, uses = _quoted(run.folder), []
-    adapter = (run.adapter / "adapter_config.json").is_file()
-    merged = (run.merged / "config.json").is_file()
-    if adapter or merged or any(run.gguf.glob("*.gguf")):
-        uses.append(("Ask it", f'kit ask {folder} "your question"'))
-    if (run.gguf / "Modelfile").is_file():
-        name = _quoted(run.folder.resolve().name)
-        uses.append(("In Ollama", f"cd {_quoted(run.gguf)} && ollama create {name} -f Modelfile && ollama run {name}"))
-    if merged:
-        uses.append(("In vLLM", f"vllm serve {_quoted(run.merged)}"))
-    if adapter:
-        uses.append(("The adapter on its base model", f"kit ask {folder} --engine adapter"))
-    return uses
+    return [(name, count, digests.get(name, "")) for name, count in files.items() if count or name != "report.html"]
 
 
 def _differences(recipe: dict[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -195,16 +179,6 @@ def _differences(recipe: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _method(recipe: dict[str, Any]) -> str:
-    """What was trained, in a few words; '' without a recipe."""
-    if not recipe:
-        return ""
-    if recipe.get("full_finetuning"):
-        return "all weights"
-    base = next((f" on a {bits}-bit base" for bits in (4, 8) if recipe.get(f"load_in_{bits}bit")), "")
-    return f"LoRA r={recipe.get('r')}{base}"
-
-
 def _read_recipe(run: Run) -> dict[str, Any]:
     """The recipe's fields unchecked, so that a run of another version of the kit has a page too."""
     try:
@@ -212,15 +186,6 @@ def _read_recipe(run: Run) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return fields if isinstance(fields, dict) else {}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; {} when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _printed(value: Any) -> Any:
@@ -233,7 +198,7 @@ def _printed(value: Any) -> Any:
             text = f"{text[:begin.start()]}[{kind}]"  # the pattern finds its heading: the key follows
         elif kind != "e-mail address":
             text = pattern.sub(f"[{kind}]", text)
-    return UNSEEN.sub(lambda found: f"U+{ord(found[0]):04X}", text)
+    return UNSEEN.sub(lambda match: f"U+{ord(match[0]):04X}", text)
 
 
 def _number(value: Any, digits: int = 0) -> str:
@@ -245,27 +210,21 @@ def _share(value: Any) -> str:
 
 
 def _duration(seconds: Any) -> str:
-    """Seconds for people: 41.2 s, 4.5 min, 2.3 h."""
-    if not isinstance(seconds, (int, float)):
-        return "–"
-    count, unit = (seconds, "s") if seconds < 60 else (seconds / 60, "min") if seconds < 3600 else (seconds / 3600, "h")
-    return f"{count:.1f} {unit}"
+    return duration(seconds) if isinstance(seconds, (int, float)) else "–"
 
 
 def _moment(stamp: Any) -> datetime | None:
-    """A time in ISO 8601 with its zone (this machine's where it names none); None for anything else."""
+    """A time in ISO 8601; None for anything else."""
     try:
-        return datetime.fromisoformat(stamp).astimezone()
+        return datetime.fromisoformat(stamp)
     except (TypeError, ValueError):
         return None
 
 
 def _when(stamp: Any) -> str:
     """A time as it was written, without the seconds."""
-    try:
-        return f"{datetime.fromisoformat(stamp):%Y-%m-%d %H:%M %z}".strip()
-    except (TypeError, ValueError):
-        return str(stamp)
+    moment = _moment(stamp)
+    return f"{moment:%Y-%m-%d %H:%M %z}".strip() if moment else str(stamp)
 
 
 def _quoted(path: str | Path) -> str:

@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from kit.common.errors import KitError, Stopped
-from kit.common.files import hashes_of, sha256, write_json, write_text
+from kit.common.files import hashes_of, sha256, timestamp, write_json, write_text
 from kit.common.paths import PROJECT
 from kit.common.processes import is_main
+from kit.common.show import ipython
 from kit.data.sources import data_files
 from kit.models.adapters import adapter_folder, read_adapter_config
 from kit.models.fetch import model_folder
 from kit.recipe.machine import machine, peak_memory_gb, versions
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import _now, check_free, clear, read_result
+from kit.runs.folder import check_free, clear, file_sizes, read_result
 from kit.runs.gates import Gates
+
+FORECAST_FOLDERS = ("adapter", "merged", "merged-4bit", "gguf", "checkpoints")
 
 
 class Run:
@@ -39,7 +42,6 @@ class Run:
         self.log, self.checkpoints = folder / "log.jsonl", folder / "checkpoints"
         self.result: dict[str, Any] = {}
         self._stage_began = 0.0
-        self._silent = False
 
     @classmethod
     def of(cls, recipe: Recipe) -> Run:
@@ -53,19 +55,17 @@ class Run:
         """Make the folder and write what is known before the first step.
 
         Raises KitError when it holds a finished run. What an unfinished run left is replaced, but for its checkpoints,
-        which `kit.train` goes on from. Of several processes the main one writes for all.
+        which `kit.train` resumes from. Of several processes the main one writes for all.
         """
         run = cls.of(recipe)
-        run._silent = not is_main()
-        if run._silent:
+        if not is_main():
             return run
         check_free(run.folder)
         kept = ("notebook.ipynb", *(("checkpoints",) if recipe.resume_from_checkpoint else ()))
         clear(run.folder, run.checkpoints, kept)
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / "recipe.yaml", recipe.dump())
-        run.result = {"status": "running", "stage": "start", "pid": os.getpid(), "started": _now(),
-                      "seconds": {}}
+        run.result = {"status": "running", "stage": "start", "pid": os.getpid(), "started": timestamp(), "seconds": {}}
         run._stage_began = time.perf_counter()
         run._save()
         _watch(run)
@@ -79,9 +79,9 @@ class Run:
                 run = cls(folder)
                 run.result = read_result(folder)
                 return run
-        there = sorted(p.parent.name for p in Path("runs").glob("*/recipe.yaml"))
+        names = sorted(file.parent.name for file in Path("runs").glob("*/recipe.yaml"))
         raise KitError(f"{path} is no run folder (no recipe.yaml in it)",
-                       f"runs here: {', '.join(there) or 'none yet; make one with `kit run recipes/quickstart.yaml`'}")
+                       f"runs here: {', '.join(names) or 'none yet; make one with `kit run recipes/quickstart.yaml`'}")
 
     @property
     def recipe(self) -> Recipe:
@@ -107,34 +107,32 @@ class Run:
     def finish(self) -> None:
         """Write the files with their sizes and mark the run finished."""
         self._close_stage()
-        files = {str(p.relative_to(self.folder)): p.stat().st_size
-                 for p in sorted(self.folder.rglob("*")) if p.is_file()}
-        self.result.update(status="finished", stage="done", finished=_now(), files=files,
+        self.result.update(status="finished", stage="done", finished=timestamp(), files=file_sizes(self.folder),
                            peak_memory_gb=round(peak_memory_gb(), 2))
-        if "forecast" in self.result:
-            said = {**self.result["forecast"], "train_seconds": self.result.get("train", {}).get("forecast_seconds")}
-            self.result.update(forecast=said, forecast_score=forecast_score(said, self.result))
+        if forecast := self.result.get("forecast"):
+            forecast = {**forecast, "train_seconds": self.result.get("train", {}).get("forecast_seconds")}
+            self.result.update(forecast=forecast, forecast_score=forecast_score(forecast, self.result))
         self._save()
 
     def fail(self, reason: str, status: str = "failed") -> None:
         """Mark the run as ended early: `stage` stays where it stopped."""
         self._close_stage()
-        self.result.update(status=status, reason=reason, finished=_now(), peak_memory_gb=round(peak_memory_gb(), 2))
-        self._save()
+        self.note(status=status, reason=reason, finished=timestamp(), peak_memory_gb=round(peak_memory_gb(), 2))
 
     def manifest(self, recipe: Recipe, tokenizer: Any, notes: list[str]) -> None:
         """Write manifest.json: what went in, so that a run can be told from another."""
-        if self._silent:
+        if not is_main():
             return
-
         data: dict[str, str] = {}
         for path in data_files(recipe):
             data[str(path) if path.name in data else path.name] = sha256(path)
+        base = Path(model_folder(recipe))
         write_json(self.folder / "manifest.json", {
             "model_name": recipe.model_name, "revision": recipe.revision, "dataset": recipe.dataset,
             "data_sha256": data,
-            "base_sha256": _base_hashes(recipe),
-            "adapter_name_or_path": _adapter_hash(recipe),
+            # A hub id's is known when the adapter has been merged into it.
+            "base_sha256": hashes_of(base) if base.is_dir() else None,
+            "adapter_name_or_path": _adapter_hashes(recipe),
             "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "stop_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
             "versions": versions(), "machine": vars(machine(self.folder)), "settings": notes,
@@ -150,24 +148,17 @@ class Run:
         self._stage_began = now
 
     def _save(self) -> None:
-        if not self._silent:
+        if is_main():
             write_json(self.folder / "result.json", self.result)
 
 
-def _base_hashes(recipe: Recipe) -> dict[str, str] | None:
-    """Of a base model that lies in a folder; that of a hub id is known when the adapter has been merged into it."""
-    folder = Path(model_folder(recipe))
-    return hashes_of(folder) if folder.is_dir() else None
-
-
-def _adapter_hash(recipe: Recipe) -> dict[str, str] | None:
-    """Of the adapter that is trained on, if there is one."""
+def _adapter_hashes(recipe: Recipe) -> dict[str, str] | None:
+    """Of the adapter that is trained on, if there is one. Raises KitError when its folder holds none."""
     if recipe.adapter_name_or_path is None:
         return None
-
     folder = adapter_folder(recipe)
-    read_adapter_config(folder)  # complains where there is none
-    return {name: sha256(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")}
+    read_adapter_config(folder)
+    return hashes_of(folder, [folder / "adapter_config.json", folder / "adapter_model.safetensors"])
 
 
 def _watch(run: Run) -> None:
@@ -176,22 +167,15 @@ def _watch(run: Run) -> None:
         if run.result.get("status") == "running":
             run.fail("the process ended before the run did (an early exit or a stopped kernel)", "stopped")
 
-    atexit.register(at_exit)
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return
-    shell = get_ipython()
-    if shell is None:
-        return
-
     def after_cell(result: Any) -> None:
         error = result.error_in_exec or result.error_before_exec
         if error is not None and run.result.get("status") == "running":
             stopped = isinstance(error, (Stopped, KeyboardInterrupt))
             run.fail(f"{type(error).__name__}: {error}", "stopped" if stopped else "failed")
 
-    shell.events.register("post_run_cell", after_cell)
+    atexit.register(at_exit)
+    if shell := ipython():
+        shell.events.register("post_run_cell", after_cell)
 
 
 def _commit() -> str | None:
@@ -204,22 +188,14 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-FORECAST_FOLDERS = ("adapter", "merged", "merged-4bit", "gguf", "checkpoints")
+def forecast_score(forecast: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
+    """What happened divided by what was forecast, for each figure that both know; 1 is exact, of memory the bound.
 
-
-def forecast_score(said: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
-    """What happened divided by what was forecast, for each figure that both know; 1 is exact.
-
-    `said` has peak_memory_gb, disk_gb, steps, train_seconds; `result` is result.json. Disk counts adapter, merged,
+    `forecast` has peak_memory_gb, disk_gb, steps, train_seconds; `result` is result.json. Disk counts adapter, merged,
     gguf and checkpoints: notebook, figures and pages are not forecast.
     """
-    train = result.get("train") or {}
-    files: dict[str, int] = result.get("files") or {}
-    kept = sum(size for name, size in files.items() if _folder(name) in FORECAST_FOLDERS)
+    train, files = result.get("train") or {}, result.get("files") or {}
+    kept = sum(size for name, size in files.items() if name.partition("/")[0] in FORECAST_FOLDERS)
     happened = {"peak_memory_gb": result.get("peak_memory_gb"), "disk_gb": kept / 1e9, "steps": train.get("steps"),
                 "train_seconds": train.get("train_seconds")}
-    return {name: round(value / said[name], 3) for name, value in happened.items() if value and said.get(name)}
-
-
-def _folder(name: str) -> str:
-    return name.replace("\\", "/").partition("/")[0]
+    return {name: round(value / forecast[name], 3) for name, value in happened.items() if value and forecast.get(name)}

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from kit.common.errors import GateError, KitError
-from kit.gguf import convert as gguf
 from kit.gguf.child import LlamaChild, last_trouble
 from kit.gguf.convert import check_disk, export_gguf, merged_weights
-from kit.gguf.formats import QUANTIZATIONS, check_quantizations, needed_bytes
+from kit.gguf.formats import QUANTIZATIONS, check_quantizations, file_bytes, needed_bytes
 from kit.gguf.header import check_gguf, read_header
 
 QUESTION = [{"role": "user", "content": "What is 2 + 2? Answer with one number. 谢谢 🙂"}]
@@ -93,6 +92,27 @@ def test_foreign_and_empty_files(tmp_path: Path) -> None:
         check_gguf(file)
 
 
+def with_field(kind: int, value: bytes) -> bytes:
+    """A GGUF's header with one field, `a`."""
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(("kind", "value"), [
+    (8, struct.pack("<Q", 2**60)),  # a text
+    (9, struct.pack("<IQ", 10, 2**60)),  # an array of numbers
+    (9, struct.pack("<IQ", 8, 2**60)),  # an array of texts
+    (9, struct.pack("<IQ", 9, 1) * 5000),  # arrays in arrays
+    (8, struct.pack("<Q", 2) + b"\xff\xff"),
+    (13, b""),
+])
+def test_no_length_in_a_header_is_believed(tmp_path: Path, kind: int, value: bytes) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(with_field(kind, value))
+    with pytest.raises(KitError) as error:
+        read_header(file)
+    assert error.value.hint
+
+
 def test_a_child_outside_with_is_refused() -> None:
     with pytest.raises(KitError, match="with"):
         LlamaChild(Path("m.gguf")).metadata()
@@ -104,7 +124,7 @@ def test_sizes_match_their_headers_and_the_disk_check(starter: Path, exported: d
     assert (parameters, dtype) == (134515008, "BF16")
     for quant, path in exported.items():
         assert check_gguf(path) == path.stat().st_size
-        assert path.stat().st_size <= parameters * gguf.BITS[quant] / 8 + gguf.VOCABULARY_BYTES
+        assert path.stat().st_size <= file_bytes(parameters, quant)
     sizes = {quant: path.stat().st_size for quant, path in exported.items()}
     assert sizes["q4_k_m"] < sizes["q8_0"] < sizes["bf16"] / 1.8
     assert sum(sizes.values()) <= needed_bytes(parameters, list(sizes))
@@ -203,11 +223,11 @@ def test_native_abort_is_an_error_with_its_cause(exported: dict[str, Path], toke
 @pytest.mark.slow
 def test_killed_and_hanging_children(exported: dict[str, Path]) -> None:
     with LlamaChild(exported["q8_0"]) as child:
-        os.kill(child.pid, signal.SIGKILL)
+        os.kill(child._process.pid, signal.SIGKILL)
         with pytest.raises(GateError, match="killed by SIGKILL"):
             child.answer(QUESTION, 5)
     with LlamaChild(exported["q8_0"]) as child:
-        pid = child.pid
+        pid = child._process.pid
         child.seconds = 1
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(GateError, match="no answer within 1 seconds"):
@@ -219,7 +239,7 @@ def test_killed_and_hanging_children(exported: dict[str, Path]) -> None:
 @pytest.mark.slow
 def test_ctrl_c_ends_the_child(exported: dict[str, Path]) -> None:
     with pytest.raises(KeyboardInterrupt), LlamaChild(exported["q8_0"]) as child:
-        pid = child.pid
+        pid = child._process.pid
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         for _ in child.stream(QUESTION, 5000, temperature=2.0, top_p=1.0, top_k=0, min_p=0.0, seed=1):
             pass
@@ -251,7 +271,7 @@ def test_a_file_that_cannot_be_written_whole(starter: Path, tmp_path: Path, limi
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails part-way, as on a full disk: at the converter, and at the quantiser."""
     if made:  # the f16 file fits; a "q8_0" as large as f32 does not
-        monkeypatch.setitem(gguf.FILE_TYPES, "q8_0", 0)
+        monkeypatch.setitem(QUANTIZATIONS, "q8_0", QUANTIZATIONS["q8_0"]._replace(file_type=0))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_mb * 10**6, before[1]))
     try:
