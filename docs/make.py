@@ -7,20 +7,23 @@ from typing import Any
 
 import yaml
 
-from kit.data.findings import KINDS
+from kit.data.findings import FINDINGS
+from kit.recipe.fields import AFFECTS
 from kit.recipe.recipe import Recipe
 
 DOCS = Path(__file__).parent
+SCHEMA = Recipe.model_json_schema()["properties"]
 
 
 def recipe_page() -> str:
     """recipe.md: a table of every field."""
     rows = ["# Recipe fields", "", "Made by `make docs` from `kit/recipe/fields.py`.", "",
-            "| field | default | bounds | unit | what it does |", "|---|---|---|---|---|"]
+            "What a field affects:", "", *(f"- `{word}`: {meaning}" for word, meaning in AFFECTS.items()), "",
+            "| field | default | bounds | unit | affects | what it does |", "|---|---|---|---|---|---|"]
     for name, field in Recipe.model_fields.items():
-        extra = field.json_schema_extra
-        unit = extra.get("unit", "") if isinstance(extra, dict) else ""
-        rows.append(f"| `{name}` | `{plain(field.default)}` | {bounds(name)} | {unit} | {field.description} |")
+        unit, affects = (SCHEMA[name][word] for word in ("unit", "affects"))
+        rows.append(f"| `{name}` | `{plain(field.default)}` | {bounds(name)} | {unit} | {affects} | "
+                    f"{field.description} |")
     return "\n".join(rows) + "\n"
 
 
@@ -31,7 +34,7 @@ def plain(value: Any) -> str:
 
 def bounds(name: str) -> str:
     """'≥ 1; ≤ 4096', or the values a field can have."""
-    schema = Recipe.model_json_schema()["properties"][name]
+    schema = SCHEMA[name]
     parts = [schema, *schema.get("anyOf", [])]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {part[key]:g}" for part in parts for key, sign in signs.items() if key in part]
@@ -44,7 +47,8 @@ def findings_page() -> str:
     rows = ["# What the data check finds", "", "Made by `make docs` from `kit/data/findings.py`. An error is a row "
             "that would not be trained, or not as it is meant; a warning is for you to judge.", "",
             "| finding | severity | what it means | what to do |", "|---|---|---|---|"]
-    rows += [f"| `{code}` | {severity} | {meaning} | {remedy} |" for code, (severity, meaning, remedy) in KINDS.items()]
+    rows += [f"| `{code}` | {severity} | {meaning} | {remedy} |"
+             for code, (severity, meaning, remedy) in FINDINGS.items()]
     return "\n".join(rows) + "\n"
 
 

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
 
 from kit.common.errors import KitError, one_line
-from kit.models.starter import starter_model
+from kit.models.starter import NAME, starter_model
 from kit.recipe.recipe import Recipe
 
 # Of a model on a hub; other formats of its weights would double the download.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "tokenizer.model"]
+
+
+def local_folder(name: str, bare_ids: bool = True) -> Path | None:
+    """The folder that a name means, there or not; None for a hub id.
+
+    Ids of models need no owner (gpt2); without `bare_ids` only owner/name is one.
+    """
+    path = Path(name).expanduser()
+    is_id = name.count("/") == 1 or (bare_ids and "/" not in name)
+    return path if path.exists() or name.startswith((".", "/", "~")) or not is_id else None
 
 
 def model_folder(recipe: Recipe) -> str:
@@ -24,37 +36,12 @@ def model_folder(recipe: Recipe) -> str:
     """
     if recipe.model_name == "starter":
         return str(starter_model())
-    path = Path(recipe.model_name).expanduser()
-    if path.exists() or recipe.model_name.startswith((".", "/", "~")) or recipe.model_name.count("/") > 1:
-        _check_model_folder(path)
-        return str(path)
+    if folder := local_folder(recipe.model_name):
+        _check_model_folder(folder)
+        return str(folder)
     if recipe.hub == "modelscope":
-        if importlib.util.find_spec("modelscope") is None:
-            raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope")
-        from modelscope import snapshot_download
-
-        try:
-            return str(snapshot_download(recipe.model_name, revision=recipe.revision, allow_patterns=MODEL_FILES,
-                                         local_files_only=recipe.local_files_only))
-        except Exception as error:  # of its own, of requests, of the disk
-            reason = one_line(error)
-            raise KitError(f"model_name: {recipe.model_name} could not be fetched from ModelScope: {reason}",
-                           hub_hint()) from None
+        return str(fetched("model_name", recipe.model_name, MODEL_FILES, recipe, recipe.revision, "ModelScope"))
     return recipe.model_name
-
-
-def _check_model_folder(path: Path) -> None:
-    if not path.is_dir():
-        what = "is a file" if path.is_file() else "does not exist"
-        raise KitError(f"model_name: {path} {what}; a model is a folder or a hub id like Qwen/Qwen3-4B",
-                       "correct model_name, or use `starter`")
-    missing = [name for name in ("config.json", "tokenizer_config.json") if not (path / name).is_file()]
-    if not list(path.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise KitError(f"model_name: {path} is no model folder: no {', '.join(missing)} in it (found: {found})",
-                       "name the folder that holds config.json and the weights as safetensors")
 
 
 def base_folder(recipe: Recipe) -> Path:
@@ -63,15 +50,58 @@ def base_folder(recipe: Recipe) -> Path:
     Raises KitError when the hub can't be reached or has no such model.
     """
     name = model_folder(recipe)
-    if Path(name).is_dir():
-        return Path(name)
+    return local_folder(name) or fetched("model_name", name, MODEL_FILES, recipe, recipe.revision)
 
+
+def _check_model_folder(path: Path) -> None:
+    if not path.is_dir():
+        state = "is a file" if path.is_file() else "does not exist"
+        raise KitError(f"model_name: {path} {state}; a model is a folder or a hub id like Qwen/Qwen3-4B",
+                       "correct model_name, or use `starter`")
+    missing = [name for name in ("config.json", "tokenizer_config.json") if not (path / name).is_file()]
+    if not list(path.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        present = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise KitError(f"model_name: {path} is no model folder: no {', '.join(missing)} in it (found: {present})",
+                       "name the folder that holds config.json and the weights as safetensors")
+
+
+def fetched(field: str, name: str, patterns: list[str], recipe: Recipe, revision: str | None = None,
+            hub: str = "Hugging Face") -> Path:
+    """The folder of what `field` names on a hub: its files of these patterns, downloaded if the cache has them not."""
+    if hub == "ModelScope":
+        if importlib.util.find_spec("modelscope") is None:
+            raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope")
+        from modelscope import snapshot_download
+    else:
+        snapshot_download = huggingface_hub.snapshot_download
     try:
-        return Path(snapshot_download(name, revision=recipe.revision, local_files_only=recipe.local_files_only,
-                                      allow_patterns=MODEL_FILES))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise KitError(f"model_name: the weights of {name} could not be fetched: "
-                       f"{one_line(error)}", hub_hint()) from None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns,
+                                      local_files_only=recipe.local_files_only))
+    except Exception as error:  # the hub's own, those of requests or httpx, the disk's
+        raise KitError(f"{field}: {name} could not be fetched from {hub}: {one_line(error)}", hub_hint()) from None
+
+
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """The folder of a model in Hugging Face's cache, whole or not."""
+    with suppress(HFValidationError):
+        for file in ("config.json", "tokenizer_config.json"):
+            path = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+            if isinstance(path, str):
+                return Path(path).parent
+    return None
+
+
+def loading_options(recipe: Recipe) -> dict[str, Any]:
+    """What every `from_pretrained` of the recipe's model is given."""
+    return {name: getattr(recipe, name) for name in ("revision", "trust_remote_code", "local_files_only")}
+
+
+def not_loaded(part: str, recipe: Recipe, error: Exception) -> KitError:
+    """For what transformers raises while it loads a part of the recipe's model: its config, tokenizer, weights."""
+    hint = "check the folder's files, or fetch the model again" if local_folder(recipe.model_name) else hub_hint()
+    return KitError(f"model_name: the {part} of {recipe.model_name} could not be loaded: {one_line(error)}", hint)
 
 
 def hub_hint() -> str:
@@ -82,6 +112,4 @@ def hub_hint() -> str:
 
 def model_label(recipe: Recipe) -> str:
     """The model's own name, for file names: Qwen/Qwen3-4B → Qwen3-4B."""
-    if recipe.model_name == "starter":
-        return "SmolLM2-135M-Instruct"
-    return Path(recipe.model_name.rstrip("/")).name
+    return NAME if recipe.model_name == "starter" else Path(recipe.model_name.rstrip("/")).name

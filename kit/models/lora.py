@@ -18,12 +18,12 @@ from kit.common.errors import KitError, one_line
 from kit.common.weight_files import weight_files
 from kit.models.adapters import PREFIX, adapter_folder, changed_base, read_adapter_config
 from kit.models.fetch import base_folder
-from kit.models.load import _prepare_8bit
+from kit.models.quantised import prepare_8bit
 from kit.recipe.recipe import Recipe
 
-# What an adapter that is trained on keeps; the rest of its settings is the recipe's.
-KEPT = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-        "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
+# What an adapter that is trained further keeps of its settings; the rest is the recipe's.
+ITS_OWN = ("r", "lora_alpha", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+           "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters")
 OTHER_BASE = "set model_name to the base it was trained on (base_model_name_or_path in its adapter_config.json)"
 
 
@@ -35,37 +35,33 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedMo
     if recipe.full_finetuning:
         return model
     if recipe.adapter_name_or_path:
-        return _continued(model, adapter_folder(recipe), recipe)
+        return _with_saved_adapter(model, adapter_folder(recipe), recipe)
     _check_targets(model, recipe)
     lora = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
             "target_modules": list(recipe.target_modules), "bias": recipe.bias, "use_rslora": recipe.use_rslora}
     if recipe.use_dora:
         lora["use_dora"] = True
-    model = _wrapped(model, recipe, lora)
+    model = _with_fresh_adapter(model, recipe, lora)
     if recipe.loftq_config is not None:
-        start_loftq(model, base_folder(recipe), recipe)
+        _start_loftq(model, base_folder(recipe), recipe)
         model.peft_config["default"].loftq_config = recipe.loftq_config  # for whoever merges it
     return model
 
 
-def _wrapped(model: Any, recipe: Recipe, lora: dict[str, Any]) -> Any:
+def _with_fresh_adapter(model: Any, recipe: Recipe, lora: dict[str, Any]) -> Any:
     """The model with an adapter of these PEFT settings; through stock PEFT for 8-bit on a CPU, else Unsloth's way."""
-    if recipe.load_in_8bit and not _on_gpu(model):
+    if recipe.load_in_8bit and next(model.parameters()).device.type != "cuda":
         if lora.get("use_dora"):
             raise KitError("use_dora with load_in_8bit does not work on a CPU: PEFT loses the scales of the 8-bit "
                            "weights when it measures their lengths", "set load_in_4bit in place of load_in_8bit")
-        return _add_lora_8bit(model, lora, recipe)
+        torch.manual_seed(recipe.random_state)
+        return get_peft_model(prepare_8bit(model, recipe), LoraConfig(task_type="CAUSAL_LM", **lora))
     return FastLanguageModel.get_peft_model(
         model, random_state=recipe.random_state, max_seq_length=recipe.max_seq_length,
         use_gradient_checkpointing=recipe.use_gradient_checkpointing, **lora)
 
 
-def _add_lora_8bit(model: Any, lora: dict[str, Any], recipe: Recipe) -> Any:
-    torch.manual_seed(recipe.random_state)
-    return get_peft_model(_prepare_8bit(model, recipe), LoraConfig(task_type="CAUSAL_LM", **lora))
-
-
-def _continued(model: Any, adapter: Path, recipe: Recipe) -> Any:
+def _with_saved_adapter(model: Any, adapter: Path, recipe: Recipe) -> Any:
     """A fresh adapter of the saved one's settings, made the usual way, with the saved weights in it."""
     config, tensors = read_adapter_config(adapter), load_file(adapter / "adapter_model.safetensors")
     start = changed_base(config)
@@ -73,22 +69,20 @@ def _continued(model: Any, adapter: Path, recipe: Recipe) -> Any:
         raise KitError(f"adapter_name_or_path: {adapter} began with init_lora_weights: {start}: it belongs to a base "
                        f"model of other weights than {recipe.model_name}",
                        "set load_in_4bit: true" if start == "loftq" else "leave adapter_name_or_path out")
-    lora = {name: config[name] for name in KEPT if config.get(name)}
+    lora = {setting: config[setting] for setting in ITS_OWN if config.get(setting)}
     if isinstance(lora["target_modules"], str):  # a pattern, which Unsloth's CPU path would take apart
         lora["target_modules"] = sorted({name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors
                                          if ".lora_A." in name})
+    misfit = f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}"
     try:
-        model = _wrapped(model, recipe, {"lora_dropout": recipe.lora_dropout, **lora})
+        model = _with_fresh_adapter(model, recipe, {"lora_dropout": recipe.lora_dropout, **lora})
         result = set_peft_model_state_dict(model, tensors)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = one_line(error)
-        raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {reason}",
-                       OTHER_BASE) from None
+        raise KitError(f"{misfit}: {one_line(error)}", OTHER_BASE) from None
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    lost = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
-    if lost:
-        raise KitError(f"adapter_name_or_path: {adapter} does not fit {recipe.model_name}: {lost[0]} is only on one "
-                       f"side ({len(lost)} tensors)", OTHER_BASE)
+    unmatched = sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys)
+    if unmatched:
+        raise KitError(f"{misfit}: {unmatched[0]} is only on one side ({len(unmatched)} tensors)", OTHER_BASE)
     model.peft_config["default"].loftq_config = config.get("loftq_config") or {}
     return model
 
@@ -102,10 +96,6 @@ def _check_targets(model: Any, recipe: Recipe) -> None:
                        f"its linear layers are: {', '.join(linears)}")
 
 
-def _on_gpu(model: Any) -> bool:
-    return next(model.parameters()).device.type == "cuda"
-
-
 def trainable_share(model: Any) -> tuple[int, int]:
     """(trainable, all) parameters; 4-bit weights are counted unpacked."""
     if hasattr(model, "get_nb_trainable_parameters"):
@@ -115,7 +105,7 @@ def trainable_share(model: Any) -> tuple[int, int]:
     return total, total
 
 
-def start_loftq(model: Any, base: Path, recipe: Recipe) -> None:
+def _start_loftq(model: Any, base: Path, recipe: Recipe) -> None:
     """Start each adapter as what 4-bit lost: B A is the best rank-r approximation of W - Q, Q the quantised weight.
 
     LoftQ with one iteration (Li et al. 2023, algorithm 1), which leaves Q as it is, so that the base model can be

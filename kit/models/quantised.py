@@ -7,11 +7,13 @@ from typing import Any
 import kit.common.unsloth
 
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
 from kit.common.errors import GateError
 from kit.recipe.recipe import Recipe
+from kit.recipe.settings import Settings
 
 
 def usual_4bit(recipe: Recipe, dtype: str) -> bool:
@@ -30,25 +32,31 @@ def unsloth_quantises(recipe: Recipe, dtype: str) -> bool:
 
 def four_bit_config(recipe: Recipe, dtype: str) -> Any:
     """transformers' BitsAndBytesConfig of the recipe's 4-bit settings; `dtype` is that of the other weights."""
-
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
                               bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
                               bnb_4bit_compute_dtype=recipe.bnb_4bit_compute_dtype or dtype,
                               llm_int8_skip_modules=list(SKIP_QUANTIZATION_MODULES))
 
 
-def load_quantised(name: str, recipe: Recipe, dtype: str, common: dict[str, Any]) -> tuple[Any, Any]:
+def load_quantised(source: str, recipe: Recipe, settings: Settings, options: dict[str, Any]) -> tuple[Any, Any]:
     """(model, tokenizer) by transformers and bitsandbytes, on a CPU where Unsloth has no path."""
-    kind = "8-bit" if recipe.load_in_8bit else "this kind of 4-bit"
-    print(f"{kind} through transformers and bitsandbytes: Unsloth's CPU loader does not have it")
-    config = BitsAndBytesConfig(load_in_8bit=True) if recipe.load_in_8bit else four_bit_config(recipe, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="cpu", quantization_config=config,
-                                                 **common)
+    precision = "8-bit" if recipe.load_in_8bit else "this kind of 4-bit"
+    print(f"{precision} through transformers and bitsandbytes: Unsloth's CPU loader does not have it")
+    config = BitsAndBytesConfig(load_in_8bit=True) if recipe.load_in_8bit else four_bit_config(recipe, settings.dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype, device_map="cpu",
+                                                 quantization_config=config, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes' kernel for answers repacks the weights in place, and gradients through those are wrong.
             module.support_avx512bf16_for_cpu = False
-    return model, AutoTokenizer.from_pretrained(name, **common)
+    return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+def prepare_8bit(model: Any, recipe: Recipe) -> Any:
+    """PEFT's preparation, the same for training and for loading again: it puts the norms into float32."""
+    return prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def check_precision(model: Any, recipe: Recipe) -> None:
@@ -60,18 +68,16 @@ def check_precision(model: Any, recipe: Recipe) -> None:
                             "set load_in_4bit and load_in_8bit to false, or use another model")
     if not recipe.load_in_4bit:
         return
-    asked_for = {"bnb_4bit_quant_type": recipe.bnb_4bit_quant_type,
-                 "bnb_4bit_use_double_quant": recipe.bnb_4bit_use_double_quant,
-                 "bnb_4bit_compute_dtype": recipe.bnb_4bit_compute_dtype}
     for name, module in model.named_modules():
         if not isinstance(module, Linear4bit):
             continue
         state = module.weight.quant_state
-        found = {"bnb_4bit_quant_type": state.quant_type, "bnb_4bit_use_double_quant": state.nested,
-                 "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch.")}
-        for field, wish in asked_for.items():
+        actual = {"bnb_4bit_quant_type": state.quant_type, "bnb_4bit_use_double_quant": state.nested,
+                  "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch.")}
+        for field, value in actual.items():
             # A model that is quantised already, such as Unsloth's own, need not be so in the way that is the default.
-            if wish not in (type(recipe).model_fields[field].default, found[field]):
-                raise GateError(f"{field}: {wish} was asked for, {name} of {recipe.model_name} has {found[field]}",
-                                f"set {field}: {found[field]}, or model_name to the 16-bit original: a model that is "
+            asked = getattr(recipe, field)
+            if asked not in (Recipe.model_fields[field].default, value):
+                raise GateError(f"{field}: {asked} was asked for, {name} of {recipe.model_name} has {value}",
+                                f"set {field}: {value}, or model_name to the 16-bit original: a model that is "
                                 "quantised already brings its own settings")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from kit.common.errors import KitError, one_line
-from kit.models.fetch import hub_hint, model_folder
+from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: 
             **template_kwargs(recipe)))
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         turns = ", ".join(m["role"] for m in messages[:6]) + (", …" if len(messages) > 6 else "")
-        raise KitError(f"the chat template refuses the turns {turns}: {' '.join(str(error).split())[:200]}",
+        raise KitError(f"the chat template refuses the turns {turns}: {one_line(error, 200)}",
                        "change the rows' roles, or set prompt_style: chatml") from None
 
 
@@ -114,14 +114,10 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer with its template, without the model: what the data check needs."""
     from transformers import AutoTokenizer
 
-    name = model_folder(recipe)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.revision,
-                                                  local_files_only=recipe.local_files_only,
-                                                  trust_remote_code=recipe.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(recipe), **loading_options(recipe))
     except (OSError, ValueError) as error:
-        raise KitError(f"model_name: the tokenizer of {recipe.model_name} could not be loaded: "
-                       f"{one_line(error)}", hub_hint()) from None
+        raise not_loaded("tokenizer", recipe, error) from None
     return prepare_tokenizer(tokenizer, recipe)
 
 
@@ -136,9 +132,9 @@ def _literal(text: str | None) -> str:
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
-    vocabulary = tokenizer.get_vocab()
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    for token in [*(c for c in PAD_CANDIDATES if c in vocabulary), tokenizer.unk_token, *reversed(special)]:
+    known = [token for token in PAD_CANDIDATES if token in tokenizer.get_vocab()]
+    for token in [*known, tokenizer.unk_token, *reversed(special)]:
         if token and token not in (stop, tokenizer.bos_token):
             return str(token)
     raise KitError(f"this tokenizer has no token besides {stop!r} to pad with",
@@ -166,8 +162,8 @@ def marked(messages: list[Message]) -> list[Message]:
 def pieces(text: str, expected: list[int]) -> list[str]:
     """The text before the first marker and behind each; KitError unless `expected` markers stand there in order."""
     first, *rest = text.split(OPEN)
-    found = [part.partition(CLOSE) for part in rest]
-    if [index for index, _, _ in found] != [str(i) for i in expected]:
+    marks = [part.partition(CLOSE) for part in rest]
+    if [index for index, _, _ in marks] != [str(i) for i in expected]:
         raise KitError("the chat template drops, moves or repeats a message, so its answers can't be located in the "
                        "text", "set prompt_style: chatml")
-    return [first, *(after for _, _, after in found)]
+    return [first, *(after for _, _, after in marks)]

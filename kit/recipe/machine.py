@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import psutil
 
+from kit.common.errors import KitError
 from kit.common.paths import existing
 
 
 def peak_memory_gb() -> float:
     """Peak memory in GB (1e9 bytes): the GPU's where one is used, else this process's."""
-    if "torch" in sys.modules:
-        import torch
-
-        if torch.cuda.is_available():
-            return float(torch.cuda.max_memory_reserved()) / 1e9
-
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return float(torch.cuda.max_memory_reserved()) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -43,7 +43,7 @@ def environment() -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is there. Memory in GB (1e9 bytes)."""
+    """Device (`cuda` or `cpu`), memory and number formats. Sizes in GB (1e9 bytes)."""
 
     device: str
     device_name: str
@@ -56,45 +56,64 @@ class Machine:
 
 
 def machine(folder: Path = Path(".")) -> Machine:
-    """Look at this machine; imports unsloth and torch."""
-    from kit.common.unsloth import is_bfloat16_supported
+    """This machine. Imports unsloth, which must come before transformers: a run looks at its machine first."""
+    import kit.common.unsloth
 
-    return look(folder, is_bfloat16_supported)
+    return look(folder)
 
 
-def look(folder: Path, cpu_bf16: Callable[[], bool]) -> Machine:
-    """The machine; `cpu_bf16`, asked where there is no GPU, says whether the CPU computes in bfloat16."""
-    import torch
+def look(folder: Path = Path(".")) -> Machine:
+    """The same without unsloth, and without torch where its build is for CPUs. Free disk is that of `folder` now."""
+    return replace(_hardware(), free_disk_gb=shutil.disk_usage(existing(folder)).free / 1e9)
 
-    disk = shutil.disk_usage(existing(folder)).free / 1e9
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        bf16 = gpu.major >= 8
-        reason = f"compute capability {gpu.major}.{gpu.minor} {'has' if bf16 else 'has no'} bfloat16"
-        return Machine("cuda", gpu.name, cores, gpu.total_memory / 1e9, disk, bf16, reason)
-    bf16 = bool(cpu_bf16())
+
+@cache
+def _hardware() -> Machine:
+    if not version("torch").endswith("+cpu"):
+        import torch
+
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_properties(0)
+            bf16 = gpu.major >= 8
+            reason = f"compute capability {gpu.major}.{gpu.minor} {'has' if bf16 else 'has no'} bfloat16"
+            return Machine("cuda", gpu.name, cores(), gpu.total_memory / 1e9, 0.0, bf16, reason)
+    bf16 = bool(unsloth_cpu().cpu_bf16_supported())
     reason = f"this CPU {'computes' if bf16 else 'does not compute'} in bfloat16 itself"
-    return Machine("cpu", _cpu_name(), cores, psutil.virtual_memory().total / 1e9, disk, bf16, reason)
+    return Machine("cpu", _cpu_name(), cores(), psutil.virtual_memory().total / 1e9, 0.0, bf16, reason)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def unsloth_cpu() -> ModuleType:
+    """Unsloth's own rules for this CPU: the one file, because importing its package takes seconds."""
+    package = importlib.util.find_spec("unsloth_zoo")
+    for folder in (package and package.submodule_search_locations) or ():
+        file = Path(folder) / "cpu" / "runtime.py"
+        spec = importlib.util.spec_from_file_location("unsloth_cpu", file)
+        if file.is_file() and spec and spec.loader:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    raise KitError("unsloth_zoo is not installed, or older than its CPU path")
 
 
 def _cpu_name() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages a result depends on."""
-    found: dict[str, Any] = {"python": platform.python_version()}
+    """Installed versions of Python and the packages a result depends on."""
+    installed = {"python": platform.python_version()}
     for name in ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
                  "accelerate", "llama_cpp_python", "papermill", "jupytext"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed

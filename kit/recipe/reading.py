@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import types
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -17,61 +16,53 @@ from kit.common.secrets import secret
 from kit.recipe.fields import Fields
 
 MAX_ERRORS = 20
-F = TypeVar("F", bound=Fields)
 # A parameter of such a name holds a secret, and everything a notebook is given is published with it.
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|private)_?key)$", re.I)
 NO_SECRETS = "tokens come from the environment (HF_TOKEN) or the hub's own login (hf auth login), never from a recipe"
+ALL_FIELDS = "every field with its bounds: docs/recipe.md"
 
 
-def _like_a_secret(name: str) -> bool:
-    """Whether the name is that of a secret, and no slip of a field's (max_new_token)."""
-    return bool(SECRET_NAME.search(name)) and not nearest(name, Fields.model_fields, cutoff=0.9)
-
-
-def checked(kind: type[F], source: str | Path | dict[str, Any] | F, overrides: dict[str, Any]) -> F:
-    """What `Recipe.load` promises; `kind` is the recipe's class."""
-    lines: dict[str, int] = {}
-    where = ""
+def read_values(source: str | Path | dict[str, Any] | Fields,
+                overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe's values with `overrides` on top, not checked yet; and where in a file each stands (`file:line: `)."""
+    places: dict[str, str] = {}
     if isinstance(source, Fields):
         values = source.model_dump(exclude_unset=True)
     elif isinstance(source, dict):
         values = dict(source)
     else:
         path = _find(source)
-        where = str(source)
         values, lines = _read_yaml(path)
         values.setdefault("run_name", path.stem)
-    for asked, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
-        if overrides.get(asked) and other not in overrides:
+        places = {name: f"{source}:{line}: " for name, line in lines.items() if name not in overrides}
+    for length, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
+        if overrides.get(length) and other not in overrides:
             values.pop(other, None)  # the length asked for just now replaces the file's
     values.update(overrides)
-    _refuse_secrets(values)
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        found = [_explain(e, where, lines, overrides) for e in error.errors()[:MAX_ERRORS]]
-        what = where or "the recipe"
-        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        raise KitError(f"{what}: {count}\n  " + "\n  ".join(found),
-                       "every field with its bounds: docs/recipe.md") from None
+    for name, value in values.items():
+        _refuse_secret(name, value)
+    return values, places
 
 
-def given(namespace: dict[str, Any]) -> dict[str, Any]:
-    """What `Recipe.given` promises."""
-    plain = (str, int, float, bool, list, dict, types.NoneType)
-    taken = {}
-    for name, value in namespace.items():
-        if name.startswith("_") or not isinstance(value, plain):
+def read_parameters(variables: dict[str, Any]) -> dict[str, Any]:
+    """The recipe fields among a notebook's variables (`Recipe.given`): what papermill or a person set there.
+
+    A variable that is nearly a field's name is taken for a slip and refused.
+    """
+    fields = {}
+    for name, value in variables.items():
+        if name.startswith("_") or not isinstance(value, (str, int, float, bool, list, dict, type(None))):
             continue
-        if value and (_like_a_secret(name) or (isinstance(value, str) and secret(value, addresses=False))):
-            raise KitError(f"the notebook's parameter {name!r} looks like a secret, and papermill writes every "
-                           "parameter into the notebook it makes", f"delete that notebook; {NO_SECRETS}")
+        if value:
+            _refuse_secret(name, value if isinstance(value, str) else "",
+                           "papermill writes every parameter into the notebook it makes",
+                           f"delete that notebook; {NO_SECRETS}")
         if name in Fields.model_fields:
-            taken[name] = value
+            fields[name] = value
         elif len(name) > 4 and (close := nearest(name, Fields.model_fields, cutoff=0.8)):
             raise KitError(f"the notebook's parameter {name!r} is no recipe field{close}",
                            "correct its name, or rename the variable")
-    return taken
+    return fields
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -80,13 +71,11 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            told = secret(pair, addresses=False)  # not to be repeated in a log
-            raise KitError(f"{told or repr(pair)} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
-        if _like_a_secret(name):
-            raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
+            shown = secret(pair, addresses=False) or repr(pair)  # a secret is not to be repeated in a log
+            raise KitError(f"{shown} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
+        _refuse_secret(name, text)
         if name not in Fields.model_fields:
-            raise KitError(f"{name!r} is no recipe field{nearest(name, Fields.model_fields)}",
-                           "every field with its bounds: docs/recipe.md")
+            raise KitError(f"{name!r} is no recipe field{nearest(name, Fields.model_fields)}", ALL_FIELDS)
         try:
             values[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -94,14 +83,14 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def _refuse_secrets(values: dict[str, Any]) -> None:
-    """KitError for a field named like a secret, or a value that looks like one; the value itself is not repeated."""
-    for name, value in values.items():
-        if _like_a_secret(name):
-            raise KitError(f"{name!r} looks like a secret, and every field is written into the run", NO_SECRETS)
-        if told := secret(json.dumps(value, ensure_ascii=False, default=str), addresses=False):
-            raise KitError(f"{name} holds what looks like a secret ({told}), and every field is written into the run",
-                           NO_SECRETS)
+def _refuse_secret(name: str, value: Any, why: str = "every field is written into the run",
+                   remedy: str = NO_SECRETS) -> None:
+    """KitError for a name or a value that looks like a secret; the value is not repeated."""
+    # A slip of a field's name is none (max_new_token).
+    if SECRET_NAME.search(name) and not nearest(name, Fields.model_fields, cutoff=0.9):
+        raise KitError(f"{name!r} looks like a secret, and {why}", remedy)
+    if kind := secret(json.dumps(value, ensure_ascii=False, default=str), addresses=False):
+        raise KitError(f"{name} holds what looks like a secret ({kind}), and {why}", remedy)
 
 
 def _find(source: str | Path) -> Path:
@@ -133,21 +122,28 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
                        "see recipes/quickstart.yaml")
     lines: dict[str, int] = {}
     for key, _ in node.value:
-        if key.value in lines:
-            raise KitError(f"{path}:{key.start_mark.line + 1}: {key.value} is set twice "
-                           f"(first on line {lines[key.value]})", "keep one")
-        lines[key.value] = key.start_mark.line + 1
-    return {str(k): v for k, v in values.items()}, lines
+        line = key.start_mark.line + 1
+        if first := lines.get(key.value):
+            raise KitError(f"{path}:{line}: {key.value} is set twice (first on line {first})", "keep one")
+        lines[key.value] = line
+    return {str(name): value for name, value in values.items()}, lines
 
 
-def _explain(error: Any, where: str, lines: dict[str, int], overrides: dict[str, Any]) -> str:
-    name = str(error["loc"][0]) if error["loc"] else ""
-    place = f"{where}:{lines[name]}: " if name in lines and name not in overrides else ""
-    if error["type"] == "extra_forbidden":
+def refusal(error: ValidationError, source: Any, places: dict[str, str]) -> KitError:
+    """pydantic's problems, up to MAX_ERRORS, each with its place and what the field does."""
+    problems = [_explain(problem, places) for problem in error.errors()[:MAX_ERRORS]]
+    recipe = source if isinstance(source, (str, Path)) else "the recipe"
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return KitError(f"{recipe}: {count}\n  " + "\n  ".join(problems), ALL_FIELDS)
+
+
+def _explain(problem: Any, places: dict[str, str]) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    place = places.get(name, "")
+    if problem["type"] == "extra_forbidden":
         return f"{place}{name!r} is no recipe field{nearest(name, Fields.model_fields)}"
-    text = error["msg"].removeprefix("Value error, ")
+    text = problem["msg"].removeprefix("Value error, ")
     if not name:
         return text
-    field = Fields.model_fields.get(name)
-    about = f" ({field.description})" if field and field.description else ""
-    return f"{place}{name}: {error['input']!r}: {text[:1].lower()}{text[1:]}{about}"
+    description = Fields.model_fields[name].description
+    return f"{place}{name}: {problem['input']!r}: {text[:1].lower()}{text[1:]} ({description})"

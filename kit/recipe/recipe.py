@@ -6,16 +6,17 @@ papermill and the command line. `Recipe.load(path, learning_rate="1e-4")` reads 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from kit.common.errors import nearest
 from kit.gguf.formats import QUANTIZATIONS
-from kit.recipe.fields import FIELDS, Fields
-from kit.recipe.reading import checked, given
+from kit.recipe.fields import ROW_FIELDS, Fields
+from kit.recipe.reading import read_parameters, read_values, refusal
 
 
 class Recipe(Fields):
@@ -38,10 +39,7 @@ class Recipe(Fields):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        for name in columns:
-            if name not in FIELDS:
-                raise ValueError(f"{name!r} is no field of a row{nearest(name, FIELDS)}; there are: "
-                                 f"{', '.join(FIELDS)}")
+        _refuse_unknown(columns, ROW_FIELDS, "field of a row")
         if len(set(columns.values())) < len(columns):
             raise ValueError("one column stands for two fields")
         return columns
@@ -49,11 +47,7 @@ class Recipe(Fields):
     @field_validator("gguf")
     @classmethod
     def _known_quantizations(cls, names: list[str]) -> list[str]:
-        for name in names:
-            if name not in QUANTIZATIONS:
-                raise ValueError(
-                    f"{name!r} is no quantisation{nearest(name, QUANTIZATIONS)}; there are: {', '.join(QUANTIZATIONS)}"
-                )
+        _refuse_unknown(names, QUANTIZATIONS, "quantisation")
         return list(dict.fromkeys(names))
 
     @field_validator("max_steps")
@@ -80,10 +74,9 @@ class Recipe(Fields):
             ("fsdp", "deepspeed", "both shard the model; keep one of them"),
             ("full_finetuning", "adapter_name_or_path", "full finetuning has no adapter; keep one of them"),
             ("fp16", "bf16", "mixed precision has one format; keep one, or neither for the machine's best"),
+            ("eval_dataset", "test_size", "keep the file or the share"),
         ]
         problems = [f"{a} and {b} are both set: {why}" for a, b, why in both if getattr(self, a) and getattr(self, b)]
-        if self.eval_dataset and self.test_size:
-            problems.append("eval_dataset and test_size are both set: keep the file or the share")
         if self.last_response_only and not self.train_on_responses_only:
             problems.append("last_response_only and train_on_responses_only: false exclude each other: keep one")
         if self.gguf and self.save_merged == "none":
@@ -119,16 +112,20 @@ class Recipe(Fields):
 
         Raises KitError that lists up to 20 problems, each with its line in the file.
         """
-        return checked(cls, source, overrides)
+        values, places = read_values(source, overrides)
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise refusal(error, source, places) from None
 
     def dump(self) -> str:
         """All fields, resolved, as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    @classmethod
-    def given(cls, namespace: dict[str, Any]) -> dict[str, Any]:
-        """The recipe fields among a notebook's variables: what papermill or a person set there.
+    given = staticmethod(read_parameters)
 
-        A variable that is nearly a field's name is taken for a slip and refused.
-        """
-        return given(namespace)
+
+def _refuse_unknown(names: Iterable[str], known: Collection[str], kind: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name!r} is no {kind}{nearest(name, known)}; there are: {', '.join(known)}")

@@ -14,6 +14,7 @@ from typing import Any
 from kit.common.errors import KitError
 from kit.common.paths import PROJECT, cache_dir
 from kit.common.processes import is_main, rank, wait, world_size
+from kit.recipe.machine import cores
 from kit.recipe.recipe import Recipe
 
 LEFT_BY_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
@@ -33,9 +34,10 @@ def join(recipe: Recipe) -> None:
             print("accelerate launch started one process (with --cpu it always does): torchrun starts several")
         return
     # Read when unsloth is imported. Its chunked loss looks at the size of weights, which is 0 where ZeRO-3 took them.
-    if sharding(recipe)["engine"] == "FSDP2":
+    engine = sharding(recipe)["engine"]
+    if engine == "FSDP2":
         os.environ["UNSLOTH_FSDP2"] = "1"
-    elif sharding(recipe)["engine"] == "ZeRO-3":
+    elif engine == "ZeRO-3":
         os.environ["UNSLOTH_CPU_CHUNKED_CE"] = "0"
 
     import torch
@@ -47,7 +49,11 @@ def join(recipe: Recipe) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        _prepare_cpu(torch)
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice where nothing was set
+            torch.set_num_threads(max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1))
+        # An optimiser saved under DDP says that its tensors lie on "cpu:0", a place torch.load knows nothing of.
+        torch.serialization.register_package(5, lambda value: None,
+                                             lambda value, place: value if place.startswith("cpu") else None)
     if not is_main():
         # Unsloth writes the code it compiles to files while it is imported: two at once would read half of one.
         os.environ["UNSLOTH_COMPILE_LOCATION"] = str(cache_dir() / f"unsloth_compiled_cache-{rank()}")
@@ -57,32 +63,21 @@ def join(recipe: Recipe) -> None:
                                    timeout=datetime.timedelta(seconds=recipe.ddp_timeout))
 
 
-def _prepare_cpu(torch: Any) -> None:
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice where nothing was set
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(cores // local, 1))
-    # An optimiser saved under DDP says that its tensors lie on "cpu:0", a place torch.load knows nothing of.
-    torch.serialization.register_package(5, lambda value: None,
-                                         lambda value, place: value if place.startswith("cpu") else None)
-
-
 def sharding(recipe: Recipe) -> dict[str, Any]:
     """How the training is spread, for people and for a checkpoint's identity: processes, engine, its settings.
 
     Raises KitError when the DeepSpeed configuration can't be read or does not fit the recipe.
     """
-    told: dict[str, Any] = {"processes": world_size(), "engine": "DDP" if world_size() > 1 else "one process"}
-    if recipe.fsdp:
-        return {**told, "engine": "FSDP2"}
-    if recipe.deepspeed is None:
-        return told
+    processes = world_size()
+    if recipe.fsdp or recipe.deepspeed is None:
+        alone = "DDP" if processes > 1 else "one process"
+        return {"processes": processes, "engine": "FSDP2" if recipe.fsdp else alone}
     settings = deepspeed_settings(recipe)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage == 3 and recipe.quantised:
         raise KitError(f"deepspeed: {recipe.deepspeed} is ZeRO-3, which can't shard quantised weights",
                        "recipes/deepspeed/zero2.json with load_in_4bit, or ZeRO-3 without it")
-    return {**told, "engine": f"ZeRO-{stage}",
+    return {"processes": processes, "engine": f"ZeRO-{stage}",
             "deepspeed settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
 
 

@@ -16,7 +16,7 @@ import pytest
 import kit
 from kit.common.errors import GateError, KitError
 from kit.export.merging import check_mergeable
-from kit.models.load import _load
+from kit.models.load import load_from
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 from support.tiny_runs import talks, write_rows
@@ -256,7 +256,7 @@ def test_an_adapter_trained_elsewhere_keeps_its_ranks_and_layers(
 
 def test_a_model_quantised_already_keeps_its_settings(recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
     """The recipe's defaults take it as it is; what a recipe names and the model has not is refused."""
-    model, tokenizer = _load(recipe_of().model_name, recipe_of(**METHODS["QLoRA fp4"]))
+    model, tokenizer = load_from(recipe_of().model_name, recipe_of(**METHODS["QLoRA fp4"]))
     model.save_pretrained(tmp_path / "fp4")
     tokenizer.save_pretrained(tmp_path / "fp4")
     as_it_is = {"model_name": str(tmp_path / "fp4"), "load_in_4bit": True}

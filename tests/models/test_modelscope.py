@@ -45,7 +45,7 @@ NOBODY = {"MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}
 FETCH = """from kit.models.fetch import model_folder
 print(model_folder(Recipe.load({}, hub="modelscope", model_name="zoo/tiny", local_files_only=len(sys.argv) > 1)))"""
 ROWS = """import json
-from kit.data.sources import rows_of
+from kit.data.rows import rows_of
 recipe = Recipe.load(json.loads(sys.argv[1]), hub="modelscope")
 for row in rows_of("zoo/talks", recipe): print(json.dumps([str(row.place), row.messages[-1]["content"], row.faults]))"""
 PUSH = """from kit.export.hub import push

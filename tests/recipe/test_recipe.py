@@ -13,6 +13,7 @@ import yaml
 
 from kit.common.errors import KitError
 from kit.common.paths import PROJECT
+from kit.recipe.fields import AFFECTS, fields_affecting
 from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
 from support.command import kit
@@ -209,9 +210,40 @@ def test_papermill_with_a_token_stops_before_anything_is_made(tmp_path: Path) ->
     assert not (tmp_path / "runs").exists()
 
 
-def test_every_field_says_what_it_does() -> None:
+def test_every_field_says_what_it_does_and_affects() -> None:
+    schema = Recipe.model_json_schema()["properties"]
     for name, field in Recipe.model_fields.items():
         assert field.description and field.description.endswith("."), name
+        assert schema[name]["affects"] and set(schema[name]["affects"].split()) <= set(AFFECTS), name
+
+
+def words(text: str) -> set[str]:
+    return set(text.split())
+
+
+def test_what_other_rooms_take_from_the_fields() -> None:
+    """A checkpoint's free fields, what an answer depends on, what a card leaves out and shortens, what TRL is given."""
+    free = words("""
+        run_name output_dir local_files_only hub trust_remote_code dataset dataset_config dataset_split
+        dataset_revision columns eval_dataset test_size eval_overlap max_train_samples max_eval_samples metric
+        save_strategy save_steps save_minutes save_total_limit checkpoint_dir resume_from_checkpoint fsdp deepspeed
+        ddp_timeout dataloader_num_workers dataloader_pin_memory report_to bf16 fp16 dtype max_input_length
+        max_new_tokens temperature top_p top_k min_p repetition_penalty save_merged gguf num_ctx push_to_hub
+        hub_model_id hub_private_repo""")
+    assert set(Recipe.model_fields) - set(fields_affecting("weights")) == free
+    # kit answer puts max_input_length with its default into its journal.
+    assert set(fields_affecting("answers")) - {"max_input_length"} == words("""
+        prompt_style system_prompt enable_thinking max_new_tokens temperature top_p top_k min_p repetition_penalty seed
+        dtype load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype""")
+    assert set(fields_affecting("place")) == words("""
+        output_dir checkpoint_dir deepspeed local_files_only report_to hub push_to_hub hub_model_id
+        hub_private_repo""")
+    assert set(fields_affecting("source")) == {"model_name", "dataset", "eval_dataset", "adapter_name_or_path"}
+    assert set(fields_affecting("SFTConfig")) == words("""
+        per_device_train_batch_size gradient_accumulation_steps learning_rate warmup_steps lr_scheduler_type
+        weight_decay adam_beta1 adam_beta2 max_grad_norm neftune_noise_alpha train_sampling_strategy
+        dataloader_num_workers dataloader_pin_memory logging_steps eval_strategy eval_steps ddp_timeout report_to
+        seed""")
 
 
 def test_a_slip_of_a_field_is_not_taken_for_a_secret() -> None:
