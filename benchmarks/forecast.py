@@ -4,7 +4,8 @@
     python benchmarks/forecast.py 4-bit long          those variants only
     python benchmarks/forecast.py runs/quickstart     finished runs
 
-A variant trains and does not answer, so `answers` is left out of its forecast.
+Of memory the forecast says what is certain and an upper bound. A variant trains and does not answer, so `answers` is
+left out of its forecast.
 """
 
 from __future__ import annotations
@@ -49,12 +50,9 @@ def long_rows(path: Path) -> None:
 
 def measure(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train a few steps here; the forecast, with the time told after two steps, and what happened."""
-    from transformers import TrainerCallback
-
     from kit import Recipe, add_lora, load_data, load_model, make_trainer
-    from kit.readiness.forecast import forecast
-    from kit.training import train
-    from kit.training.steps import Pace
+    from kit.readiness.forecast import ANSWERS, STEP, forecast
+    from kit.training.train import train
 
     if fields.get("dataset") == "long":
         long_rows(folder / "long.jsonl")
@@ -66,25 +64,12 @@ def measure(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     data = load_data(recipe, tokenizer)
     said = forecast(recipe, data)
     trainer = make_trainer(model, tokenizer, data, recipe)
-    assert said.steps
-    pace, seconds = Pace(said.steps, said.tokens), []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.began, self.tokens = time.perf_counter(), int(state.num_input_tokens_seen)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            told = pace.step(time.perf_counter() - self.began, int(state.num_input_tokens_seen) - self.tokens)
-            seconds.extend([told] if told else [])
-
-    import time
-
-    trainer.add_callback(Clock())
     result = train(trainer, recipe)
-    parts = {name: size for name, size in said.memory_gb.items() if name != "answers"}
-    return {"forecast_gb": round(sum(parts.values()), 2), "peak_gb": result.peak_memory_gb, "parts": parts,
+    parts = {name: size for name, size in said.memory_gb.items() if name != ANSWERS}
+    return {"certain_gb": round(sum(parts.values()) - parts[STEP], 2), "most_gb": round(sum(parts.values()), 2),
+            "peak_gb": result.peak_memory_gb, "parts": parts,
             "forecast_steps": said.steps, "steps": result.steps, "forecast_tokens": said.tokens,
-            "tokens": result.tokens, "forecast_seconds": seconds[0] if seconds else None,
+            "tokens": result.tokens, "forecast_seconds": result.forecast_seconds,
             "seconds": result.train_seconds}
 
 
@@ -112,8 +97,8 @@ def main() -> None:
             continue
         found = in_a_process(VARIANTS[name])
         parts = ", ".join(f"{part} {size:.2f}" for part, size in found["parts"].items())
-        print(f"{name:18} memory {found['forecast_gb']:5.2f} said, {found['peak_gb']:5.2f} GB happened "
-              f"({found['peak_gb'] / found['forecast_gb']:.2f}); steps {found['forecast_steps']}, {found['steps']}; "
+        print(f"{name:18} memory {found['certain_gb']:5.2f} to {found['most_gb']:5.2f} GB forecast, "
+              f"{found['peak_gb']:5.2f} happened; steps {found['forecast_steps']}, {found['steps']}; "
               f"seconds {found['forecast_seconds']}, {found['seconds']}; {parts}", flush=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import re
@@ -11,12 +10,15 @@ from pathlib import Path
 
 from kit.common.errors import KitError
 from kit.gguf.setup import CONVERTER, converter_dir
-from kit.readiness.probe import Probe
+from kit.readiness.probe import ask
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate
 
 # transformers' tables of the models that generate text, keys are config.json's model_type.
 TABLES = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+# A class of the converter: its decorators, and what is in it.
+REGISTERED = re.compile(r"^@ModelBase\.register\((.*?)^class [^\n]*\n((?:(?:[ \t][^\n]*)?\n)*)",
+                        re.MULTILINE | re.DOTALL)
 
 
 def architecture(recipe: Recipe, folder: Path | None) -> Gate:
@@ -41,8 +43,7 @@ def architecture(recipe: Recipe, folder: Path | None) -> Gate:
     if converted is None:
         return Gate("architecture", False, name, detail=f"the GGUF converter does not know it ({converter_dir()})",
                     hint="set gguf: [] and serve merged/ instead, or use another model")
-    with Probe("llama", converted) as child:
-        answer = child.answer()
+    answer = ask("llama", converted)
     if not answer["probed"]:
         return Gate("architecture", None, f"{name}: transformers and converter know it",
                     detail="llama.cpp does not say whether it can load it")
@@ -55,24 +56,20 @@ def architecture(recipe: Recipe, folder: Path | None) -> Gate:
 
 def transformers_types() -> set[str]:
     """The `model_type`s that transformers has a text model for; read, because importing it takes two seconds."""
-    home = importlib.util.find_spec("transformers")
-    folders = (home and home.submodule_search_locations) or []
+    package = importlib.util.find_spec("transformers")
+    folders = (package and package.submodule_search_locations) or []
     if not folders:
         raise KitError("transformers is not installed", "make setup")
-    source = Path(folders[0]) / "models" / "auto" / "modeling_auto.py"
-    found: set[str] = set()
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in TABLES:
-            found |= {str(pair.elts[0].value) for pair in ast.walk(node.value)
-                      if isinstance(pair, ast.Tuple) and isinstance(pair.elts[0], ast.Constant)}
-    return found
+    source = (Path(folders[0]) / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
+    tables = re.findall(rf"^(?:{'|'.join(TABLES)}) = .*?^\)", source, re.MULTILINE | re.DOTALL)
+    return {model_type for table in tables for model_type in re.findall(r'\(\s*"([^"]+)",', table)}
 
 
 def gguf_name(converter: Path, architecture: str) -> str | None:
     """The converter's GGUF name for an architecture: LlamaForCausalLM → llama; None where it knows none.
 
     Its classes are registered as `@ModelBase.register("LlamaForCausalLM", …)` and name a `gguf.MODEL_ARCH`, whose
-    text stands in gguf-py's constants.py.
+    text stands in gguf-py's constants.py. Those of vision parts name MMPROJ.
     """
     constants = converter / "gguf-py" / "gguf" / "constants.py"
     if not constants.is_file():
@@ -80,25 +77,8 @@ def gguf_name(converter: Path, architecture: str) -> str | None:
                        "LLAMA_CPP_DIR to use the matching one")
     names = dict(re.findall(r"MODEL_ARCH\.(\w+)\s*:\s*\"([^\"]+)\"", constants.read_text(encoding="utf-8")))
     for file in (converter / CONVERTER, *sorted((converter / "conversion").glob("*.py"))):
-        text = file.read_text(encoding="utf-8")
-        if f'"{architecture}"' not in text:
-            continue
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ClassDef) and architecture in _registered(node) and (member := _arch_of(node)):
-                return names.get(member)
-    return None
-
-
-def _registered(node: ast.ClassDef) -> set[str]:
-    return {argument.value for decorator in node.decorator_list
-            if isinstance(decorator, ast.Call) and getattr(decorator.func, "attr", "") == "register"
-            for argument in decorator.args if isinstance(argument, ast.Constant) and isinstance(argument.value, str)}
-
-
-def _arch_of(node: ast.ClassDef) -> str | None:
-    """LLAMA of `model_arch = gguf.MODEL_ARCH.LLAMA`; classes of vision parts have none or MMPROJ."""
-    for statement in node.body:
-        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "model_arch":
-            member = getattr(statement.value, "attr", "")
-            return member if member != "MMPROJ" else None
+        for decorators, body in REGISTERED.findall(file.read_text(encoding="utf-8")):
+            member = re.search(r"^    model_arch = gguf\.MODEL_ARCH\.(\w+)", body, re.MULTILINE)
+            if f'"{architecture}"' in decorators and member and member[1] != "MMPROJ":
+                return names.get(member[1])
     return None

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from kit.common.errors import KitError
 from kit.readiness import machine_checks as checks
+from kit.readiness import model_checks
 from kit.readiness.architecture import architecture
-from kit.readiness.forecast import Forecast, forecast
-from kit.readiness.model_checks import data, model
-from kit.readiness.probe import Probe
+from kit.readiness.forecast import forecast_on
+from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate, Gates
-
-MORE = "a recipe's memory, disk, model, data and architecture: kit doctor recipes/quickstart.yaml"
 
 
 def run(source: str | None, overrides: dict[str, Any]) -> int:
@@ -30,7 +27,11 @@ def run(source: str | None, overrides: dict[str, Any]) -> int:
         raise KitError(f"{source!r} is no recipe: the first argument is the recipe", "kit doctor RECIPE FIELD=VALUE …")
     recipe = Recipe.load(source or {}, **overrides) if source or overrides else None
     report = doctor(recipe)
-    print(_verdict(report) + (f"\n{MORE}" if recipe is None else ""))
+    names = ", ".join(gate.name for gate in report.failed)
+    print(f"{len(report.failed)} of {len(report.gates)} checks failed: {names}" if names
+          else "nothing stands in the way")
+    if recipe is None:
+        print("a recipe's memory, disk, model, data and architecture: kit doctor recipes/quickstart.yaml")
     return 1 if report.failed else 0
 
 
@@ -40,41 +41,35 @@ def doctor(recipe: Recipe | None = None) -> Gates:
     ✓ is fine, ✗ would stop the run, ! is a remark, – can't be known yet.
     """
     report = Gates("doctor")
-    with ThreadPoolExecutor(16) as pool, ExitStack() as children:
-        found = _begin(recipe, pool, children)
-        for number, check in enumerate(found, 1):
-            gate = check.result()
+    with ThreadPoolExecutor(16) as pool:
+        started = [pool.submit(_guarded, name, check) for name, check in _checks(recipe, pool).items()]
+        for number, gate in enumerate(map(Future.result, started), 1):
             report.gates.append(gate)
-            print(f"[{number}/{len(found)}] {line(gate)}", flush=True)
+            print(f"[{number}/{len(started)}] {line(gate)}", flush=True)
     return report
 
 
-def _begin(recipe: Recipe | None, pool: ThreadPoolExecutor, children: ExitStack) -> list[Future[Gate]]:
-    """Start every check at once; those that need the machine or the model wait for it in their threads."""
-    bits = 0 if recipe is None else 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 0
-    torch = children.enter_context(Probe("torch", recipe.output_dir if recipe else ".", str(bits)))
-    machine = pool.submit(lambda: _machine(torch.answer()))
-
-    def start(name: str, check: Callable[[], Gate]) -> Future[Gate]:
-        return pool.submit(_guarded, name, check)
-
-    first = [start("packages", checks.packages), start("device", lambda: checks.device(machine.result()[0], recipe))]
-    llama_cpp = start("llama.cpp", lambda: checks.llama_cpp(recipe))
+def _checks(recipe: Recipe | None, pool: ThreadPoolExecutor) -> dict[str, Callable[[], Gate]]:
+    """Every check by its name; those that need the machine or the model wait for it."""
+    machine = pool.submit(_machine, recipe.output_dir if recipe else ".")
+    first = {"packages": checks.packages, "device": lambda: checks.device(machine.result()[0], recipe)}
     if recipe is None:
-        return [*first, start("disk", lambda: checks.disk(None, None)), llama_cpp]
-    there = pool.submit(model, recipe)
-    needs = pool.submit(_needs, recipe, machine)
-    layers = [start(f"{bits}-bit", lambda: checks.quantised(recipe, machine.result()[0], torch))] if bits else []
-    return [
-        *first,
-        start("memory", lambda: checks.memory(*machine.result(), needs.result())),
-        start("disk", lambda: checks.disk(recipe, needs.result())),
-        start("model", lambda: there.result()[0]),
-        start("data", lambda: data(recipe)),
-        llama_cpp,
-        start("architecture", lambda: architecture(recipe, there.result()[1])),
-        *layers,
-    ]
+        return {**first, "disk": lambda: checks.disk(None, None), "llama.cpp": lambda: checks.llama_cpp(None)}
+    # Where torch can't tell the machine, the forecast goes as far as it can without it.
+    needs = pool.submit(lambda: forecast_on(None if machine.exception() else machine.result()[0], recipe))
+    model = pool.submit(model_checks.model, recipe)
+    bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 0
+    layers = {f"{bits}-bit": lambda: checks.quantised(bits, machine.result()[0])} if bits else {}
+    return {
+        **first,
+        "memory": lambda: checks.memory(*machine.result(), needs.result()),
+        "disk": lambda: checks.disk(recipe, needs.result()),
+        "model": lambda: model.result()[0],
+        "data": lambda: model_checks.data(recipe),
+        "llama.cpp": lambda: checks.llama_cpp(recipe),
+        "architecture": lambda: architecture(recipe, model.result()[1]),
+        **layers,
+    }
 
 
 def line(gate: Gate) -> str:
@@ -84,14 +79,10 @@ def line(gate: Gate) -> str:
     return text + (f" → {gate.hint}" if gate.hint and gate.passed is not True else "")
 
 
-def _machine(answer: dict[str, Any]) -> tuple[Machine, float]:
+def _machine(output_dir: str) -> tuple[Machine, float]:
     """The machine, and its free memory in GB."""
+    answer = ask("machine", output_dir)
     return Machine(**answer["machine"]), answer["free_memory_gb"]
-
-
-def _needs(recipe: Recipe, machine: Future[tuple[Machine, float]]) -> Forecast:
-    """The run's forecast on this machine; where torch can't tell the machine, as far as that goes without it."""
-    return forecast(recipe, there=None if machine.exception() else machine.result()[0])
 
 
 def _guarded(name: str, check: Callable[[], Gate]) -> Gate:
@@ -102,10 +93,3 @@ def _guarded(name: str, check: Callable[[], Gate]) -> Gate:
         return Gate(name, False, "failed", detail=error.message, hint=error.hint)
     except OSError as error:
         return Gate(name, False, "failed", detail=str(error), hint="make it readable")
-
-
-def _verdict(report: Gates) -> str:
-    if report.failed:
-        names = ", ".join(gate.name for gate in report.failed)
-        return f"{len(report.failed)} of {len(report.gates)} checks failed: {names}"
-    return "nothing stands in the way"

@@ -1,41 +1,60 @@
-"""What a run will need, said before it: memory, disk, steps, and after two steps the time; and how well that was said.
+"""What a run will need, told before it: at most so much memory, and disk, steps and tokens.
 
-Memory is what has to lie there at once, part by part, from the sizes in config.json and the safetensors headers: no
-weights are read, and neither torch nor transformers is imported.
+Sizes come from config.json and the safetensors headers: no weights are read, no torch or transformers is imported.
+
+Of the memory, `training step` and `answers` are bounds, not estimates. A step is taken to need BOUND times the inputs
+and outputs of all linear layers for the tokens of a micro-batch (with gradient checkpointing: of one layer, and every
+layer's input), and the logits of all these tokens. PyTorch's saved_tensors_hooks count 1.5 times for the backward pass
+(rows of 750 tokens, starter model); the rest is for gradients, float32 copies and the holes that rows of changing
+lengths leave in a CPU's heap. Attention is taken not to keep its scores (SDPA). Loading is not in the bound: while it
+lasts, the mapped file and the copy made of it are both in memory.
+
+Measured on a CPU with the starter model in bfloat16: the demo took 3.27 GB, its training 2.74 GB, trainings of six
+steps 1.3 to 2.5 GB. A GPU's figures have not been measured.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-import sys
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kit.common.show import Table
 from kit.gguf.formats import file_bytes, needed_bytes
-from kit.models.size import Checkpoint, local_model
-from kit.readiness.forecast_memory import NF4_BYTES, Lengths, memory_parts, trained_in_float32
-from kit.recipe.machine import Machine, machine
+from kit.models.size import ModelFiles, local_model
+from kit.recipe.machine import Machine, look
 from kit.recipe.recipe import Recipe
-from kit.training.steps import _lengths, steps_of, tokens_of
+from kit.training.steps import steps_of, token_counts, tokens_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 ANSWERED_AT_ONCE = 20  # kit.answer's batch
 ANSWERED_WITHOUT_HELD_OUT_ROWS = 3
+# Measured on a CPU: Python with torch, unsloth, trl and a small data set, resident.
+LIBRARIES_BYTES = 0.6e9
+# What a CPU's process gathers in a long run. Of it 0.4 GB are kernels that oneDNN makes for rows of new lengths until
+# its cache is full, measured with the starter model.
+GATHERED_BYTES = 0.6e9
+CUDA_CONTEXT_BYTES = 0.5e9  # outside of what torch counts as its own
+# Dettmers et al. 2023, QLoRA, section 3: 4 bits, and 0.127 bits for the doubly quantised constants of 64 weights each.
+NF4_BYTES = (4 + 0.127) / 8
+BOUND = {"cpu": 6, "cuda": 4}
+# Copies of the logits in a step: 16-bit, float32, log-softmax and gradient. On a GPU Unsloth keeps them below 4 GB.
+BYTES_PER_LOGIT = 14
+CUDA_LOGITS_BYTES = 4e9
+STEP, ANSWERS = "training step", "answers"  # the parts that grow with the rows
 
 
 @dataclass(frozen=True)
 class Forecast:
     """A run's needs; all sizes in GB of 1e9 bytes. None is what can't be known yet, and `notes` say why.
 
-    `peak_memory_gb`: the training process on a CPU, the GPU's memory on a GPU. `disk_gb`: what the run leaves in its
-    folder; `room_gb`: what the disk must have free for it, with what is there only for a while. `tokens`: read in all
-    steps, without padding. `memory_gb` and `files_gb` are the parts by name; answering and a training step are not
-    at work together, so the peak counts the larger of the two.
+    `peak_memory_gb`: an upper bound, for the training process on a CPU, for the GPU's memory on a GPU. `disk_gb`: what
+    the run leaves in its folder; `room_gb`: what the disk must have free for it, with what is there only for a while.
+    `tokens`: read in all steps, without padding. `memory_gb` and `files_gb` are the parts by name.
     """
 
     peak_memory_gb: float | None = None
@@ -50,102 +69,91 @@ class Forecast:
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def _table(self) -> Any:
-        rows = [[f"memory: {name}", _gb(size)] for name, size in self.memory_gb.items()]
-        rows += [["memory at its peak", _gb(self.peak_memory_gb)]]
-        rows += [[f"disk: {name}", _gb(size)] for name, size in self.files_gb.items()]
-        rows += [["disk in all", _gb(self.disk_gb)], ["steps", _count(self.steps)], ["tokens", _count(self.tokens)]]
+    def _table(self) -> Table:
+        sizes: dict[str, float | None] = {
+            **{f"memory: {name}": size for name, size in self.memory_gb.items()}, "memory at most": self.peak_memory_gb,
+            **{f"disk: {name}": size for name, size in self.files_gb.items()}, "disk in all": self.disk_gb}
+        counts = {"steps": self.steps, "tokens": self.tokens}
+        rows = [[name, "?" if size is None else f"{size:.2f} GB"] for name, size in sizes.items()]
+        rows += [[name, "?" if count is None else f"{count:,}"] for name, count in counts.items()]
         return Table(["forecast", ""], rows, "; ".join(self.notes))
 
     def __repr__(self) -> str:
         return repr(self._table())
 
     def _repr_html_(self) -> str:
-        return str(self._table()._repr_html_())
+        return self._table()._repr_html_()
 
 
-def _gb(size: float | None) -> str:
-    return "?" if size is None else f"{size:.2f} GB"
+def forecast(recipe: Recipe, data: DatasetDict | None = None) -> Forecast:
+    """The forecast of a run on this machine, from the real rows where `data` (of kit.load_data) is given.
 
-
-def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
-
-
-def forecast(recipe: Recipe, data: DatasetDict | None = None, there: Machine | None = None) -> Forecast:
-    """The forecast of a run, from the real rows where `data` (of kit.load_data) is given.
-
-    Without `data` every row is taken to be max_seq_length long: an upper bound. Without `there` this machine is
-    looked at, as far as that goes without torch.
+    Without `data` every row is taken to be max_seq_length long.
     """
-    rows = len(data["train"]) if data is not None else None
-    lengths = _lengths(data["train"], "input_ids") if data is not None else []
-    steps = steps_of(recipe, rows) if rows else recipe.max_steps
-    tokens = tokens_of(recipe, data["train"], steps) if data is not None and steps else None
-    notes = () if lengths else ("row lengths are not known: max_seq_length is assumed, an upper bound",)
+    return forecast_on(look(Path(recipe.output_dir)), recipe, data)
+
+
+def forecast_on(machine: Machine | None, recipe: Recipe, data: DatasetDict | None = None) -> Forecast:
+    """As `forecast`, on a machine that is known already; where none is (None), the memory isn't known either."""
+    lengths = Lengths.of(recipe, data)
+    steps, tokens = recipe.max_steps, None
+    if data is not None and len(data["train"]):
+        steps = steps_of(recipe, len(data["train"]))
+        tokens = tokens_of(recipe, data["train"], steps)
+    notes = () if lengths.known else ("row lengths are not known: max_seq_length is assumed",)
     model = local_model(recipe)
     if isinstance(model, str):
         return Forecast(steps=steps, tokens=tokens, notes=(*notes, model))
-    device, bf16 = (there.device, there.bf16) if there else look()
-    memory = memory_parts(model, recipe, _known(recipe, data, lengths, steps), device, bf16)
-    peak = sum(memory.values()) - min(memory["activations"] + memory["logits"], memory["answers"])
     files, temporary = _files(model, recipe, steps)
     disk = sum(files.values())
-    return Forecast(_round(peak), _round(disk), _round(disk + temporary), steps, tokens,
-                    {name: _round(size) for name, size in memory.items()},
-                    {name: _round(size) for name, size in files.items()}, notes)
+    parts = _memory_parts(model, recipe, lengths, machine.device, machine.bf16) if machine else {}
+    peak = sum(parts.values())
+    if machine and machine.device == "cuda":  # its memory serves the next stage again, a CPU's heap may keep both
+        peak -= min(parts[STEP], parts[ANSWERS])
+    return Forecast(_in_gb(peak) if machine else None, _in_gb(disk), _in_gb(disk + temporary), steps, tokens,
+                    {name: _in_gb(size) for name, size in parts.items()},
+                    {name: _in_gb(size) for name, size in files.items()}, notes)
 
 
-def _known(recipe: Recipe, data: DatasetDict | None, lengths: list[int], steps: int | None) -> Lengths:
-    """Lengths of the real rows, and bounds where they are not known."""
-    bound = recipe.max_seq_length
-    trained = _lengths(data["train"], "labels", trained=True) if data is not None and lengths else []
-    held_out = _lengths(data["test"], "input_ids") if data is not None else []
-    answered = (len(held_out) if data is not None else recipe.max_eval_samples) or ANSWERED_WITHOUT_HELD_OUT_ROWS
-    different = len(set(lengths)) if lengths else bound
-    return Lengths(max(lengths, default=bound), max(trained, default=bound),
-                   min(different, (steps or bound) * recipe.gradient_accumulation_steps),
-                   min(answered, ANSWERED_AT_ONCE), max(held_out or lengths, default=bound))
-
-
-def _round(size: float) -> float:
+def _in_gb(size: float) -> float:
     return round(size / 1e9, 6)
 
 
-def look() -> tuple[str, bool]:
-    """(cuda or cpu, whether it computes in bfloat16) without importing torch."""
-    if "torch" in sys.modules:
-        there = machine()
-        return there.device, there.bf16
-    if shutil.which("nvidia-smi"):
-        return "cuda", True
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return "cpu", False
-    return "cpu", bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+class Lengths(NamedTuple):
+    """Tokens of the longest training row, rows answered at once, and tokens of the longest `prompt` among them.
+
+    Bounds where they are not known.
+    """
+
+    longest: int
+    answered: int
+    prompt: int
+    known: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, data: DatasetDict | None) -> Lengths:
+        bound = recipe.max_seq_length
+        train, held_out = ([], []) if data is None else (token_counts(data["train"]), token_counts(data["test"]))
+        answered = (recipe.max_eval_samples if data is None else len(held_out)) or ANSWERED_WITHOUT_HELD_OUT_ROWS
+        return cls(bound if recipe.packing else max(train, default=bound), min(answered, ANSWERED_AT_ONCE),
+                   max(held_out or train, default=bound), bool(train))
 
 
-def _files(model: Checkpoint, recipe: Recipe, steps: int | None) -> tuple[dict[str, float], float]:
+def _files(model: ModelFiles, recipe: Recipe, steps: int | None) -> tuple[dict[str, float], float]:
     """Bytes of what a run leaves by folder, and of what it needs for a while besides.
 
     Sizes of GGUFs are those that kit.gguf asks free room for: k-quants of wide models come out smaller.
     """
-    saved = model.parameters * 2 if recipe.full_finetuning else \
-        model.adapter(recipe) * (2 if recipe.quantised else 4)
+    tokenizer = model.tokenizer_bytes
+    saved = model.parameters * 2 if recipe.full_finetuning else model.adapter(recipe) * (2 if recipe.quantised else 4)
     # Adam's two moments have the number format of the weights they belong to; full ones leave in 16-bit at the end.
-    wide = 2 if trained_in_float32(recipe) else 1
-    checkpoint = 3 * saved * wide + model.tokenizer_bytes
-    merged = model.weight_bytes + model.tokenizer_bytes
-    files: dict[str, float] = {} if recipe.full_finetuning else {"adapter": saved + model.tokenizer_bytes}
-    temporary = 0.0
-    if recipe.full_finetuning:
-        files["merged"] = saved + model.tokenizer_bytes
-    elif recipe.save_merged != "none":
-        files["merged"] = merged
+    checkpoint = 3 * saved * (2 if _trained_in_float32(recipe) else 1) + tokenizer
+    files: dict[str, float] = {"merged" if recipe.full_finetuning else "adapter": saved + tokenizer}
+    if recipe.save_merged != "none":
+        files.setdefault("merged", model.weight_bytes + tokenizer)
     if recipe.save_merged == "4bit":
-        linear = sum(math.prod(shape) for shape in model.linears.values())
-        files["merged-4bit"] = linear * NF4_BYTES + (model.parameters - linear) * 2 + model.tokenizer_bytes
+        files["merged-4bit"] = _weights(model, NF4_BYTES, 2) + tokenizer
+    temporary = 0.0
     if recipe.gguf:
         files["gguf"] = sum(file_bytes(model.parameters, name) for name in recipe.gguf)
         temporary = max(0.0, needed_bytes(model.parameters, recipe.gguf) - files["gguf"])
@@ -170,3 +178,67 @@ def checkpoints_left(recipe: Recipe, steps: int | None) -> int:
     # Each evaluation may be the best so far, and then it is saved and kept besides the newest ones.
     made = times(recipe.save_strategy, recipe.save_steps) + best * times(recipe.eval_strategy, recipe.eval_steps)
     return min(made, recipe.save_total_limit + best) if recipe.save_total_limit else made
+
+
+def _memory_parts(model: ModelFiles, recipe: Recipe, lengths: Lengths, device: str, bf16: bool) -> dict[str, float]:
+    """Bytes by part; a training step and answers are never at work at the same time."""
+    width = 4 if recipe.dtype == "float32" or (recipe.dtype is None and not bf16 and device == "cpu") else 2
+    trained = 4 if _trained_in_float32(recipe) else width
+    matrix = NF4_BYTES if recipe.load_in_4bit else 1 if recipe.load_in_8bit else trained
+    process = {"libraries": LIBRARIES_BYTES} if device == "cpu" else {"CUDA context": CUDA_CONTEXT_BYTES}
+    return {**process, "weights": _weights(model, matrix, trained),
+            "adapter and optimiser": _optimised(model, recipe, trained, device),
+            STEP: _step(model, recipe, lengths, width, device), ANSWERS: _answers(model, recipe, lengths, width)}
+
+
+def _weights(model: ModelFiles, matrix: float, width: int) -> float:
+    """Bytes of all weights: `matrix` for one in the layers' matrices, `width` for any other."""
+    linear = sum(math.prod(shape) for shape in model.linears.values())
+    return linear * matrix + (model.parameters - linear) * width
+
+
+def _trained_in_float32(recipe: Recipe) -> bool:
+    """Full finetuning keeps its weights in float32 unless it is told otherwise."""
+    return recipe.full_finetuning and recipe.dtype in (None, "float32")
+
+
+def _optimised(model: ModelFiles, recipe: Recipe, width: int, device: str) -> float:
+    """Adapter, gradient and Adam's two moments; of full finetuning the last three, as the weights are counted already.
+
+    PEFT makes adapters in float32, TRL puts those of a quantised model into bfloat16; gradients and moments follow.
+    """
+    in_8bit = device == "cuda" and "8bit" in recipe.optim
+    if recipe.full_finetuning:
+        return model.parameters * (width + (2 if in_8bit else 2 * width))
+    width = 2 if recipe.quantised else 4
+    return model.adapter(recipe) * (2 * width + (2 if in_8bit else 2 * width))
+
+
+def _layer_values(model: ModelFiles) -> float:
+    """Inputs and outputs of a layer's matrices for one token; of a mixture's experts those that a token passes."""
+    experts = model.config.get("num_experts_per_tok") or 1
+    shapes = {re.sub(r"\.experts\.\d+\.", ".experts.", name): tensor.shape[-2:]
+              for name, tensor in model.tensors.items() if ".layers." in name and len(tensor.shape) > 1}
+    values = sum(sum(shape) * (experts if ".experts." in name else 1) for name, shape in shapes.items())
+    return values / model.config["num_hidden_layers"]
+
+
+def _step(model: ModelFiles, recipe: Recipe, lengths: Lengths, width: int, device: str) -> float:
+    """What a training step keeps for its backward pass and makes on the way."""
+    layers, values = model.config["num_hidden_layers"], _layer_values(model)
+    tokens = recipe.per_device_train_batch_size * lengths.longest
+    kept = values + layers * model.config["hidden_size"] if recipe.use_gradient_checkpointing else layers * values
+    logits = tokens * model.config["vocab_size"] * BYTES_PER_LOGIT
+    weights_in_16bit = 2 * model.parameters if _trained_in_float32(recipe) else 0  # autocast makes and keeps them
+    return BOUND[device] * tokens * width * kept + weights_in_16bit + (
+        min(logits, CUDA_LOGITS_BYTES) if device == "cuda" else logits + GATHERED_BYTES)
+
+
+def _answers(model: ModelFiles, recipe: Recipe, lengths: Lengths, width: int) -> float:
+    """A batch of answers: the prompts in one layer, keys and values (copied as they grow), the next tokens' logits."""
+    config = model.config
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    cache = (lengths.prompt + recipe.max_new_tokens) * 2 * heads * size * config["num_hidden_layers"]
+    return lengths.answered * (width * (lengths.prompt * _layer_values(model) + 2 * cache)
+                               + config["vocab_size"] * (4 + width))

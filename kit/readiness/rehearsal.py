@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import kit.common.unsloth
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -22,19 +23,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from kit.common.errors import GateError, KitError, one_line
 from kit.common.files import whole_folder
 from kit.export.adapter import merge_adapter, save_adapter
-from kit.export.modelfile import write_modelfile
+from kit.export.modelfile import modelfile_of
 from kit.gguf.child import LlamaChild
 from kit.gguf.convert import export_gguf
 from kit.gguf.formats import QUANTIZATIONS, quantization_of
 from kit.gguf.header import read_header
-from kit.models.fetch import hub_hint, model_folder
+from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.models.template import load_tokenizer, render, template_kwargs
 from kit.readiness.shrink import random_model, shrunk
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.run import Run
-from kit.verifying.contents import check_contents
+from kit.verifying.gguf_file import check_contents
 from kit.verifying.merge import check_merge
+from kit.verifying.parity import kl_divergence
 from kit.verifying.template import cases, check_gguf_template
 
 # Mean KL in nats per token is measured against the merged tiny model in float32.
@@ -60,14 +62,6 @@ class _Stopped(Exception):
     """A step failed; its gate says why."""
 
 
-class _Tiny(NamedTuple):
-    """A tiny model on the disk: its recipe names the base folder, its run folder is the rehearsal's own."""
-
-    recipe: Recipe
-    run: Run
-    tokenizer: Any
-
-
 def rehearse(recipe: Recipe) -> Gates:
     """Take a tiny model of the recipe's architecture the way of the recipe's export; a gate for each step.
 
@@ -78,54 +72,65 @@ def rehearse(recipe: Recipe) -> Gates:
     if recipe.save_merged == "none":
         gates.check("merge", None, "left out", detail="save_merged: none: nothing is exported")
         return gates
-    place = Path(recipe.output_dir).expanduser()
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=place) as folder, suppress(_Stopped):
-        _steps(recipe, Path(folder), gates)
+    output_dir = Path(recipe.output_dir).expanduser()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=output_dir) as folder, suppress(_Stopped):
+        _rehearse_in(Path(folder), recipe, gates)
     return gates
 
 
-def _steps(recipe: Recipe, folder: Path, gates: Gates) -> None:
+def _rehearse_in(folder: Path, recipe: Recipe, gates: Gates) -> None:
     tokenizer, config = load_tokenizer(recipe), _config(recipe)
     try:
         model = random_model(shrunk(config), SEED, recipe.trust_remote_code)
         _logprobs(model, [0, 1])
     except Exception as error:  # a config of unknown making, in code that never saw such sizes
         gates.check("tiny model", None, "not rehearsed",
-                    detail=f"{config.model_type} can't be made small: {type(error).__name__}: {str(error)[:200]}")
+                    detail=f"{config.model_type} can't be made small: {type(error).__name__}: {one_line(error)}")
         return
     size = model.num_parameters(exclude_embeddings=True) / 1e6
     print(f"export rehearsal: {type(model).__name__} with {size:.1f} million weights beside the vocabulary", flush=True)
 
     with _step(gates, "merge"):
-        tiny = _merge(model, tokenizer, recipe, folder, gates)
+        run = _merge(model, tokenizer, recipe, folder, gates)
     if not recipe.gguf:
         gates.check("convert", None, "left out", detail="gguf: []: no GGUF is made")
         return
     texts = [render(tokenizer, [{"role": "user", "content": text}, {"role": "assistant", "content": text}], recipe)
              for text in TEXTS]
-    ids = [token for text in texts for token in _ids(tokenizer, text)][:LONGEST]
-    expected = _logprobs(_merged_model(tiny), ids)  # before a converter has seen the folder
+    ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]][:LONGEST]
+    merged = AutoModelForCausalLM.from_pretrained(run.merged, dtype=torch.float32,
+                                                  trust_remote_code=recipe.trust_remote_code).eval()
+    expected = _logprobs(merged, ids)  # before a converter has seen the folder
     with _step(gates, "convert"):
-        files = _export(tiny, gates)
+        files = _export(run, recipe, gates)
     with _step(gates, "tokenizer"):  # before llama.cpp reads them: a wrong one ends its process
         for file in files:
-            check_contents(gates, quantization_of(file), read_header(file), tiny.run.merged)
+            check_contents(gates, quantization_of(file), read_header(file), run.merged)
+    _in_llama_cpp(files, tokenizer, recipe, ids, expected, gates)
+    with _step(gates, "Modelfile"):
+        _modelfile(recipe, tokenizer, gates)
+
+
+def _in_llama_cpp(files: list[Path], tokenizer: Any, recipe: Recipe, ids: list[int], expected: np.ndarray,
+                  gates: Gates) -> None:
+    """Each GGUF loaded by llama.cpp: gates `template`, `logits` and `answer`; `expected` as of `_logprobs`."""
+    options = template_kwargs(recipe)
     with ExitStack() as stack:
         with _step(gates, "load"):
-            children = [stack.enter_context(LlamaChild(file, 4 * LONGEST, logits=True,
-                                                       template_kwargs=template_kwargs(recipe))) for file in files]
+            children = [stack.enter_context(LlamaChild(file, 4 * LONGEST, logits=True, template_kwargs=options))
+                        for file in files]
         with _step(gates, "template"):
-            every = list(cases(tokenizer, recipe, []))
+            conversations = list(cases(tokenizer, recipe, []))
             for child in children:
-                check_gguf_template(gates, quantization_of(child.gguf), child, tokenizer, every)
+                check_gguf_template(gates, quantization_of(child.gguf), child, tokenizer, conversations)
         with _step(gates, "logits"):
             for child in children:
-                _same_logits(child, expected, ids, gates)
+                _check_logits(quantization_of(child.gguf), expected, child.predictions(ids, range(len(ids)))[0], gates)
         with _step(gates, "answer"):
-            _answer(children, gates)
-    with _step(gates, "Modelfile"):
-        _modelfile(files[-1], tiny, gates)
+            for child in children:
+                child.answer(QUESTION, ANSWER_TOKENS)  # its words mean nothing
+            gates.check("answer", True, f"{len(children)} files answer with up to {ANSWER_TOKENS} tokens")
 
 
 @contextmanager
@@ -147,28 +152,24 @@ def _step(gates: Gates, name: str) -> Iterator[None]:
 def _config(recipe: Recipe) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
-            model_folder(recipe), revision=recipe.revision, local_files_only=recipe.local_files_only,
-            trust_remote_code=recipe.trust_remote_code)
+            model_folder(recipe), **loading_options(recipe))
     except (OSError, ValueError) as error:
-        raise KitError(f"model_name: the config of {recipe.model_name} could not be loaded: "
-                       f"{one_line(error)}", hub_hint()) from None
+        raise not_loaded("config", recipe, error) from None
 
 
-def _merge(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, gates: Gates) -> _Tiny:
+def _merge(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, gates: Gates) -> Run:
     """Save the tiny model and a random adapter, and merge them; gates `merged config` and `merge`."""
     with whole_folder(folder / "base") as base:
         model.save_pretrained(base)
         tokenizer.save_pretrained(base)
-    tiny = _Tiny(recipe.model_copy(update={"model_name": str(folder / "base"), "revision": None,
-                                           "output_dir": str(folder), "run_name": "run"}),
-                 Run(folder / "run"), tokenizer)
-    saved = save_adapter(model if recipe.full_finetuning else _with_adapter(model, recipe), tokenizer, tiny.run)
+    run = Run(folder / "run")
+    adapter = save_adapter(model if recipe.full_finetuning else _with_adapter(model, recipe), tokenizer, run)
     if recipe.full_finetuning:
         gates.check("merge", None, "left out", detail="full_finetuning: all weights are saved as they are")
     else:
-        merge_adapter(folder / "base", saved, tiny.run.merged)
-        check_merge(gates, folder / "base", saved, tiny.run.merged)
-    return tiny
+        merge_adapter(folder / "base", adapter, run.merged)
+        check_merge(gates, folder / "base", adapter, run.merged)
+    return run
 
 
 def _with_adapter(model: Any, recipe: Recipe) -> Any:
@@ -185,23 +186,22 @@ def _with_adapter(model: Any, recipe: Recipe) -> Any:
     except ValueError as error:
         linears = {name.rpartition(".")[2] for name, module in model.named_modules()
                    if isinstance(module, torch.nn.Linear)}
-        raise KitError(f"target_modules: no adapter could be made: {str(error)[:300]}",
+        raise KitError(f"target_modules: no adapter could be made: {one_line(error)}",
                        f"the model's linear layers are {', '.join(sorted(linears))}") from None
 
 
-def _export(tiny: _Tiny, gates: Gates) -> list[Path]:
+def _export(run: Run, recipe: Recipe, gates: Gates) -> list[Path]:
     """The recipe's GGUFs, and always a 16-bit one, where a wrong conversion shows before any rounding.
 
     That is f16 unless the recipe asks for bf16: llama.cpp rounds what flows through a bf16 file ten times as coarsely.
     """
-    asked = tiny.recipe.gguf
-    exact = [quant for quant in asked if quant in ("f16", "bf16")] or ["f16"]
-    names = [*exact, *(quant for quant in asked if quant not in exact)]
+    exact = [quant for quant in recipe.gguf if quant in ("f16", "bf16")] or ["f16"]
+    names = [*exact, *(quant for quant in recipe.gguf if quant not in exact)]
     began = time.time()
     try:
-        files = export_gguf(tiny.run.merged, tiny.run.gguf, names, "rehearsal")
+        files = export_gguf(run.merged, run.gguf, names, "rehearsal")
     except GateError as error:
-        missing = next(quant for quant in names if not (tiny.run.gguf / f"rehearsal-{quant}.gguf").is_file())
+        missing = next(quant for quant in names if not (run.gguf / f"rehearsal-{quant}.gguf").is_file())
         gates.check(_verb(missing), False, "failed", detail=error.message, hint=NO_EXPORT)
         return []
     for quant, file in zip(names, files, strict=True):
@@ -215,49 +215,31 @@ def _verb(quant: str) -> str:
     return f"{'convert' if quant in ('f16', 'bf16') else 'quantise'} {quant}"
 
 
-def _same_logits(child: LlamaChild, expected: Any, ids: list[int], gates: Gates) -> None:
-    """Gate `logits <quant>`: mean KL of the next-token distributions, sum p (log p - log q), p the merged model's."""
-    quant = quantization_of(child.gguf)
-    found = torch.from_numpy(child.logprobs(ids))
-    known = min(expected.shape[-1], found.shape[-1])  # a converter may cut rows that no token has
-    p, q = expected[:, :known].log_softmax(-1), found[:, :known].log_softmax(-1)
-    kls = (p.exp() * (p - q)).sum(-1).sort().values
-    kl = float(kls[:round(COUNTED * len(ids))].mean())
-    top1 = float((p.argmax(-1) == q.argmax(-1)).float().mean())
+def _check_logits(quant: str, expected: np.ndarray, logprobs: np.ndarray, gates: Gates) -> None:
+    """Gate `logits <quant>`: mean KL of the next-token distributions (tokens, vocabulary) from the merged model's."""
+    known = min(expected.shape[-1], logprobs.shape[-1])  # a converter may cut rows that no token has
+    p, q = (torch.from_numpy(array[:, :known]).log_softmax(-1).numpy() for array in (expected, logprobs))
+    kl = float(np.sort(kl_divergence(p, q))[:round(COUNTED * len(p))].mean())
+    top1 = float((p.argmax(-1) == q.argmax(-1)).mean())
     allowed = QUANTIZATIONS[quant].tiny_kl
     passed = None if allowed is None else kl <= allowed
-    gates.check(f"logits {quant}", passed, f"mean KL {kl:.2g}, top-1 {top1:.0%} of {len(ids)} tokens",
+    gates.check(f"logits {quant}", passed, f"mean KL {kl:.2g}, top-1 {top1:.0%} of {len(p)} tokens",
                 "" if allowed is None else f"mean KL ≤ {allowed:g}",
                 f"{quant}: llama.cpp computes another model than the merged one" if passed is False else "",
                 NO_EXPORT)
 
 
-def _answer(children: list[LlamaChild], gates: Gates) -> None:
-    ends = [child.answer(QUESTION, ANSWER_TOKENS)[1] for child in children]  # its words mean nothing
-    gates.check("answer", True, f"{len(ends)} files answer with up to {ANSWER_TOKENS} tokens")
-
-
-def _modelfile(gguf: Path, tiny: _Tiny, gates: Gates) -> None:
-    recipe = tiny.recipe
+def _modelfile(recipe: Recipe, tokenizer: Any, gates: Gates) -> None:
     try:
-        write_modelfile(gguf.with_name("Modelfile"), gguf.name, tiny.tokenizer,
-                        recipe.num_ctx or recipe.max_seq_length, template_kwargs(recipe), recipe.system_prompt or "")
+        modelfile_of(recipe, tokenizer).text("model.gguf")
     except KitError as error:
         gates.check("Modelfile", None, "not possible", detail=error.message, hint=error.hint)
     else:
-        gates.check("Modelfile", True, "written")
+        gates.check("Modelfile", True, "can be written")
 
 
-def _merged_model(tiny: _Tiny) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny.run.merged, dtype=torch.float32,
-                                                trust_remote_code=tiny.recipe.trust_remote_code).eval()
-
-
-def _logprobs(model: Any, ids: list[int]) -> Any:
+def _logprobs(model: Any, ids: list[int]) -> np.ndarray:
     """Log probabilities (len(ids), vocabulary) of the token after each."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    return logits.log_softmax(-1).numpy()

@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 
 from kit.common.errors import KitError
-from kit.common.paths import cache_dir
+from kit.common.files import cache_dir
 from kit.gguf.setup import converter_dir
 from kit.models.starter import NAME
 from kit.readiness import machine_checks as checks
 from kit.readiness.architecture import architecture, gguf_name, transformers_types
 from kit.readiness.doctor import line, run
-from kit.readiness.forecast import Forecast, forecast
+from kit.readiness.forecast import ANSWERS, STEP, Forecast, forecast_on
 from kit.readiness.model_checks import data, lacks, model
-from kit.readiness.probe import Probe
+from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate
@@ -121,8 +121,7 @@ def test_device_names_the_number_format_and_why(machine: Machine, fields: dict[s
 @pytest.mark.slow
 def test_doctor_and_a_run_see_the_same_machine() -> None:
     seen = child("import json; from kit.recipe.machine import machine; print(json.dumps(vars(machine())))")
-    with Probe("torch", ".", "0") as probe:
-        said = probe.answer()
+    said = ask("machine", ".")
     del seen["free_disk_gb"], said["machine"]["free_disk_gb"]  # others write meanwhile
     assert said["machine"] == seen
     assert 0 < said["free_memory_gb"] < seen["memory_gb"]
@@ -135,17 +134,17 @@ def test_doctor_follows_unsloths_switch_for_bfloat16(monkeypatch: pytest.MonkeyP
 
 
 def test_memory_against_the_forecast(starter: Path) -> None:
-    needs = forecast(QUICKSTART, there=CPU)
+    needs = forecast_on(CPU, QUICKSTART)
     assert needs.peak_memory_gb is not None and needs.peak_memory_gb < 16
     assert checks.memory(CPU, 15.0, needs).passed is True
     little = checks.memory(CPU, needs.peak_memory_gb / 2, needs)
     assert little.passed is None and "other programs" in little.detail
-    always = sum(size for name, size in needs.memory_gb.items() if name not in checks.OF_ROWS)
-    bound = checks.memory(replace(CPU, memory_gb=(always + needs.peak_memory_gb) / 2), 15.0, needs)
+    certain = sum(size for name, size in needs.memory_gb.items() if name not in (STEP, ANSWERS))
+    bound = checks.memory(replace(CPU, memory_gb=(certain + needs.peak_memory_gb) / 2), 15.0, needs)
     assert bound.passed is None and "max_seq_length" in bound.hint
-    none = checks.memory(replace(CPU, memory_gb=always / 2), 15.0, needs)
+    none = checks.memory(replace(CPU, memory_gb=certain / 2), 15.0, needs)
     assert none.passed is False and "before any row" in none.detail and "load_in_4bit" in none.hint
-    gone = checks.memory(CPU, 15.0, forecast(QUICKSTART.model_copy(update={"model_name": "no/where"}), there=CPU))
+    gone = checks.memory(CPU, 15.0, forecast_on(CPU, QUICKSTART.model_copy(update={"model_name": "no/where"})))
     assert gone.passed is None and "not on this disk" in gone.figure and line(gone).startswith("–")
 
 
@@ -285,11 +284,18 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
+def _endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HF_ENDPOINT, which huggingface_hub reads on import."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                        url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub of our own, an empty cache, and nobody logged in."""
     made = Hub()
-    monkeypatch.setenv("HF_ENDPOINT", made.url + "/")
+    _endpoint(made.url, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE",
@@ -308,8 +314,13 @@ def test_the_hub_is_asked_once_and_nothing_is_fetched(hub: Hub, tmp_path: Path) 
     assert not (tmp_path / "hub").exists()
 
 
+def test_a_name_that_no_hub_can_have(hub: Hub) -> None:
+    gate, found = model(Recipe.load({"model_name": "no model"}))
+    assert gate.passed is False and "no model" in gate.detail and gate.hint and found is None and not hub.requests
+
+
 def test_a_redirect_is_an_answer(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.status, hub.headers = 307, {"Location": hub.url + "/elsewhere"}
+    hub.status, hub.headers = 307, {"Location": "http://storage.invalid/elsewhere"}  # the file itself
     monkeypatch.setenv("HF_TOKEN", "hf_notatoken")
     assert model(Recipe.load({"model_name": "Qwen/Qwen3-4B", "revision": "v1"}))[0].passed is True
     assert hub.requests == [("HEAD", "/Qwen/Qwen3-4B/resolve/v1/config.json", "Bearer hf_notatoken")]
@@ -363,7 +374,7 @@ def test_a_complete_cache_outlives_its_hub(hub: Hub, folder: Path, tmp_path: Pat
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = _cached(folder, tmp_path / "hub")
     assert model(Recipe.load({"model_name": "Qwen/Qwen3-4B"}))[0].passed is True
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    _endpoint("http://127.0.0.1:9", monkeypatch)
     gate, found = model(Recipe.load({"model_name": "Qwen/Qwen3-4B"}))
     assert gate.passed is None and "local_files_only" in gate.hint and found == snapshot
 
@@ -458,8 +469,8 @@ def test_a_runtime_that_does_not_load(code: str, said: str, tmp_path: Path, monk
 def test_a_child_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "llama_cpp.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with Probe("llama", seconds=1) as probe, pytest.raises(KitError, match="no answer within 1 s"):
-        probe.answer()
+    with pytest.raises(KitError, match="no answer within 1 s"):
+        ask("llama", seconds=1)
 
 
 def test_a_known_architecture(starter: Path, tmp_path: Path) -> None:
@@ -513,8 +524,7 @@ def test_a_config_without_an_architecture(tmp_path: Path) -> None:
 
 
 def test_the_runtime_is_asked_itself() -> None:
-    with Probe("llama", "llama", "qwen3", "gemma3", "no-such-thing") as probe:
-        answer = probe.answer()
+    answer = ask("llama", "llama", "qwen3", "gemma3", "no-such-thing")
     assert answer["probed"] and answer["known"] == {"llama": True, "qwen3": True, "gemma3": True,
                                                     "no-such-thing": False}
 
@@ -556,18 +566,14 @@ def test_the_types_transformers_knows_are_those_it_says() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_quantised_layers_run_here(bits: str) -> None:
-    with Probe("torch", ".", bits) as probe:
-        probe.answer()
-        gate = checks.quantised(Recipe.load({f"load_in_{bits}bit": True}), CPU, probe)
+    gate = checks.quantised(int(bits), CPU)
     assert gate.passed is True and gate.name == f"{bits}-bit"
 
 
 @pytest.mark.slow
 def test_no_4bit_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNSLOTH_CPU_LOAD_IN_4BIT", "0")
-    with Probe("torch", ".", "4") as probe:
-        probe.answer()
-        gate = checks.quantised(Recipe.load({"load_in_4bit": True}), CPU, probe)
+    gate = checks.quantised(4, CPU)
     assert gate.passed is False and "no 4-bit kernels" in gate.detail and "load_in_4bit: false" in gate.hint
 
 
