@@ -22,7 +22,7 @@ WORKERS ?= 2
 # The stamp's name holds the content of what was asked for: change a line and set-up runs again.
 STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: help setup engines demo test test-fast test-gpu check pair docs data clean
+.PHONY: help setup engines demo test test-all test-fast test-gpu check pair docs data clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -50,11 +50,14 @@ engines: $(STAMP)  ## what several processes need besides (DeepSpeed; on a machi
 demo: setup  ## fine-tune the starter model on this machine, to a checked GGUF
 	@$(BIN)/kit run recipes/quickstart.yaml --overwrite
 
-test: setup engines check  ## everything that must pass: lint, types, all tests
+test: setup engines check  ## what must pass: lint, types, every promise (about 20 minutes on two cores)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not long"
+
+test-all: setup engines check  ## the same with every setting of every promise
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: setup  ## the tests that take seconds
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu and not long"
 
 test-gpu: setup  ## the CUDA path end to end; skipped with a reason where there is no GPU
 	@$(BIN)/python -m pytest -m gpu

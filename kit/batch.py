@@ -19,18 +19,16 @@ from papermill.log import logger
 from papermill.translators import translate_parameters
 
 from kit.common.errors import KitError, Stopped
-from kit.common.paths import PROJECT
-from kit.common.processes import is_main, rank, world_size
-from kit.common.stopping import SIGNALS
-from kit.readiness.preflight import preflight
+from kit.common.files import PROJECT
+from kit.common.processes import SIGNALS, is_main, rank, world_size
+from kit.readiness.doctor import preflight
 from kit.recipe.recipe import Recipe
-from kit.recipe.sharding import join
-from kit.runs.folder import clear, close_dead, read_result
-from kit.runs.run import Run
+from kit.recipe.settings import join
+from kit.runs.run import Run, clear, close_dead, read_result
 
 NOTEBOOK = PROJECT / "notebooks" / "01_finetune.py"
 EVERYWHERE = "every-process"  # the tag of cells that each process of torchrun runs
-SECONDS_TO_TELL = 5
+SECONDS_BEHIND_MAIN = 5  # torchrun ends all when one ends, so the main process says its error before the others do
 
 
 def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
@@ -39,26 +37,24 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     0 only when the run marked itself finished: an exception, a killed kernel and an early exit are 1; 75 when a signal
     ended the training with a checkpoint.
     """
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every field not named in the notebook
-
     if world_size() > 1:
         raise KitError("kit run is one process", "torchrun --nproc_per_node N -m kit train RECIPE")
-    run = _validated(source, overrides, overwrite)
-    register()
+    run = Run.of(_validated(source, overrides, overwrite))
     run.folder.mkdir(parents=True, exist_ok=True)
-    output = run.folder / "notebook.ipynb"
     _pass_on_signals(run)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every field not named in the notebook
+    papermill_engines.register("kit", SpeakingEngine)
     reason = "the kernel ended before the last cell"
     try:
-        papermill.execute_notebook(str(NOTEBOOK.with_suffix(".ipynb")), str(output),
+        papermill.execute_notebook(NOTEBOOK.with_suffix(".ipynb"), run.folder / "notebook.ipynb",
                                    parameters={"recipe": source, **overrides}, engine_name="kit",
                                    kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
                                    stderr_file=sys.stderr)
     except KeyboardInterrupt:
         return _ended(run, "interrupted", 130)
     except PapermillException as error:
-        ended = {"Stopped": Stopped.exit_code, "KeyboardInterrupt": 130}
-        if code := ended.get(str(getattr(error, "ename", ""))):
+        codes = {"Stopped": Stopped.exit_code, "KeyboardInterrupt": 130}
+        if code := codes.get(str(getattr(error, "ename", ""))):
             return _ended(run, "interrupted", code)
         reason = str(getattr(error, "evalue", "")) or str(error).strip().splitlines()[-1]
     except Exception as error:  # a dead kernel surfaces as one of several types
@@ -71,25 +67,18 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
 
     Under torchrun every process runs the cells that load and train, and the main one the others too.
     """
-    run = _validated(source, overrides, overwrite)
-    _interrupt_on_sigterm()
-    join(Recipe.load(source, **overrides))
-    namespace: dict[str, Any] = {"__name__": "__main__"}
+    recipe = _validated(source, overrides, overwrite)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
+    join(recipe)
+    run, namespace = Run.of(recipe), {"__name__": "__main__"}
     reason = "the notebook ended early"
-    main = is_main()
     try:
-        for number, (title, cell, everywhere) in enumerate(_cells(source, overrides), 1):
-            if not (main or everywhere):
-                continue
-            if title:
-                print(f"\n── {title} ──", flush=True)
-            exec(compile(cell, f"{NOTEBOOK.name}[cell {number}]", "exec"), namespace)
+        _execute(source, overrides, namespace)
     except KeyboardInterrupt:
         return _ended(run, "interrupted", 130)
     except KitError as error:
-        if not main:
-            # torchrun ends all when one ends: the main process, which mostly has the same to tell, tells it first.
-            time.sleep(SECONDS_TO_TELL)
+        if not is_main():
+            time.sleep(SECONDS_BEHIND_MAIN)
             print(f"kit: process {rank()}: {error.message}", file=sys.stderr)
             return 0 if isinstance(error, Stopped) else error.exit_code
         print(f"kit: {error}", file=sys.stderr)
@@ -100,13 +89,14 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"
-    if not main:
+    if not is_main():
         return 0
     _fail(namespace, reason)
     return _ended(run, reason, 1)
 
 
-def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Run:
+def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Recipe:
+    """The recipe, when all that can be known before the first cell is right; the run it replaces is gone then."""
     recipe = Recipe.load(source, **overrides)
     run = Run.of(recipe)
     if overwrite and is_main() and read_result(run.folder).get("status") in ("finished", "failed", "stopped"):
@@ -114,7 +104,7 @@ def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Run:
         preflight(recipe.model_copy(update={"run_name": recipe.run_name + ".new"}))
         clear(run.folder, run.checkpoints)
     preflight(recipe)
-    return run
+    return recipe
 
 
 def _fail(namespace: dict[str, Any], reason: str, status: str = "failed") -> None:
@@ -134,53 +124,41 @@ def _ended(run: Run, reason: str, code: int) -> int:
     return code
 
 
-def _interrupt_on_sigterm() -> None:
-    """SIGTERM ends a run as Ctrl-C does, so that the kernel is not left behind."""
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
 def _pass_on_signals(run: Run) -> None:
     """The first SIGINT or SIGTERM goes to the kernel, where a training saves its state; the next one ends it all."""
-    passed = False
-
     def pass_on(*_: object) -> None:
-        nonlocal passed
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler)
         kernel = read_result(run.folder)
-        if passed or kernel.get("status") != "running" or kernel.get("pid") == os.getpid():
+        if kernel.get("status") != "running" or kernel.get("pid") == os.getpid():
             raise KeyboardInterrupt
-        passed = True
         os.kill(kernel["pid"], signal.SIGINT)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
 
 
-def _cells(source: str, overrides: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """[(heading above the cell or '', code, whether every process runs it), …] of the notebook.
-
-    Its parameters are set as papermill sets them.
-    """
-    cells, title = [], ""
-    for cell in jupytext.read(NOTEBOOK).cells:
+def _execute(source: str, overrides: dict[str, Any], namespace: dict[str, Any]) -> None:
+    """The notebook's cells, those of this process, with its parameters set as papermill sets them."""
+    title = ""
+    for number, cell in enumerate(jupytext.read(NOTEBOOK).cells, 1):
         if cell.cell_type == "markdown":
             title = heading(cell.source) or title
             continue
-        tags = cell.metadata.get("tags", [])
-        cells.append((title, cell.source, EVERYWHERE in tags or "parameters" in tags))
-        title = ""
+        code, tags = cell.source, cell.metadata.get("tags", [])
         if "parameters" in tags:
-            given = translate_parameters("python3", "python", {"recipe": source, **overrides}, "Parameters")
-            cells.append(("", given, True))
-    return cells
+            values = {"recipe": source, **overrides}
+            code += "\n" + translate_parameters("python3", "python", values, "Parameters")
+        if is_main() or EVERYWHERE in tags or "parameters" in tags:
+            if title:
+                print(f"\n── {title} ──", flush=True)
+            exec(compile(code, f"{NOTEBOOK.name}[cell {number}]", "exec"), namespace)
+        title = ""
 
 
 def heading(markdown: str) -> str:
     """The first heading's text, or ''."""
-    lines = [line.lstrip("#").strip() for line in markdown.splitlines() if line.startswith("#")]
-    return lines[0] if lines else ""
+    return next((line.lstrip("#").strip() for line in markdown.splitlines() if line.startswith("#")), "")
 
 
 class SpeakingClient(PapermillNotebookClient):
@@ -201,19 +179,12 @@ class SpeakingClient(PapermillNotebookClient):
 
 
 class SpeakingEngine(NBClientEngine):
-    """NBClientEngine with the client above; its remaining options are papermill's own."""
+    """NBClientEngine with the client above."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, log_output: bool = False, stdout_file: Any = None,
-                                 stderr_file: Any = None, start_timeout: int = 60,
-                                 execution_timeout: int | None = None, **_: Any) -> Any:
-        client = SpeakingClient(nb_man, kernel_name=kernel_name, log=logger, log_output=log_output,
-                                stdout_file=stdout_file, stderr_file=stderr_file, startup_timeout=start_timeout,
-                                timeout=execution_timeout, coalesce_streams=True,
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, stdout_file: Any = None, stderr_file: Any = None,
+                                 **_: Any) -> Any:
+        client = SpeakingClient(nb_man, kernel_name=kernel_name, log=logger, stdout_file=stdout_file,
+                                stderr_file=stderr_file, startup_timeout=60, timeout=None, coalesce_streams=True,
                                 extra_arguments=["--log-level=40"])
         return client.execute()
-
-
-def register() -> None:
-    """Make `engine_name="kit"` known to papermill."""
-    papermill_engines.register("kit", SpeakingEngine)

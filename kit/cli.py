@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kit.common.errors import KitError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  result_callback=sys.exit,  # with what the verb returned
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Fine-tune, export and check: what you ship is what you trained.")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/quickstart.yaml")]
 Fields = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Recipe fields set on top")]
 Overwrite = Annotated[bool, typer.Option(help="Replace a finished run of that name")]
+Engine = Annotated[str | None, typer.Option(
+    help="gguf, merged, adapter or base; by default the lightest that is there")]
 
 
+def parsed(fields: list[str] | None) -> dict[str, Any]:
+    """Recipe fields of FIELD=VALUE arguments."""
+    from kit.recipe.reading import parse_overrides
+
+    return parse_overrides(fields or [])
+
+
+def names(text: str | None) -> list[str]:
+    """The names of an option that takes several, with commas."""
+    return [name for part in (text or "").split(",") if (name := part.strip())]
+
+
+# Each verb imports the room that does it, and no other: --help is quick.
 @app.command()
-def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
+def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> int:
     """Run a recipe: the notebook with papermill, into runs/<name>/."""
     from kit.batch import run_notebook
-    from kit.recipe.reading import parse_overrides
 
-    raise typer.Exit(run_notebook(recipe, parse_overrides(fields or []), overwrite))
+    return run_notebook(recipe, parsed(fields), overwrite)
 
 
 @app.command()
-def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> None:
+def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> int:
     """The same run without a kernel: the notebook's cells in this process."""
     from kit.batch import run_cells
-    from kit.recipe.reading import parse_overrides
 
-    raise typer.Exit(run_cells(recipe, parse_overrides(fields or []), overwrite))
+    return run_cells(recipe, parsed(fields), overwrite)
 
 
 @app.command()
@@ -47,12 +64,11 @@ def lint(
     fix: Annotated[Path | None, typer.Option(help="Write a repaired copy (.jsonl) with the safe repairs only")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures and findings as JSON")] = False,
     rows: Annotated[int, typer.Option(help="How many rows to show token by token", min=0)] = 2,
-) -> None:
-    """Check data before training: shapes, lengths, masks, doubles, what is wrong and where."""
-    from kit.data.lint_command import check
-    from kit.recipe.reading import parse_overrides
+) -> int:
+    """Check data before training: shapes, lengths, masks, duplicates, what is wrong and where."""
+    from kit.data.lint_command import check, recipe_of
 
-    raise typer.Exit(check(data, recipe, parse_overrides(fields or []), html, fix, json, rows))
+    return check(recipe_of(data, recipe, parsed(fields)), html, fix, json, rows, defaults=recipe is None)
 
 
 @app.command()
@@ -60,22 +76,21 @@ def doctor(
     recipe: Annotated[str | None, typer.Argument(
         metavar="[RECIPE]", help="Also what this recipe needs: memory, disk, model, data")] = None,
     fields: Fields = None,
-) -> None:
+) -> int:
     """Check this machine before a run: versions, device, room, hub, converter. Downloads nothing."""
     from kit.readiness.doctor import run as examine
-    from kit.recipe.reading import parse_overrides
 
-    raise typer.Exit(examine(recipe, parse_overrides(fields or [])))
+    return examine(recipe, parsed(fields))
 
 
 @app.command()
-def verify(what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder")]) -> None:
+def verify(what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder")]) -> int:
     """Check that what a run ships is what it trained: every gate, with its figure; writes verify.json, report.html."""
     from kit.verifying.verify import verify as check
 
     gates = check(what)
     print(gates)
-    raise typer.Exit(0 if gates.passed else 1)
+    return 0 if gates.passed else 1
 
 
 @app.command()
@@ -92,9 +107,9 @@ def push(
     from kit.export.hub import push as send
     from kit.runs.run import Run
 
-    found = Run.open(what)
-    chosen = kinds.split(",") if kinds else found.recipe.push_to_hub or made_by(found)
-    send(found, [kind.strip() for kind in chosen], to, False if public else None, base_model)
+    pushed = Run.open(what)
+    send(pushed, names(kinds) or pushed.recipe.push_to_hub or made_by(pushed), to, False if public else None,
+         base_model)
 
 
 @app.command()
@@ -103,22 +118,21 @@ def export(
         metavar="WHAT", help="A run's name or folder, or the folder of an adapter trained elsewhere")],
     base: Annotated[str | None, typer.Option(
         help="The adapter's base model: a folder or hub id; by default the one it names")] = None,
-    gguf: Annotated[list[str] | None, typer.Option(help="A GGUF to write, q8_0 for example; may be repeated")] = None,
+    gguf: Annotated[str | None, typer.Option(help="GGUFs to write, several with commas: q8_0,f16")] = None,
     save_merged: Annotated[str | None, typer.Option(help="16bit, or 4bit for merged-4bit/ besides")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is made of an adapter")] = None,
-) -> None:
+) -> int:
     """Make what a run does not have yet, or of an adapter: merged model, 4-bit copy, GGUFs with their Modelfile."""
     from kit.export.command import export as make
 
-    raise typer.Exit(make(what, base, gguf or [], save_merged, out))
+    return make(what, base, names(gguf), save_merged, out)
 
 
 @app.command()
 def ask(
     what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
     prompt: Annotated[str | None, typer.Argument(help="The question; without it, a conversation")] = None,
-    engine: Annotated[str | None, typer.Option(
-        help="gguf, merged, adapter or base; by default the lightest that is there")] = None,
+    engine: Engine = None,
 ) -> None:
     """Ask a run's model a question; the answer is streamed."""
     from kit.answering.engines import answers
@@ -128,7 +142,7 @@ def ask(
         _say(ask_one([{"role": "user", "content": prompt}]))
         return
     history = []
-    while (question := _read_question()) is not None:
+    for question in _questions():
         history.append({"role": "user", "content": question})
         history.append({"role": "assistant", "content": _say(ask_one(history))})
 
@@ -142,43 +156,38 @@ def answer(
     fields: Fields = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="By default beside FILE: <stem>.answers<suffix>")]
     = None,
-    engine: Annotated[str | None, typer.Option(
-        help="gguf, merged, adapter or base; by default the lightest that is there")] = None,
+    engine: Engine = None,
     column: Annotated[str | None, typer.Option(
         help="The questions' column; by default prompt or question, else the first")] = None,
     answer_column: Annotated[str, typer.Option(help="The column that answers come into")] = "answer",
     batch_size: Annotated[int, typer.Option(help="Rows answered at once", min=1)] = 20,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT, and answers kept of another request")] = False,
-) -> None:
-    """Answer a whole file, the other columns kept; after a kill the same command goes on. Exit code 1: rows failed."""
+) -> int:
+    """Answer a whole file, the other columns kept; after a kill the same command resumes. Exit code 1: rows failed."""
     from kit.answering.answer_file import answer_file
-    from kit.recipe.reading import parse_overrides
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     done = answer_file(what, file, out, engine=engine, column=column, answer_column=answer_column,
-                       batch_size=batch_size, overwrite=overwrite, **parse_overrides(fields or []))
+                       batch_size=batch_size, overwrite=overwrite, **parsed(fields))
     print(done)
-    raise typer.Exit(1 if done.failed else 0)
+    return 1 if done.failed else 0
 
 
-def _say(pieces: object) -> str:
+def _say(pieces: Iterable[str]) -> str:
     text = ""
-    for piece in pieces:  # type: ignore[attr-defined]
+    for piece in pieces:
         text += piece
         print(piece, end="", flush=True)
     print()
     return text
 
 
-def _read_question() -> str | None:
-    """The next line that is not empty; None at the end of the input."""
-    while True:
-        if sys.stdin.isatty():
-            print("› ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return None
-        if line.strip():
-            return line.strip()
+def _questions() -> Iterator[str]:
+    """The lines of standard input that are not empty, until its end."""
+    with suppress(EOFError):
+        while True:
+            if question := input("› " if sys.stdin.isatty() else "").strip():
+                yield question
 
 
 def main() -> None:

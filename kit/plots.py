@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kit.training.train import TrainResult
+
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
     """A figure of its own (not pyplot's), so that nothing is shown twice and no window is needed."""
@@ -31,14 +33,13 @@ def _save(figure: Figure, path: Path) -> Figure:
 
 def lengths(rows: Dataset, max_seq_length: int, path: Path) -> Figure:
     """Histogram of row lengths in tokens, with the trained part apart; of many rows the first 10,000."""
-    first = [(len(row["input_ids"]), sum(label != -100 for label in row["labels"]))
-             for row in rows.select(range(min(len(rows), 10_000)))]
-    total, trained = [length for length, _ in first], [length for _, length in first]
-    ordered = sorted(total)
-    p95 = ordered[int(0.95 * (len(ordered) - 1))]
-    figure, axes = _figure(f"{len(rows):,} rows: median {ordered[len(ordered) // 2]}, 95 % up to {p95}, "
-                           f"longest {ordered[-1]} of {max_seq_length} tokens", "tokens", "rows")
-    bins = range(0, max(total) + 2, max(1, max(total) // 40))
+    first = rows[:10_000]
+    total = sorted(map(len, first["input_ids"]))
+    trained = [sum(label != -100 for label in labels) for labels in first["labels"]]
+    figure, axes = _figure(f"{len(rows):,} rows: median {total[len(total) // 2]}, "
+                           f"95 % up to {total[int(0.95 * (len(total) - 1))]}, longest {total[-1]} of "
+                           f"{max_seq_length} tokens", "tokens", "rows")
+    bins = range(0, total[-1] + 2, max(1, total[-1] // 40))
     axes.hist(total, bins=bins, alpha=0.6, label="whole row")
     axes.hist(trained, bins=bins, alpha=0.6, label="trained")
     axes.legend()
@@ -46,24 +47,23 @@ def lengths(rows: Dataset, max_seq_length: int, path: Path) -> Figure:
 
 
 def loss(result: TrainResult, path: Path) -> Figure:
-    """The loss of each logged step, of many their mean too; the held-out loss, its best, where training went on."""
-    steps = [step for step, _ in result.losses]
-    values = [value for _, value in result.losses]
+    """The loss of each logged step, of many their mean too; the held-out loss, its best, where training resumed."""
+    steps, values = zip(*result.losses, strict=True)
     window = max(1, len(values) // 10)
-    smooth = [sum(values[max(0, i - window + 1):i + 1]) / len(values[max(0, i - window + 1):i + 1])
-              for i in range(len(values))]
+    smooth = [fmean(values[max(0, end - window):end]) for end in range(1, len(values) + 1)]
     figure, axes = _figure(f"loss {values[0]:.3f} → {smooth[-1]:.3f} in {result.steps} steps",
                            "optimiser step", "loss (nats per trained token)")
     axes.plot(steps, values, alpha=0.4 if window > 1 else 1, label="logged")
     if window > 1:
         axes.plot(steps, smooth, label=f"mean of {window}")
     if result.evaluations:
-        axes.plot([found["step"] for found in result.evaluations], [found["loss"] for found in result.evaluations],
+        axes.plot([evaluation["step"] for evaluation in result.evaluations],
+                  [evaluation["loss"] for evaluation in result.evaluations],
                   marker="o", color="tab:green", label="held-out rows")
     if result.best_step is not None:
         axes.axvline(result.best_step, color="tab:green", linestyle=":", label=f"best: step {result.best_step}")
     if result.resumed_from:
-        axes.axvline(result.resumed_from, color="gray", linestyle="--", label=f"on from step {result.resumed_from}")
+        axes.axvline(result.resumed_from, color="gray", linestyle="--", label=f"resumed at step {result.resumed_from}")
     axes.set_ylim(bottom=0)
     axes.legend()
     return _save(figure, path)
@@ -77,10 +77,10 @@ def before_after(scores: dict[str, dict[str, float]], path: Path) -> Figure | No
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
     figure, axes = _figure("held-out score", "", "share of answers that are right")
     width = 0.8 / len(scores)
-    for k, (stage, values) in enumerate(scores.items()):
-        places = [i + k * width for i in range(len(names))]
-        bars = axes.bar(places, [values.get(name, 0) for name in names], width, label=stage)
-        axes.bar_label(bars, labels=[f"{values.get(name, 0):.0%}" for name in names], fontsize=8)
+    for number, (stage, values) in enumerate(scores.items()):
+        bars = axes.bar([i + number * width for i in range(len(names))], [values.get(name, 0) for name in names],
+                        width, label=stage)
+        axes.bar_label(bars, fmt="{:.0%}", fontsize=8)
     labels = ["whole answer" if name == "exact" else name for name in names]
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], labels)
     axes.set_ylim(0, 1.15)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kit.answering.infer import stream
 from kit.common.errors import KitError, nearest
-from kit.gguf.header import check_gguf
+from kit.gguf.formats import check_gguf
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
@@ -37,11 +38,9 @@ def answers(what: str, engine: str | None) -> Callable[[list[Message]], Iterator
 
     Raises KitError when there is no such run, file or engine, or the file is damaged.
     """
-    from kit.answering.infer import stream
-
-    chosen = choose(what, engine)
-    model, tokenizer = (chosen.path, None) if chosen.name == "gguf" else chosen.load()
-    return lambda messages: stream(model, tokenizer, messages, chosen.recipe)
+    selected = choose(what, engine)
+    model, tokenizer = (selected.path, None) if selected.name == "gguf" else selected.load()
+    return lambda messages: stream(model, tokenizer, messages, selected.recipe)
 
 
 def choose(what: str | Path, engine: str | None, **fields: Any) -> Engine:
@@ -63,26 +62,22 @@ def choose(what: str | Path, engine: str | None, **fields: Any) -> Engine:
         return Engine("gguf", Recipe.load({}, **fields), path)
     run = Run.open(what)
     recipe = Recipe.load(run.recipe, **fields)
-    chosen = _engine(run, engine)
-    if chosen == "gguf":
-        path = sorted(run.gguf.glob("*.gguf"), key=lambda file: file.stat().st_size)[-1]
-        check_gguf(path)
-        return Engine(chosen, recipe, path)
-    return Engine(chosen, recipe, {"merged": run.merged, "adapter": run.adapter, "base": None}[chosen])
+    paths = _paths(run)
+    if engine is None and list(paths) == ["base"]:
+        raise KitError(f"{run.folder} holds no trained model yet ({run.result.get('status', 'not started')}"
+                       f" at {run.result.get('stage', 'the start')})",
+                       "finish the run, or ask the untrained model with --engine base")
+    name = engine or next(iter(paths))
+    if name not in paths:
+        raise KitError(f"{run.folder} has no {engine}", f"it has: {', '.join(paths)}")
+    if name == "gguf" and (file := paths[name]):
+        check_gguf(file)
+    return Engine(name, recipe, paths[name])
 
 
-def _engine(run: Run, engine: str | None) -> str:
-    """The engine asked for, or the lightest the run has."""
-    there = [name for name, found in (("gguf", any(run.gguf.glob("*.gguf"))),
-                                      ("merged", (run.merged / "config.json").is_file()),
-                                      ("adapter", (run.adapter / "adapter_config.json").is_file()),
-                                      ("base", True)) if found]
-    if engine is None:
-        if there == ["base"]:
-            raise KitError(f"{run.folder} holds no trained model yet ({run.result.get('status', 'not started')}"
-                           f" at {run.result.get('stage', 'the start')})",
-                           "finish the run, or ask the untrained model with --engine base")
-        return there[0]
-    if engine not in there:
-        raise KitError(f"{run.folder} has no {engine}", f"it has: {', '.join(there)}")
-    return engine
+def _paths(run: Run) -> dict[str, Path | None]:
+    """The engines that the run has, the lightest first, with the path of each; of several GGUFs the largest."""
+    paths = {"gguf": max(run.gguf.glob("*.gguf"), key=lambda file: file.stat().st_size, default=None),
+             "merged": run.merged if (run.merged / "config.json").is_file() else None,
+             "adapter": run.adapter if (run.adapter / "adapter_config.json").is_file() else None}
+    return {**{name: path for name, path in paths.items() if path}, "base": None}

@@ -1,4 +1,4 @@
-"""The answers so far, beside the file they will be written to: what lets `kit answer` go on after a kill.
+"""The answers so far, beside the file they will be written to: what lets `kit answer` resume after a kill.
 
 `OUT.partial.jsonl` begins with a line that says what is asked of which model; each further line is one answered row.
 """
@@ -9,10 +9,14 @@ import errno
 import fcntl
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from kit.common.errors import KitError
+from kit.common.files import unwritable
+
+ROOM = "free room and ask again, which resumes, or name another place with -o"
 
 
 class Answer(NamedTuple):
@@ -35,63 +39,58 @@ class Journal:
     def __enter__(self) -> Self:
         """Raises KitError when another process writes it, or it belongs to another file, engine or setting.
 
-        With `overwrite` such a one is begun anew; one that fits is always gone on with.
+        With `overwrite` such a one is begun anew; one that fits is always resumed.
         """
-        try:
+        with unwritable(self.path, ROOM):
             self.file = self.path.open("a+b", buffering=0)  # a line that did not fit must not come again at the end
-        except OSError as error:
-            raise self._unwritable(error) from None
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
-        except BaseException as error:
-            self.file.close()
-            if isinstance(error, BlockingIOError):
-                raise KitError(f"{self.path} is being written by another process",
-                               "wait for it, or name another file with -o") from None
-            raise self._unwritable(error) if isinstance(error, OSError) else error from None
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._read()
+            except BaseException as error:
+                self.file.close()
+                if isinstance(error, BlockingIOError):
+                    raise KitError(f"{self.path} is being written by another process",
+                                   "wait for it, or name another file with -o") from None
+                raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is KeyboardInterrupt:
+            print(f"\n{len(self.done):,} rows are answered and kept: the same command resumes", file=sys.stderr)
         # By what is in the file: Ctrl-C may come between the writing of answers and the counting of them.
         if not self.file.closed and self.path.exists() and self.path.read_bytes().count(b"\n") <= 1:
-            self.path.unlink()  # nothing to go on with
+            self.path.unlink()  # nothing to resume
         self.file.close()
 
     def add(self, answers: dict[int, Answer]) -> None:
         """Keep the answers of a batch; afterwards they survive a kill and a power cut."""
         lines = b"".join(_line({"row": place + 1, **answer._asdict()}) for place, answer in answers.items())
-        try:
+        with unwritable(self.path, ROOM):
             if self.file.write(lines) < len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise self._unwritable(error) from None
         self.done.update(answers)
 
     def remove(self) -> None:
         self.path.unlink()
         self.file.close()
 
-    def _unwritable(self, error: OSError) -> KitError:
-        return KitError(f"{self.path} can't be written: {error.strerror or error}",
-                        "free room and ask again, which goes on, or name another place with -o")
-
     def _read(self) -> None:
         self.file.seek(0)
         # A kill can cut the last line off: only lines with an end count, and writing goes on behind them.
-        whole = self.file.read().rpartition(b"\n")
+        content = self.file.read()
+        whole = content[:content.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole[0].splitlines()] if whole[1] else []
+            lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
             raise KitError(f"{self.path} is damaged: {error}", "delete it to start again") from None
-        self.file.truncate(len(whole[0]) + len(whole[1]))
+        self.file.truncate(len(whole))
         if lines and lines[0] != self.about:
             if not self.overwrite:
                 changed = [name for name in self.about if lines[0].get(name) != self.about[name]]
                 raise KitError(f"{self.path} holds {len(lines) - 1:,} answers of another request: "
                                + "; ".join(_change(name, lines[0].get(name), self.about[name]) for name in changed),
-                               "ask as before to go on, or --overwrite to start again")
+                               "ask as before to resume, or --overwrite to start again")
             lines = []
             self.file.truncate(0)
         if not lines:

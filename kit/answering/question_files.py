@@ -10,18 +10,19 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from kit.common.errors import KitError, nearest
 from kit.common.files import writing
 from kit.data.encodings import not_utf8, refuse_utf16
-from kit.data.readers import _delimiter, read_rows
+from kit.data.readers import delimiter_of, read_rows
 from kit.data.records import Record
 from kit.models.template import Message, alpaca_turn
 
-KINDS = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xlsx")
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xlsx")
 TABLES = (".csv", ".tsv")
 LONGEST_CELL = 32_767  # characters in a cell of .xlsx; openpyxl cuts what is longer, and says nothing
 ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r"})
@@ -40,17 +41,17 @@ class Questions(NamedTuple):
 
 
 def read_questions(path: Path, column: str | None = None, columns: dict[str, str] | None = None) -> Questions:
-    """The questions of a file of one of KINDS.
+    """The questions of a file that ends in one of SUFFIXES.
 
     They stand in `column`; by default in the one that the recipe's `columns` call prompt or question, else in `prompt`,
     `question` or `messages`, else in the first; an Alpaca `instruction` brings its `input` with it. A question is a
     text or a list of messages. Raises KitError where the file can't be read or has no such column.
     """
-    kind = known_kind(path)
-    items = list(_text_lines(path) if kind == ".txt" else read_rows(path))
+    is_text = known_suffix(path) == ".txt"
+    items = list(_text_lines(path) if is_text else read_rows(path))
     names = list(dict.fromkeys(name for item in items if isinstance(item, Record) and isinstance(item.value, dict)
                                for name in item.value))
-    chosen = _column(path, names, column, columns or {}) if names else column or "prompt"
+    asked_column = _column(path, names, column, columns or {}) if names else column or "prompt"
     rows: list[dict[str, Any]] = []
     asked, faults = {}, {}
     for place, item in enumerate(items):
@@ -58,23 +59,23 @@ def read_questions(path: Path, column: str | None = None, columns: dict[str, str
             rows.append({})
             faults[place] = item.message
             continue
-        rows.append(item.value if isinstance(item.value, dict) else {chosen: item.value})
-        if kind == ".txt" and not item.value.strip():
+        rows.append(item.value if isinstance(item.value, dict) else {asked_column: item.value})
+        if is_text and not item.value.strip():
             continue
         try:
-            asked[place] = _messages(rows[-1], chosen, with_input=column is None)
+            asked[place] = _messages(rows[-1], asked_column, with_input=column is None)
         except KitError as error:
             faults[place] = error.message
-    return Questions(path, chosen, names or [chosen], rows, [item.line for item in items], asked, faults)
+    return Questions(path, asked_column, names or [asked_column], rows, [item.line for item in items], asked, faults)
 
 
-def known_kind(path: Path) -> str:
-    """The ending, one of KINDS; KitError for another."""
-    kind = path.suffix.lower()
-    if kind not in KINDS:
-        raise KitError(f"{path}: unknown kind of file {kind or '(no ending)'}{nearest(kind, KINDS)}",
-                       f"a file of questions or answers ends in {', '.join(KINDS)}")
-    return kind
+def known_suffix(path: Path) -> str:
+    """The file's ending, one of SUFFIXES; KitError for another."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise KitError(f"{path}: unknown kind of file {suffix or '(no ending)'}{nearest(suffix, SUFFIXES)}",
+                       f"a file of questions or answers ends in {', '.join(SUFFIXES)}")
+    return suffix
 
 
 def _text_lines(path: Path) -> Iterator[Record]:
@@ -93,14 +94,14 @@ def _text_lines(path: Path) -> Iterator[Record]:
         yield Record(line.removesuffix("\r"), number, number)
 
 
-def _column(path: Path, names: list[str], asked: str | None, columns: dict[str, str]) -> str:
-    if asked is not None and asked not in names:
-        raise KitError(f"{path} has no column {asked!r}{nearest(asked, names)}", f"its columns: {', '.join(names)}")
-    if asked is not None:
-        return asked
-    there = {name.casefold(): name for name in reversed(names)}
-    usual = (columns.get("prompt"), columns.get("question"), "prompt", "question", "messages")
-    return next((there[name.casefold()] for name in usual if name and name.casefold() in there), names[0])
+def _column(path: Path, names: list[str], column: str | None, columns: dict[str, str]) -> str:
+    if column is None:
+        by_lower = {name.casefold(): name for name in reversed(names)}
+        usual = (columns.get("prompt"), columns.get("question"), "prompt", "question", "messages")
+        return next((by_lower[name.casefold()] for name in usual if name and name.casefold() in by_lower), names[0])
+    if column not in names:
+        raise KitError(f"{path} has no column {column!r}{nearest(column, names)}", f"its columns: {', '.join(names)}")
+    return column
 
 
 def _messages(row: dict[str, Any], column: str, with_input: bool) -> list[Message]:
@@ -108,7 +109,7 @@ def _messages(row: dict[str, Any], column: str, with_input: bool) -> list[Messag
     if isinstance(value, str) and value.strip():
         context = row.get("input") if with_input and column == "instruction" else None
         return [{"role": "user", "content": alpaca_turn(value, context if isinstance(context, str) else None)}]
-    if value is None or value in ("", []) or isinstance(value, str):
+    if value is None or value == [] or isinstance(value, str):
         raise KitError("the question is empty")
     if not isinstance(value, list):
         shown = json.dumps(value, ensure_ascii=False)[:40]
@@ -125,39 +126,38 @@ def _messages(row: dict[str, Any], column: str, with_input: bool) -> list[Messag
 
 
 def write_answers(path: Path, questions: Questions, added: dict[str, list[str | None]]) -> None:
-    """The rows of `questions` with further columns, `added` (one value per row), in the kind of `path`'s ending.
+    """The rows of `questions` with further columns, `added` (one value per row), as the ending of `path` says.
 
     A .txt gets the first of them only. Raises KitError where the file can't be written.
     """
-    kind = known_kind(path)
+    suffix = known_suffix(path)
     names = [*questions.columns, *added]
     rows = [{**row, **{name: values[place] for name, values in added.items()}}
             for place, row in enumerate(questions.rows)]
     with writing(path) as file:
-        if kind == ".txt":
+        if suffix == ".txt":
             file.writelines((answer or "").translate(ESCAPES) + "\n" for answer in next(iter(added.values())))
-        elif kind == ".jsonl":
+        elif suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        elif kind == ".json":
-            json.dump(rows, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        elif kind in TABLES:
-            _write_table(file, kind, questions.path, names, rows)
+        elif suffix == ".json":
+            file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
+        elif suffix in TABLES:
+            _write_table(file, suffix, questions.path, [names, *([row.get(name) for name in names] for row in rows)])
         elif questions.path.suffix.lower() == ".xlsx":
             _add_to_workbook(file, questions, added)
         else:
-            _write_workbook(file, names, rows)
+            _write_workbook(file, [names, *([row.get(name) for name in names] for row in rows)])
 
 
-def _write_table(file: TextIO, kind: str, source: Path, names: list[str], rows: Sequence[dict[str, Any]]) -> None:
+def _write_table(file: TextIO, suffix: str, source: Path, rows: list[list[Any]]) -> None:
     """With the delimiter, line end and byte-order mark of the table that was read, if it was one: Excel needs them."""
-    bom, end, delimiter = False, "\n", "\t" if kind == ".tsv" else ","
+    bom, end, delimiter = False, "\n", "\t" if suffix == ".tsv" else ","
     if source.suffix.lower() in TABLES:
         with source.open("rb") as old:
             first = old.readline()
-        bom, end = first.startswith(b"\xef\xbb\xbf"), "\r\n" if first.endswith(b"\r\n") else "\n"
-        delimiter = _delimiter(source) if kind == source.suffix.lower() == ".csv" else delimiter
-    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+        bom, end = first.startswith(BOM_UTF8), "\r\n" if first.endswith(b"\r\n") else "\n"
+        delimiter = delimiter_of(source) if suffix == source.suffix.lower() == ".csv" else delimiter
+    cells = [[_cell(value) for value in row] for row in rows]
     file.write("\ufeff" * bom)
     # The writer quotes a cell for the characters of its own line end only, but a reader breaks rows at any.
     csv.writer(file, delimiter=delimiter, lineterminator=end,
@@ -166,9 +166,7 @@ def _write_table(file: TextIO, kind: str, source: Path, names: list[str], rows: 
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _add_to_workbook(file: TextIO, questions: Questions, added: dict[str, list[str | None]]) -> None:
@@ -180,21 +178,18 @@ def _add_to_workbook(file: TextIO, questions: Questions, added: dict[str, list[s
     filled = [(cell.row, cell.column) for cells in sheet.iter_rows() for cell in cells if cell.value not in (None, "")]
     header, last = min(row for row, _ in filled), max(column for _, column in filled)
     for column, (name, values) in enumerate(added.items(), last + 1):
-        _put(sheet.cell(header, column), name)
-        for line, value in zip(questions.lines, values, strict=True):
+        for line, value in zip([header, *questions.lines], [name, *values], strict=True):
             _put(sheet.cell(line, column), value)
     book.save(file.buffer)  # type: ignore[attr-defined]
 
 
-def _write_workbook(file: TextIO, names: list[str], rows: Sequence[dict[str, Any]]) -> None:
+def _write_workbook(file: TextIO, rows: list[list[Any]]) -> None:
     from openpyxl import Workbook
 
     book = Workbook()
-    sheet = book.worksheets[0]
-    for line, values in enumerate([dict(zip(names, names, strict=True)), *rows], 1):
-        for column, name in enumerate(names, 1):
-            value = values.get(name)
-            _put(sheet.cell(line, column), value if isinstance(value, int | float) else _cell(value))
+    for line, values in enumerate(rows, 1):
+        for column, value in enumerate(values, 1):
+            _put(book.worksheets[0].cell(line, column), value if isinstance(value, int | float) else _cell(value))
     book.save(file.buffer)  # type: ignore[attr-defined]
 
 

@@ -1,15 +1,20 @@
-"""What answers the rows of a file: a model in memory, or llama.cpp."""
+"""What answers the rows of a file: a model in memory, or llama.cpp.
+
+torch is imported only where a model in memory answers.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from kit.answering.engines import Engine
-from kit.answering.infer import answer_batch, gguf_sampling
 from kit.answering.journal import Answer
+from kit.answering.replies import gguf_sampling
 from kit.common.errors import GateError, KitError
+from kit.data.shapes import longest_user_turn
 from kit.gguf.child import LlamaChild
 from kit.models.template import Message, prompt_ids, template_kwargs, with_system
 from kit.recipe.recipe import Recipe
@@ -39,6 +44,8 @@ class InMemory:
 
     def answer(self, prompts: list[Prompt], seed: int) -> list[Answer]:
         import torch
+
+        from kit.answering.in_memory import answer_batch
 
         torch.manual_seed(seed)
         replies = answer_batch(self.model, self.tokenizer, [prompt.ids for prompt in prompts], self.recipe)
@@ -76,13 +83,14 @@ class LlamaCpp:
             return self.child.prompt_ids(with_system(messages, self.recipe))
 
     def answer(self, prompts: list[Prompt], seed: int) -> list[Answer]:
-        with self._reopened():
-            return [self._answer_one(prompt, seed) for prompt in prompts]
-
-    def _answer_one(self, prompt: Prompt, seed: int) -> Answer:
         sampling = {**gguf_sampling(self.recipe), "seed": seed}
-        text = "".join(self.child.stream(with_system(prompt.messages, self.recipe), **sampling))
-        return Answer(text, self.child.finish_reason == "stop", len(self.child.tokenize(text, special=False)))
+        answers = []
+        with self._reopened():
+            for prompt in prompts:
+                text = "".join(self.child.stream(with_system(prompt.messages, self.recipe), **sampling))
+                length = len(self.child.tokenize(text, special=False))
+                answers.append(Answer(text, self.child.finish_reason == "stop", length))
+        return answers
 
     @contextmanager
     def _reopened(self) -> Iterator[None]:
@@ -116,27 +124,18 @@ def _room(recipe: Recipe, positions: int | None, whose: str) -> int:
 def fitted(model: InMemory | LlamaCpp, messages: list[Message]) -> Prompt:
     """The prompt, with the middle of its longest user turn left out where it has more tokens than `model.room`.
 
-    The middle, because the task stands at the beginning or at the end of a long prompt. Raises KitError where it does
-    not fit with two letters of that turn either.
+    Raises KitError where it does not fit with two letters of that turn either.
     """
     ids = model.ids(messages)
     if len(ids) <= model.room:
         return Prompt(messages, ids, 0)
-    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    longest = max(asked, key=lambda place: len(messages[place]["content"]))
-    text = messages[longest]["content"]
-    best: Prompt | None = None
-    least, most = 1, len(text) // 2 - 1  # characters kept on each side; llama.cpp's tokens can't be put together here
-    while least <= most:
-        keep = (least + most) // 2
-        shorter = [{**message, "content": f"{text[:keep]} … {text[-keep:]}"} if place == longest else message
-                   for place, message in enumerate(messages)]
-        found = model.ids(shorter)
-        if len(found) <= model.room:
-            best, least = Prompt(shorter, found, len(ids) - len(found)), keep + 1
-        else:
-            most = keep - 1
-    if best is None:
+    text, with_ends = longest_user_turn(messages)
+    # Characters kept on each side; llama.cpp's tokens can't be put together here.
+    keep = bisect_right(range(1, len(text) // 2), model.room,
+                        key=lambda kept: len(model.ids(with_ends(text[:kept], text[-kept:]))))
+    if not keep:
         raise KitError(f"the prompt has {len(ids):,} tokens where {model.room:,} fit, and no user turn long enough to "
                        "be shortened")
-    return best
+    shorter = with_ends(text[:keep], text[-keep:])
+    shorter_ids = model.ids(shorter)
+    return Prompt(shorter, shorter_ids, len(ids) - len(shorter_ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import fmean
 from typing import Any
 
 # As Qwen3 and others write it, also around nothing.
@@ -20,12 +21,12 @@ def score(answers: list[str], references: list[str], metric: str) -> dict[str, f
         return {}
     answers, references = ([THOUGHT.sub("", text) for text in texts] for texts in (answers, references))
     if metric == "exact":
-        return {"exact": _share([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])}
+        return {"exact": fmean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])}
     pairs = [(_object(a), _object(r)) for a, r in zip(answers, references, strict=True)]
     fields = dict.fromkeys(name for _, reference in pairs for name in reference or {})
-    scores = {"exact": _share([answer is not None and _same(answer, reference) for answer, reference in pairs])}
+    scores = {"exact": fmean([answer is not None and _same(answer, reference) for answer, reference in pairs])}
     for name in fields:
-        scores[name] = _share([answer is not None and name in answer and _same(answer[name], (reference or {})[name])
+        scores[name] = fmean([answer is not None and name in answer and _same(answer[name], (reference or {})[name])
                                for answer, reference in pairs])
     return scores
 
@@ -41,7 +42,3 @@ def _object(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _share(hits: list[bool]) -> float:
-    return sum(hits) / len(hits)

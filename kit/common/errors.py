@@ -38,7 +38,7 @@ class Stopped(KitError):
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """' (did you mean …?)' with the closest known name, or '' when none is close."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and their hashes."""
+"""Where things lie; files and folders that appear whole or not at all, and their hashes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ from typing import Any, TextIO
 
 from kit.common.errors import KitError, one_line
 from kit.common.show import bar
+
+PROJECT = Path(__file__).resolve().parents[2]  # the checkout that the kit runs from
+
+
+def cache_dir() -> Path:
+    """Where big made things live between runs: `KIT_CACHE`, or ~/.cache/unsloth-kit."""
+    return Path(os.environ.get("KIT_CACHE") or "~/.cache/unsloth-kit").expanduser()
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above that exists."""
+    folder = folder.expanduser().resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -92,11 +105,10 @@ def unwritable(path: Path, hint: str = "free room, or name another place (output
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object; {} when the file is missing or damaged, or holds something else."""
-    try:
+    with suppress(OSError, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def timestamp() -> str:

@@ -10,10 +10,9 @@ def padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[list
     where its prompt ends.
     """
     width = max(map(len, rows))
-    ids, masks = [], []
-    for row in rows:
-        padding = width - len(row)
-        before, after = (padding, 0) if left else (0, padding)
-        ids.append([filler] * before + row + [filler] * after)
-        masks.append([0] * before + [1] * len(row) + [0] * after)
-    return ids, masks
+
+    def full(row: list[int], filler: int) -> list[int]:
+        padding = [filler] * (width - len(row))
+        return padding + row if left else row + padding
+
+    return [full(row, filler) for row in rows], [full([1] * len(row), 0) for row in rows]

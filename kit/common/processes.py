@@ -1,4 +1,4 @@
-"""Several processes under torchrun: who speaks, and how they agree.
+"""Several processes under torchrun: who speaks, how they agree, and a wish to stop them.
 
 Everything here also holds for one process: it is then the main one and agrees with itself. torch is imported where
 several processes need it: the command's parent process asks `is_main` without it.
@@ -7,10 +7,15 @@ several processes need it: the command's parent process asks `is_main` without i
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from kit.common.errors import KitError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def world_size() -> int:
@@ -30,7 +35,7 @@ def is_main() -> bool:
 
 def any_of(*flags: bool) -> list[bool]:
     """Each flag, true for all processes when it is true for one of them."""
-    return [bool(flag) for flag in _reduced("MAX", flags)]
+    return list(map(bool, _reduced("MAX", flags)))
 
 
 def total(*numbers: float) -> list[float]:
@@ -49,7 +54,7 @@ def _reduced(operation: str, numbers: Sequence[float]) -> list[float]:
     if distributed.get_backend() == "nccl":
         reduced = reduced.cuda()
     distributed.all_reduce(reduced, op=getattr(distributed.ReduceOp, operation))
-    return list(reduced.tolist())
+    return reduced.tolist()
 
 
 def from_main(make: Any) -> Any:
@@ -61,14 +66,13 @@ def from_main(make: Any) -> Any:
     outcome: list[Any] = [None]
     if is_main():
         try:
-            outcome = [(make(), None)]
-        except KitError as problem:
-            outcome = [(None, problem)]
+            outcome = [make()]
+        except KitError as error:
+            outcome = [error]
     distributed.broadcast_object_list(outcome, src=0)
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
+    if isinstance(outcome[0], KitError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def wait() -> None:
@@ -77,3 +81,31 @@ def wait() -> None:
         from torch import distributed
 
         distributed.barrier()
+
+
+class StopWish:
+    """Within `with`, the first signal is noted in `asked`, so that a checkpoint can be written after the step at work.
+
+    A second one ends at once, as it would outside.
+    """
+
+    def __init__(self) -> None:
+        self.asked = ""
+
+    def __enter__(self) -> StopWish:
+        # Python gives signals to the main thread only; a training in another one is stopped by its owner.
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+        print(f"\n{self.asked}: a checkpoint is written after this step; once more stops at once, without it",
+              flush=True)

@@ -6,8 +6,11 @@ import html
 import io
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
+
+from kit.common.processes import is_main
 
 TEXT_WIDTH = 110  # characters of a table
 # What a token is to the training, with its looks in a terminal and in a notebook.
@@ -25,7 +28,7 @@ class Table:
 
     def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
         self.columns = list(columns)
-        self.rows = [[_cell(value) for value in row] for row in rows]
+        self.rows = [[f"{cell:,}" if type(cell) is int else str(cell) for cell in row] for row in rows]
         self.title = title
 
     def __repr__(self) -> str:
@@ -52,12 +55,12 @@ class Table:
         return f"<table>{title}<tr>{head}</tr>{body}</table>"
 
 
+@dataclass(repr=False)
 class MarkedText:
     """Text in stretches (kind, text): marked by colour in a notebook and a terminal, else by brackets."""
 
-    def __init__(self, title: str, spans: list[tuple[str, str]]) -> None:
-        self.title = title
-        self.spans = spans
+    title: str
+    spans: list[tuple[str, str]]
 
     def __repr__(self) -> str:
         brackets = {"trained": "⟦⟧", "stop": "⟦⟧", "lost": "⟪⟫"}
@@ -135,11 +138,8 @@ def show(thing: Any) -> None:
 
 def ipython() -> Any:
     """The IPython shell that runs this code, a notebook's kernel among them; else None."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return None
-    return get_ipython()
+    module = sys.modules.get("IPython")  # in a shell it has been imported
+    return module.get_ipython() if module else None
 
 
 def side_by_side(prompts: list[Any], references: list[str], limit: int = 3, **answers: list[Any]) -> Table:
@@ -161,8 +161,6 @@ def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:
     """A tqdm bar on standard error; where that is a file, a line every five seconds at most."""
     from tqdm import tqdm
 
-    from kit.common.processes import is_main
-
     return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=not is_main(),
                 mininterval=0.5 if sys.stderr.isatty() else 5, **options)
 
@@ -181,7 +179,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
-
-
-def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 
-from kit.common.paths import cache_dir
+from kit.common.files import cache_dir
 
 # Its compiled files belong in the cache, and nothing is to be installed behind the user's back.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
@@ -22,15 +22,11 @@ from typing import IO, Any, Self
 import numpy as np
 
 from kit.common.errors import GateError, KitError
-from kit.common.paths import PROJECT
+from kit.common.files import PROJECT
 
 Message = dict[str, str]
+WORKER = (sys.executable, "-m", "kit.gguf.worker")
 TROUBLE = (("error", "what():", "assert", "out of memory", "no space"), ("failed", "exception", "invalid"))
-
-
-def child_command(*arguments: str) -> list[str]:
-    """The command line that starts kit.gguf.worker."""
-    return [sys.executable, "-m", "kit.gguf.worker", *arguments]
 
 
 def child_environment() -> dict[str, str]:
@@ -59,16 +55,14 @@ class LlamaChild:
 
     `seconds` is the longest silence allowed: loading, a token of a stream, any other answer. A child that dies,
     stays silent or reports an exception raises GateError with the cause; leaving the block always ends the child.
-    `template_kwargs` (such as enable_thinking) go to the chat template; `logits=True` is needed for `logprobs`.
+    `template_kwargs` (such as enable_thinking) go to the chat template; `logits=True` is needed for `predictions`.
     """
 
     def __init__(self, gguf: Path, n_ctx: int = 2048, seconds: float = 120, logits: bool = False,
                  template_kwargs: dict[str, Any] | None = None) -> None:
-        self.gguf = Path(gguf)
-        self.seconds = seconds
+        self.gguf, self.seconds = gguf, seconds
         self.finish_reason = ""
-        self._load = {"gguf": str(self.gguf), "n_ctx": n_ctx, "logits": logits,
-                      "template_kwargs": template_kwargs or {}}
+        self._load = {"gguf": str(gguf), "n_ctx": n_ctx, "logits": logits, "template_kwargs": template_kwargs or {}}
         self._process: Any = None  # subprocess.Popen while the child runs
         self._number = 0
 
@@ -79,7 +73,7 @@ class LlamaChild:
         self._lines: queue.Queue[str | None] = queue.Queue()
         try:
             self._process = subprocess.Popen(
-                child_command("serve"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
+                [*WORKER, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
                 encoding="utf-8", env=child_environment())
             threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
             self._ask("load", **self._load)
@@ -91,13 +85,10 @@ class LlamaChild:
     def close(self, *_: object) -> None:
         """Kill the child, if there is one, and wait until it is gone."""
         self._stderr.close()
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):  # a request that the dead child never read
-                pipe.close()
+        if self._process is not None:
+            with suppress(OSError), self._process:  # a request that the dead child never read
+                self._process.kill()
+                self._process.wait()
         self._process = None
 
     __exit__ = close
@@ -123,40 +114,30 @@ class LlamaChild:
         self.finish_reason = ""
         number = self._send("stream", messages=messages, max_tokens=max_new_tokens, temperature=temperature,
                             **sampling)
-        while True:
-            piece = self._receive(number)
-            if "finish_reason" in piece:
-                self.finish_reason = piece["finish_reason"]
-                return
+        while "finish_reason" not in (piece := self._receive(number)):
             yield piece["text"]
+        self.finish_reason = piece["finish_reason"]
 
     def answer(self, messages: list[Message], max_new_tokens: int) -> tuple[str, str]:
         """The greedy answer and its finish reason ('stop' or 'length')."""
         return "".join(self.stream(messages, max_new_tokens)), self.finish_reason
 
-    def logprobs(self, ids: list[int]) -> np.ndarray:
-        """Natural log probabilities of the next token after each id: float32 (len(ids), vocabulary)."""
-        return self._evaluate(ids, list(range(len(ids))), None)["all"]
-
-    def predictions(self, ids: list[int], places: list[int],
-                    top_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def predictions(self, ids: list[int], places: Sequence[int],
+                    top_ids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What the model predicts for the token after each of the n `places` in `ids`.
 
-        `top_ids` (n, k) are tokens of interest: returned are their natural log probabilities (n, k), the likeliest
-        token (n), and the log probability of the token that really follows (n).
+        `top_ids` (n, k) are tokens of interest, without them the whole vocabulary: returned are their natural log
+        probabilities (n, k), the likeliest token (n), and the log probability of the token that really follows (n;
+        after the last of `ids` none does, and that figure means nothing).
         """
-        predicted = self._evaluate(ids, places, top_ids)
-        return predicted["top"], predicted["best"], predicted["next"]
-
-    def _evaluate(self, ids: list[int], places: list[int], top_ids: np.ndarray | None) -> dict[str, np.ndarray]:
         if not self._load["logits"]:
             raise KitError("this child keeps no logits", "open it with LlamaChild(..., logits=True)")
         with tempfile.TemporaryDirectory(prefix="kit-logprobs-") as folder:
             if top_ids is not None:
                 np.save(f"{folder}/top_ids.npy", top_ids)
-            self._ask("evaluate", ids=list(map(int, ids)), places=places, folder=folder)
+            self._ask("evaluate", ids=list(map(int, ids)), places=list(places), folder=folder)
             with np.load(f"{folder}/logprobs.npz") as arrays:
-                return dict(arrays)
+                return arrays["top"], arrays["best"], arrays["next"]
 
     def metadata(self) -> dict[str, str]:
         """The GGUF's key-value pairs, arrays left out, every value as text."""
@@ -170,13 +151,14 @@ class LlamaChild:
         return self._receive(self._send(method, **arguments))["result"]
 
     def _send(self, method: str, **arguments: Any) -> int:
-        pipe = self._running().stdin
+        if self._process is None:
+            raise KitError("the llama.cpp child is not running", "use LlamaChild in a `with` block")
         self._number += 1
         self._stderr_before = os.fstat(self._stderr.fileno()).st_size
         line = json.dumps({"id": self._number, "method": method, "arguments": arguments})
         with suppress(OSError):  # the child is gone: _receive says how it ended
-            pipe.write(line + "\n")
-            pipe.flush()
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
         return self._number
 
     def _receive(self, number: int) -> dict[str, Any]:
@@ -187,7 +169,7 @@ class LlamaChild:
                 raise self._failed(f"no answer within {self.seconds:g} seconds",
                                    "allow more seconds, a smaller n_ctx, or a smaller quantisation") from None
             if line is None:
-                raise self._failed(f"llama.cpp died ({how_it_ended(self._running().wait())})",
+                raise self._failed(f"llama.cpp died ({how_it_ended(self._process.wait())})",
                                    "the file or its tokenizer is broken: run the export again")
             reply = json.loads(line)
             if reply["id"] != number:  # left over from a stream that the caller broke off
@@ -203,11 +185,6 @@ class LlamaChild:
         trouble = last_trouble(self._stderr.read().decode("utf-8", "replace"))
         self.close()
         return GateError(f"{self.gguf.name}: {cause}" + (f"; llama.cpp said: {trouble}" if trouble else ""), hint)
-
-    def _running(self) -> Any:
-        if self._process is None:
-            raise KitError("the llama.cpp child is not running", "use LlamaChild in a `with` block")
-        return self._process
 
     def _listen(self, pipe: IO[str]) -> None:
         """Pass the child's lines on, then None when it has ended (a thread, so that waiting can time out)."""

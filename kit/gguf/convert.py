@@ -15,22 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kit.common.errors import GateError, KitError
-from kit.common.files import whole_file
-from kit.common.paths import existing
+from kit.common.files import existing, whole_file
 from kit.common.weight_files import read_weights_header, weight_files
-from kit.gguf.child import child_command, child_environment, how_it_ended, last_trouble
-from kit.gguf.formats import QUANTIZATIONS, check_quantizations, needed_bytes
-from kit.gguf.header import check_gguf
+from kit.gguf.child import WORKER, child_environment, how_it_ended, last_trouble
+from kit.gguf.formats import QUANTIZATIONS, check_gguf, check_quantizations, needed_bytes
 from kit.gguf.setup import converter_dir
 
 # The 16-bit GGUF that holds a safetensors dtype with the least loss. float32 goes to f16: trained weights lie
 # within its range, and it keeps three bits more than bf16.
-LOSSLESS: dict[str, str] = {"BF16": "bf16", "F16": "f16", "F32": "f16"}
+LOSSLESS = {"BF16": "bf16", "F16": "f16", "F32": "f16"}
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raise KitError if the disk of `folder` (which need not exist yet) has less than `needed_bytes` free."""
-    folder = existing(Path(folder))
+    folder = existing(folder)
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise KitError(f"too little disk for the export: {needed_bytes / 1e9:.2f} GB needed, "
@@ -69,8 +67,7 @@ def export_gguf(merged: Path, folder: Path, quantizations: Sequence[str], name: 
             _convert(merged, temporary, source_type, name, about)
         for quantization in quantised:
             with _checked(files[quantization]) as partial:
-                file_type = str(QUANTIZATIONS[quantization].file_type)
-                _run(child_command("quantize", str(source), str(partial), file_type),
+                _run([*WORKER, "quantize", str(source), str(partial), str(QUANTIZATIONS[quantization].file_type)],
                      f"making {files[quantization].name}")
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,8 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from kit.common.errors import KitError
-from kit.common.files import whole_folder
-from kit.common.paths import PROJECT, cache_dir
+from kit.common.files import PROJECT, cache_dir, whole_folder
 
 PACKAGE = "llama-cpp-python"
 CONVERTER = "convert_hf_to_gguf.py"

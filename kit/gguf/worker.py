@@ -57,7 +57,7 @@ class Worker:
         yield {"finish_reason": reason}
 
     def evaluate(self, ids: list[int], places: list[int], folder: str) -> bool:
-        """Write logprobs.npz: `all` after each of the places, or with a top_ids.npy there `top`, `best` and `next`."""
+        """Write logprobs.npz: `top` (of the tokens in top_ids.npy, if that is there), `best` and `next`."""
         if len(ids) > self.llama.n_ctx():
             raise ValueError(f"{len(ids)} tokens exceed the context window of {self.llama.n_ctx()}")
         self.llama.reset()
@@ -65,12 +65,11 @@ class Worker:
         scores = self.llama.scores[places]
         scores = scores - scores.max(axis=-1, keepdims=True)
         logprobs = (scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))).astype(np.float32)
-        arrays = {"all": logprobs}
-        if (wanted := Path(folder, "top_ids.npy")).is_file():
-            following = [ids[place + 1] for place in places]
-            arrays = {"top": np.take_along_axis(logprobs, np.load(wanted), -1), "best": logprobs.argmax(-1),
-                      "next": logprobs[np.arange(len(places)), following]}
-        np.savez(f"{folder}/logprobs.npz", **arrays)
+        wanted = Path(folder, "top_ids.npy")
+        top = np.take_along_axis(logprobs, np.load(wanted), -1) if wanted.is_file() else logprobs
+        following = np.roll(ids, -1)[places]  # of the last place the first token: none follows
+        np.savez(f"{folder}/logprobs.npz", top=top, best=logprobs.argmax(-1),
+                 next=logprobs[np.arange(len(places)), following])
         return True
 
     def metadata(self) -> dict[str, str]:

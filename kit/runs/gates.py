@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kit.common.errors import GateError, KitError, one_line
@@ -29,12 +29,12 @@ class Gate:
         return {True: "✓", False: "✗", None: "–"}[self.passed]
 
 
+@dataclass(repr=False, eq=False)
 class Gates:
     """The gates of one stage, in the order they were checked; shows itself as a table in notebook and terminal."""
 
-    def __init__(self, title: str, gates: list[Gate] | None = None) -> None:
-        self.title = title
-        self.gates = list(gates or [])
+    title: str
+    gates: list[Gate] = field(default_factory=list)
 
     def check(self, name: str, passed: bool | None, figure: str, tolerance: str = "", detail: str = "",
               hint: str = "") -> bool:
@@ -85,7 +85,7 @@ class Gates:
             return f"FAILED: {', '.join(gate.name for gate in self.failed)} ({passed})"
         return passed if count < 2 else f"all {passed}"
 
-    def _table(self) -> Any:
+    def _table(self) -> Table:
         rows = [[gate.sign, gate.name, gate.figure, gate.tolerance,
                  gate.detail + (f"\n→ {gate.hint}" if gate.hint and gate.passed is False else "")]
                 for gate in self.gates]
@@ -95,4 +95,4 @@ class Gates:
         return repr(self._table())
 
     def _repr_html_(self) -> str:
-        return str(self._table()._repr_html_())
+        return self._table()._repr_html_()

@@ -9,13 +9,10 @@ from typing import Any
 
 from kit.common.files import hashes_of, sha256, write_json
 from kit.common.secrets import secret
-from kit.gguf.header import Header
-from kit.runs.folder import read_manifest
+from kit.gguf.formats import Header
 from kit.runs.gates import Gates
-from kit.runs.run import Run
+from kit.runs.run import SEALED, Run, read_manifest
 
-# What is shipped, and its witness.
-SEALED = ("recipe.yaml", "reference.safetensors", "adapter", "merged", "merged-4bit", "gguf")
 # Texts of a run that people pass on; weights and tokenizers hold no text of the user's.
 TEXTS = ("*.yaml", "*.json", "*.jsonl", "*.ipynb", "*.html", "*.md", "*.txt", "*.jinja", "Modelfile")
 NOT_TEXT = {"tokenizer.json", "vocab.json"}
@@ -24,16 +21,15 @@ TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MODEL
 
 def seal(run: Run) -> dict[str, str]:
     """Write the sha256 of every artefact into manifest.json; returns {path in the run folder: hex digest}."""
-    manifest = {**read_manifest(run.folder), "artefacts": artefacts(run)}
-    write_json(run.folder / "manifest.json", manifest)
-    return dict(manifest["artefacts"])
+    hashes = artefacts(run)
+    write_json(run.folder / "manifest.json", {**read_manifest(run.folder), "artefacts": hashes})
+    return hashes
 
 
 def artefacts(run: Run) -> dict[str, str]:
     """{path in the run folder: sha256} of what SEALED names."""
-    places = [run.folder / name for name in SEALED]
-    return hashes_of(run.folder, [path for place in places for path in sorted([place, *place.rglob("*")])
-                                  if path.is_file()])
+    return hashes_of(run.folder, [path for place in map(run.folder.joinpath, SEALED)
+                                  for path in sorted([place, *place.rglob("*")]) if path.is_file()])
 
 
 def about(run: Run) -> str:
@@ -81,9 +77,8 @@ def check_secrets(gates: Gates, run: Run) -> bool:
     leaks = []
     for path in sorted(paths):
         text = path.read_text(encoding="utf-8", errors="replace")
-        kind = next((f"the value of {name}" for name, value in values.items() if value in text), None) or \
-            secret(text, addresses=False)
-        if kind:
+        known = [f"the value of {name}" for name, value in values.items() if value in text]
+        if kind := known[0] if known else secret(text, addresses=False):
             leaks.append(f"{path.relative_to(run.folder)} holds {kind}")
     return gates.check("secrets", not leaks, f"{len(paths)} texts", "none", "; ".join(leaks[:3]),
                        "revoke that token now, remove it there, and run again with it in the environment only")

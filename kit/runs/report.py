@@ -10,10 +10,10 @@ import json
 import math
 import re
 import shlex
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import ChainableUndefined, Environment
@@ -24,20 +24,18 @@ from kit.common.secrets import SECRETS
 from kit.common.show import duration, scores, size
 from kit.data.text_checks import CONTROL
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import file_sizes, read_result
 from kit.runs.gates import Gates
-from kit.runs.run import Run
+from kit.runs.run import Run, file_sizes, read_result
 
 FIGURES = {"loss.png": "Loss of each optimiser step", "lengths.png": "Row lengths in tokens",
            "scores.png": "Held-out score of each stage"}
-FORECAST = {"peak_memory_gb": "peak memory", "disk_gb": "disk", "steps": "optimiser steps",
+FORECAST = {"peak_memory_gb": "memory at most", "disk_gb": "disk", "steps": "optimiser steps",
             "train_seconds": "training time"}
 # Half a surrogate pair is no UTF-8; the others a reader would not see, or they would turn the text's direction.
 UNSEEN = re.compile(f"{CONTROL.pattern}|[\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The page's first line; `kind` (clean, warning, error) is its colour, `command` what to type next."""
 
     kind: str
@@ -55,7 +53,8 @@ def write_report(run: Run) -> Path:
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=ChainableUndefined, finalize=_printed, trim_blocks=True,
                        lstrip_blocks=True)
-    page.filters.update(number=_number, share=_share, duration=_duration, when=_when, size=size, quoted=_quoted)
+    page.filters.update(number=_number, share=_share, duration=_duration, when=_when, size=size,
+                        quoted=lambda path: shlex.quote(str(path)))
     path = run.folder / "report.html"
     write_text(path, page.from_string(source).render(_contents(run)))
     return path
@@ -108,11 +107,12 @@ def _verdict(run: Run, result: dict[str, Any], gates: Gates | None, doubt: str) 
     if not status:
         return Verdict("error", "NO RESULT: the folder holds no readable result.json")
     if status == "running":
-        return Verdict("warning", f"RUNNING: at the stage {stage}", "This page shows the run as it was when the page was written.")
+        return Verdict("warning", f"RUNNING: at the stage {stage}",
+                       "This page shows the run as it was when the page was written.")
     if status != "finished":
         return Verdict("error", f"{str(status).upper()}: the run ended at the stage {stage}", result.get("reason", ""))
     if gates is None:
-        return Verdict("warning", "not verified:", doubt and doubt + ".", f"kit verify {_quoted(run.folder)}")
+        return Verdict("warning", "not verified:", doubt and doubt + ".", f"kit verify {shlex.quote(str(run.folder))}")
     if gates.failed:
         return Verdict("error", gates.verdict, gates.title)
     return Verdict("clean", "VERIFIED: what is shipped is what was trained", f"{gates.verdict}; {gates.title}")
@@ -122,10 +122,8 @@ def _training(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     """Steps, tokens, seconds, speed and losses; of a run that stopped on the way, as far as log.jsonl goes."""
     entries = []
     for line in run.log.read_text(encoding="utf-8", errors="replace").splitlines() if run.log.is_file() else []:
-        try:
+        with suppress(ValueError):  # a killed process can leave half a line
             entries.append(json.loads(line))
-        except ValueError:
-            continue  # a killed process can leave half a line
     if not entries:
         return {}
     last, losses = entries[-1], [entry["loss"] for entry in entries if "loss" in entry]
@@ -138,13 +136,14 @@ def _training(run: Run, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forecast(result: dict[str, Any]) -> list[list[str]]:
-    """[what, forecast, happened, happened / forecast]; a figure that was not forecast has no row."""
+    """[what, forecast, happened, happened / forecast]; what was not forecast has no row, and a bound no ratio."""
     forecast, ratios = result.get("forecast") or {}, result.get("forecast_score") or {}
     happened = {**result.get("train", {}), "peak_memory_gb": result.get("peak_memory_gb")}
     if forecast.get("disk_gb") and ratios.get("disk_gb"):
         happened["disk_gb"] = forecast["disk_gb"] * ratios["disk_gb"]  # which files count, the score knows
     return [[label, _with_unit(name, forecast[name]), _with_unit(name, happened.get(name)),
-             _number(ratios.get(name), 2)] for name, label in FORECAST.items() if forecast.get(name) is not None]
+             _number(None if name == "peak_memory_gb" else ratios.get(name), 2)] for name, label in FORECAST.items()
+            if forecast.get(name) is not None]
 
 
 def _with_unit(name: str, value: Any) -> str:
@@ -181,11 +180,10 @@ def _differences(recipe: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _read_recipe(run: Run) -> dict[str, Any]:
     """The recipe's fields unchecked, so that a run of another version of the kit has a page too."""
-    try:
+    with suppress(OSError, ValueError, yaml.YAMLError):
         fields = yaml.safe_load((run.folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+        return fields if isinstance(fields, dict) else {}
+    return {}
 
 
 def _printed(value: Any) -> Any:
@@ -215,20 +213,15 @@ def _duration(seconds: Any) -> str:
 
 def _moment(stamp: Any) -> datetime | None:
     """A time in ISO 8601; None for anything else."""
-    try:
+    with suppress(TypeError, ValueError):
         return datetime.fromisoformat(stamp)
-    except (TypeError, ValueError):
-        return None
+    return None
 
 
 def _when(stamp: Any) -> str:
     """A time as it was written, without the seconds."""
     moment = _moment(stamp)
     return f"{moment:%Y-%m-%d %H:%M %z}".strip() if moment else str(stamp)
-
-
-def _quoted(path: str | Path) -> str:
-    return shlex.quote(str(path))
 
 
 def _yaml(value: Any) -> str:

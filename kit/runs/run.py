@@ -1,7 +1,5 @@
-"""The run folder: names, manifest, stages and the result that says how a run ended.
+"""The run folder: whether it is free, at work or finished; what a run made in it; stages, manifest and result.
 
-runs/<name>/ holds recipe.yaml, manifest.json, log.jsonl, result.json, adapter/, merged/, gguf/, figures/, verify.json
-and report.html.
 `result.json` is the truth about a run: its `status` is `running` until `finish` or `fail` is called.
 """
 
@@ -9,27 +7,32 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kit.common.errors import KitError, Stopped
-from kit.common.files import hashes_of, sha256, timestamp, write_json, write_text
-from kit.common.paths import PROJECT
+from kit.common.files import PROJECT, hashes_of, read_json, sha256, timestamp, write_json, write_text
 from kit.common.processes import is_main
 from kit.common.show import ipython
 from kit.data.sources import data_files
-from kit.models.adapters import adapter_folder, read_adapter_config
-from kit.models.fetch import model_folder
+from kit.models.fetch import adapter_folder, model_folder, read_adapter_config
 from kit.recipe.machine import machine, peak_memory_gb, versions
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import check_free, clear, file_sizes, read_result
 from kit.runs.gates import Gates
 
-FORECAST_FOLDERS = ("adapter", "merged", "merged-4bit", "gguf", "checkpoints")
+MODELS = ("adapter", "merged", "merged-4bit", "gguf")  # the folders that hold weights
+SEALED = ("recipe.yaml", "reference.safetensors", *MODELS)  # what is shipped, and its witness
+MADE = (*SEALED, "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "data.html", "figures", "checkpoints",
+        "gathered", "verify.json", "report.html")
 
 
 class Run:
@@ -37,9 +40,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.adapter, self.merged, self.merged_4bit = folder / "adapter", folder / "merged", folder / "merged-4bit"
-        self.gguf, self.figures = folder / "gguf", folder / "figures"
-        self.log, self.checkpoints = folder / "log.jsonl", folder / "checkpoints"
+        self.adapter, self.merged, self.merged_4bit, self.gguf = (folder / name for name in MODELS)
+        self.figures, self.log, self.checkpoints = folder / "figures", folder / "log.jsonl", folder / "checkpoints"
         self.result: dict[str, Any] = {}
         self._stage_began = 0.0
 
@@ -65,9 +67,8 @@ class Run:
         clear(run.folder, run.checkpoints, kept)
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / "recipe.yaml", recipe.dump())
-        run.result = {"status": "running", "stage": "start", "pid": os.getpid(), "started": timestamp(), "seconds": {}}
         run._stage_began = time.perf_counter()
-        run._save()
+        run.note(status="running", stage="start", pid=os.getpid(), started=timestamp(), seconds={})
         _watch(run)
         return run
 
@@ -90,19 +91,18 @@ class Run:
     def stage(self, name: str) -> None:
         """Close the stage before, with its seconds, and say in result.json that this one began."""
         self._close_stage()
-        self.result["stage"] = name
-        self._save()
+        self.note(stage=name)
 
     def gate(self, gates: Gates) -> None:
         """Add gates to result.json; GateError when one of them failed."""
-        self.result.setdefault("gates", {})[gates.title] = gates.as_json()
-        self._save()
+        self.note(gates={**self.result.get("gates", {}), gates.title: gates.as_json()})
         gates.require()
 
     def note(self, **figures: Any) -> None:
         """Add figures to result.json."""
         self.result.update(figures)
-        self._save()
+        if is_main():
+            write_json(self.folder / "result.json", self.result)
 
     def finish(self) -> None:
         """Write the files with their sizes and mark the run finished."""
@@ -112,7 +112,7 @@ class Run:
         if forecast := self.result.get("forecast"):
             forecast = {**forecast, "train_seconds": self.result.get("train", {}).get("forecast_seconds")}
             self.result.update(forecast=forecast, forecast_score=forecast_score(forecast, self.result))
-        self._save()
+        self.note()
 
     def fail(self, reason: str, status: str = "failed") -> None:
         """Mark the run as ended early: `stage` stays where it stopped."""
@@ -147,10 +147,6 @@ class Run:
             self.result.setdefault("peak_memory_gb_until", {})[name] = round(peak_memory_gb(), 2)
         self._stage_began = now
 
-    def _save(self) -> None:
-        if is_main():
-            write_json(self.folder / "result.json", self.result)
-
 
 def _adapter_hashes(recipe: Recipe) -> dict[str, str] | None:
     """Of the adapter that is trained on, if there is one. Raises KitError when its folder holds none."""
@@ -180,12 +176,10 @@ def _watch(run: Run) -> None:
 
 def _commit() -> str | None:
     """The commit of the checkout the kit runs from, if it is one."""
-    try:
-        done = subprocess.run(["git", "-C", str(PROJECT), "rev-parse", "HEAD"], capture_output=True, text=True,
-                              timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(PROJECT), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    return None
 
 
 def forecast_score(forecast: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
@@ -195,7 +189,73 @@ def forecast_score(forecast: dict[str, Any], result: dict[str, Any]) -> dict[str
     gguf and checkpoints: notebook, figures and pages are not forecast.
     """
     train, files = result.get("train") or {}, result.get("files") or {}
-    kept = sum(size for name, size in files.items() if name.partition("/")[0] in FORECAST_FOLDERS)
+    kept = sum(size for name, size in files.items() if name.partition("/")[0] in (*MODELS, "checkpoints"))
     happened = {"peak_memory_gb": result.get("peak_memory_gb"), "disk_gb": kept / 1e9, "steps": train.get("steps"),
                 "train_seconds": train.get("train_seconds")}
     return {name: round(value / forecast[name], 3) for name, value in happened.items() if value and forecast.get(name)}
+
+
+def check_free(folder: Path) -> None:
+    """KitError when the folder holds a finished run, a run at work, or somebody else's files."""
+    result = read_result(folder)
+    status = result.get("status")
+    if status == "finished":
+        raise KitError(f"{folder} holds a finished run", "give another run_name, or --overwrite to replace it")
+    if status == "running" and result["pid"] != os.getpid():  # a notebook may begin again in its own kernel
+        raise KitError(f"{folder} is in use by a run at work (process {result['pid']})",
+                       "wait for it, or give another run_name")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in MADE) if folder.is_dir() else []
+    if others and not status:
+        raise KitError(f"{folder} is no run folder: it holds {', '.join(others[:5])}",
+                       "give another run_name or output_dir")
+
+
+def clear(folder: Path, checkpoints: Path, keep: tuple[str, ...] = ()) -> None:
+    """Remove what a run made in its folder, and its checkpoints; nothing else."""
+    for name in (name for name in MADE if name not in keep):
+        path = checkpoints if name == "checkpoints" else folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """{path in the folder: bytes} of every file in it."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json, with `stopped` for a run whose process is gone; {} when there is none."""
+    result = read_json(folder / "result.json")
+    if result.get("status") == "running" and not _alive(result.get("pid")):
+        result.update(status="stopped", reason="the process was killed")
+    return result
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json; KitError when there is none, or it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise KitError(f"{path} can't be read: {error}", "run the recipe again") from None
+
+
+def close_dead(folder: Path, reason: str) -> dict[str, Any]:
+    """After a run's process ended: its result, marked as stopped if it never got to mark itself."""
+    result = read_result(folder)
+    if result.get("status") in ("running", "stopped"):
+        result.update(status="stopped", reason=result.get("reason") or reason, finished=timestamp())
+        write_json(folder / "result.json", result)
+    return result
+
+
+def _alive(pid: Any) -> bool:
+    try:
+        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, TypeError, ValueError):
+        return False

@@ -2,7 +2,7 @@
 
 What the trainer writes can be torn by a kill or a full disk at any byte. A checkpoint without a manifest, or with a
 file that differs from it, is skipped with its reason. The manifest also says what the training was made of
-(`identity`), so that a checkpoint is never gone on with under other data or settings.
+(`identity`), so that no training resumes from a checkpoint of other data or settings.
 """
 
 from __future__ import annotations
@@ -11,33 +11,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
-from safetensors import SafetensorError
 
 from kit.common.errors import KitError
-from kit.common.files import sha256, write_json
+from kit.common.files import sha256, unwritable, write_json
+from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import resolved
-from kit.runs.folder import read_manifest
-from kit.runs.run import Run
+from kit.runs.run import Run, read_manifest
 
 MANIFEST = "kit-manifest.json"
+TRAINED = fields_affecting("weights")  # a checkpoint is resumed under the same values only
 LOG = "log.jsonl"  # the run's log as it was at this step
-# Fields that a checkpoint may be gone on with under another value: they change where things lie, what is shown, what is
-# saved and how answers are written, but no weight. Data is compared by its rows, the processes by `sharding`.
-FREE = frozenset({
-    "run_name", "output_dir", "local_files_only", "hub", "trust_remote_code", "dataset", "dataset_config",
-    "dataset_split", "dataset_revision", "columns", "eval_dataset", "test_size", "eval_overlap", "max_train_samples",
-    "max_eval_samples", "metric", "save_strategy", "save_steps", "save_minutes", "save_total_limit", "checkpoint_dir",
-    "resume_from_checkpoint", "fsdp", "deepspeed", "ddp_timeout", "dataloader_num_workers", "dataloader_pin_memory",
-    "report_to", "bf16", "fp16", "dtype", "max_input_length", "max_new_tokens", "temperature", "top_p", "top_k",
-    "min_p", "repetition_penalty", "save_merged", "gguf", "num_ctx", "push_to_hub", "hub_model_id",
-    "hub_private_repo"})
+DISK_HINT = "free room or set checkpoint_dir to another disk; the same command resumes from the checkpoint before"
 
 
 class Checkpoint(NamedTuple):
@@ -52,7 +42,8 @@ def identity(recipe: Recipe, tokenizer: Any, rows: Any, held_out: Any, sharding:
     """What a training is made of, as a flat dict of plain values: two with the same identity take the same steps."""
     run = Run.of(recipe)
     base = read_manifest(run.folder).get("base_sha256") if (run.folder / "manifest.json").is_file() else None
-    fields = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in FREE}
+    # Of the others, data is compared by its rows and the processes by `sharding`.
+    fields = {name: value for name, value in recipe.model_dump(mode="json").items() if name in TRAINED}
     return {"training rows": rows_sha256(rows), "held-out rows": rows_sha256(held_out) if held_out else None,
             "chat template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
             "base model": hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest() if base else None,
@@ -74,51 +65,43 @@ def rows_sha256(rows: Any) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def writing_checkpoint(folder: Path) -> Iterator[None]:
-    """A checkpoint that can't be written is told as a KitError; the ones before it are whole."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
-            raise
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0][:200]
-        raise KitError(f"{folder} could not be written: {reason}",
-                       "free room or set checkpoint_dir to another disk; the same command goes on from the checkpoint "
-                       "before") from error
-
-
 def seal(folder: Path, identity: dict[str, Any], seconds: float, log: Path) -> None:
-    """Add the run's log and, when every byte is on the disk, the manifest that makes the checkpoint count."""
-    with writing_checkpoint(folder):
+    """Add the run's log and, when every byte is on the disk, the manifest that makes the checkpoint count.
+
+    Raises KitError when the disk refuses; the checkpoints before this one are whole.
+    """
+    with unwritable(folder, DISK_HINT):
         if log.is_file():
             shutil.copyfile(log, folder / LOG)
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-        for path in files:
+        files = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
             _to_disk(path)
-        listed = {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                  for path in files}
-    write_json(folder / MANIFEST, {"step": _step(folder), "seconds": round(seconds, 2), "identity": identity,
-                                   "files": listed})
-    for path in (folder / MANIFEST, folder, folder.parent):
-        _to_disk(path)
+            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        write_json(folder / MANIFEST, {"step": _step(folder), "seconds": round(seconds, 2), "identity": identity,
+                                       "files": files})
+        for path in (folder / MANIFEST, folder, folder.parent):
+            _to_disk(path)
 
 
 def newest(folder: Path, wanted: dict[str, Any]) -> Checkpoint | None:
-    """The newest sound checkpoint in `folder`; None when there is none. Each broken one is told with its reason.
+    """The newest sound checkpoint in `folder`; None when there is none. Prints why a broken one is skipped.
 
-    Raises KitError when the newest sound one was made of something else than `wanted` (an `identity`).
+    Raises KitError when the newest sound one was made from something else than `wanted` (an `identity`).
     """
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         if _step(path) < 0:
             continue
         if reason := problem(path):
             print(f"{path.name} is skipped: {reason}")
-            _set_aside(path)
+            # Out of the trainer's way, which will write that step again; deleted once that one is sealed.
+            aside = path.with_name(f"{path.name}.broken")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
             continue
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if changed := _changes(manifest["identity"], wanted):
-            raise KitError(f"{path} can't be gone on with, what it was made of has changed: {'; '.join(changed)}",
+            raise KitError(f"training can't resume from {path}, what it was made from has changed: "
+                           f"{'; '.join(changed)}",
                            "set it back, give another run_name, or start again with --overwrite "
                            "(resume_from_checkpoint: false)")
         return Checkpoint(path, manifest["step"], manifest["seconds"])
@@ -130,7 +113,7 @@ def problem(folder: Path) -> str:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         step = manifest["step"]
-        files = {str(name): (int(told["bytes"]), str(told["sha256"])) for name, told in manifest["files"].items()}
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return "it has no manifest: writing it was cut short"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,8 +141,8 @@ def rotate(folder: Path, keep: int | None, best: int | None) -> None:
     """
     for path in folder.glob("checkpoint-*.broken"):
         shutil.rmtree(path, ignore_errors=True)
-    there = sorted((path for path in folder.glob("checkpoint-*") if _step(path) >= 0), key=_step)
-    for path in there[:-keep] if keep else []:
+    checkpoints = sorted((path for path in folder.glob("checkpoint-*") if _step(path) >= 0), key=_step)
+    for path in checkpoints[:-keep] if keep else []:
         if _step(path) != best:
             # Without its manifest first: a deletion that is cut short must not leave half of one that counts.
             (path / MANIFEST).unlink(missing_ok=True)
@@ -175,22 +158,15 @@ def restore_log(checkpoint: Path, log: Path) -> None:
 
 
 def _changes(had: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs, told: hashes as 'changed', other values as 'from → to'."""
-    told = []
+    """What differs, in words: hashes as 'changed', other values as 'from → to'."""
+    changes = []
     for name in dict.fromkeys([*wanted, *had]):
         before, now = had.get(name), wanted.get(name)
         if before == now or (name == "base model" and None in (before, now)):  # a hub's is known only after merging
             continue
         hashed = any(isinstance(value, str) and len(value) == 64 for value in (before, now))
-        told.append(f"the {name} changed" if hashed else f"{name}: {before} → {now}")
-    return told
-
-
-def _set_aside(folder: Path) -> None:
-    """Out of the trainer's way, which will write a checkpoint of that step again; deleted once that is sealed."""
-    aside = folder.with_name(folder.name + ".broken")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
+        changes.append(f"the {name} changed" if hashed else f"{name}: {before} → {now}")
+    return changes
 
 
 def _step(folder: Path) -> int:

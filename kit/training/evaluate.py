@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from kit.common.padding import padded
 from kit.common.processes import rank, total, world_size
@@ -24,8 +25,8 @@ def evaluate(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> dict[str
     and nothing is kept for a backward pass, so there is room wherever a training step of that batch size had room. No
     random number is drawn. Several processes take turns with the batches.
     """
-    places = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
-    batches = [places[i:i + batch_size] for i in range(0, len(places), batch_size)]
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), i))
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     # Sharded layers meet in every pass: each process takes as many, the last ones perhaps without counting them.
     rounds = math.ceil(len(batches) / world_size())
     sums = [0.0, 0.0, 0.0]
@@ -34,19 +35,18 @@ def evaluate(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> dict[str
     try:
         with torch.no_grad():
             for number in range(rank(), rounds * world_size(), world_size()):
-                batch = [rows[i] for i in batches[min(number, len(batches) - 1)]]
-                found = _pass(model, tokenizer, batch)
+                batch = _sums(model, tokenizer, [rows[i] for i in batches[min(number, len(batches) - 1)]])
                 if number < len(batches):
-                    sums = [a + b for a, b in zip(sums, found, strict=True)]
+                    sums = [a + b for a, b in zip(sums, batch, strict=True)]
     finally:
         model.train(training)
-    loss, right, tokens = total(*sums)
+    loss, correct, tokens = total(*sums)
     mean = loss / max(tokens, 1)
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": right / max(tokens, 1)}
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "token_accuracy": correct / max(tokens, 1)}
 
 
-def _pass(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple[float, float, float]:
-    """(sum of the losses, right tokens, tokens) of a batch, padded on the right as in training."""
+def _sums(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple[float, float, float]:
+    """(sum of the losses, correct tokens, tokens) of a batch, padded on the right as in training."""
     device = next(model.parameters()).device
     ids, mask = padded([row["input_ids"] for row in rows], tokenizer.pad_token_id or 0)
     labels = torch.tensor(padded([row["labels"] for row in rows], IGNORED)[0], device=device)[:, 1:]
@@ -58,7 +58,7 @@ def _pass(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple
 
 @contextmanager
 def _head_in_chunks(model: Any, labels: Any) -> Iterator[list[float]]:
-    """While this lasts, the output head answers with a stub, and its losses and right tokens go into the list.
+    """While this lasts, the output head answers with a stub; the list gets its summed losses and correct tokens.
 
     The head's own `forward` is replaced, not bypassed: where weights are sharded they are there only within its call.
     """
@@ -68,14 +68,12 @@ def _head_in_chunks(model: Any, labels: Any) -> Iterator[list[float]]:
 
     def in_chunks(hidden: Any, *rest: Any) -> Any:
         trained = labels != IGNORED
-        states, wanted = hidden[:, :-1][trained], labels[trained]
-        for start in range(0, len(wanted), CHUNK):
-            logits = forward(states[start:start + CHUNK], *rest).float()
+        for states, targets in zip(hidden[:, :-1][trained].split(CHUNK), labels[trained].split(CHUNK), strict=True):
+            logits = forward(states, *rest).float()
             if softcap:
                 logits = torch.tanh(logits / softcap) * softcap
-            target = wanted[start:start + CHUNK]
-            sums[0] += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-            sums[1] += float((logits.argmax(-1) == target).sum())
+            sums[0] += float(cross_entropy(logits, targets, reduction="sum"))
+            sums[1] += float((logits.argmax(-1) == targets).sum())
         return hidden[..., :1]
 
     head.forward = in_chunks
@@ -87,10 +85,8 @@ def _head_in_chunks(model: Any, labels: Any) -> Iterator[list[float]]:
 
 def since_best(losses: list[float], threshold: float) -> int:
     """How many evaluations ago the loss was last lower than ever before by more than `threshold`."""
-    best, count = math.inf, 0
-    for loss in losses:
+    best, place = math.inf, -1
+    for number, loss in enumerate(losses):
         if loss < best - threshold:
-            best, count = loss, 0
-        else:
-            count += 1
-    return count
+            best, place = loss, number
+    return len(losses) - 1 - place

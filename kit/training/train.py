@@ -1,8 +1,9 @@
-"""The trainer and the training itself: TRL's SFTTrainer, a log line per step, checkpoints, a progress bar."""
+"""The training itself: it resumes, stops on a signal, and ends with one whole model and the figures of the run."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,26 +15,28 @@ import torch
 from trl import SFTTrainer
 
 from kit.common.errors import GateError, KitError, Stopped
-from kit.common.processes import from_main, is_main
-from kit.common.stopping import StopWish
+from kit.common.processes import StopWish, from_main, is_main, wait, world_size
+from kit.models.load import reload
+from kit.models.precision import rounded_by_chance
 from kit.recipe.machine import peak_memory_gb
 from kit.recipe.recipe import Recipe
-from kit.recipe.sharding import sharding
+from kit.recipe.settings import leave, resolved, sharding
 from kit.runs.gates import Gates
 from kit.runs.run import Run
-from kit.training.callbacks import pace_callback
-from kit.training.checkpoints import identity, newest, problem, restore_log
+from kit.training.callbacks import PaceCallback
+from kit.training.checkpoints import Checkpoint, identity, newest, problem, restore_log
 from kit.training.evaluate import METRICS
-from kit.training.first_step import first_step_callback
-from kit.training.saving import TrainedAlready, best_step, save_callback
+from kit.training.first_step import FirstStepCallback
+from kit.training.saving import SaveCallback, TrainedAlready, best_step
+from kit.training.trainer import load_best_model, tokens_since_resume
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """What training did. Losses are means over the trained tokens of the logged steps, in nats.
 
-    Of a training that went on from a checkpoint `losses`, `evaluations`, `tokens` and `train_seconds` are those of the
-    whole, `tokens_per_second` and `peak_memory_gb` those since then.
+    After a resume `losses`, `evaluations`, `tokens` and `train_seconds` are those of the whole training,
+    `tokens_per_second` and `peak_memory_gb` those since the resume.
     """
 
     steps: int
@@ -52,60 +55,62 @@ class TrainResult:
         """Everything but the gates, for result.json."""
         return {name: value for name, value in vars(self).items() if name != "gates"}
 
-    @property
-    def final_loss(self) -> float:
-        return self.losses[-1][1]
-
 
 def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
-    """Train; log.jsonl gets a line per logged step. Goes on from the run's newest sound checkpoint, if there is one.
+    """Train; log.jsonl gets a line per logged step. Resumes from the run's newest sound checkpoint, if there is one.
 
-    Raises GateError in the first step when a gradient is missing or no number, or the loss is worse than guessing
-    (kit.training.first_step), and later when the loss is no number; Stopped when a signal ended it with a checkpoint;
-    KitError when the checkpoint was made of other data or settings.
+    Raises GateError in the first step when a gradient is missing or not finite, or the loss is worse than guessing
+    (kit.training.first_step), and later when the loss is not finite; Stopped when a signal ended it with a checkpoint;
+    KitError when the checkpoint was made from other data or settings.
     """
-    FastLanguageModel.for_training(
-        trainer.model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing))
+    FastLanguageModel.for_training(trainer.model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    run = Run.of(recipe)
-    made_of = identity(recipe, trainer.processing_class, trainer.train_dataset, trainer.eval_dataset,
-                       sharding(recipe))
-    resumed = from_main(lambda: newest(run.checkpoints, made_of)) if recipe.resume_from_checkpoint else None
-    if is_main() and resumed:
-        print(f"goes on from {resumed.folder.name}")
-        restore_log(resumed.folder, run.log)
-    gates = Gates("first step")
-    said: list[float] = []
+    run, gates, pace = Run.of(recipe), Gates("first step"), PaceCallback(recipe, trainer.train_dataset)
+    own_identity = identity(recipe, trainer.processing_class, trainer.train_dataset, trainer.eval_dataset,
+                            sharding(recipe))
+    resumed = _checkpoint(run, own_identity) if recipe.resume_from_checkpoint else None
     began = time.perf_counter()
-    with StopWish() as wish:
-        saving = save_callback(trainer, recipe, run, wish, made_of, resumed)
-        for callback in (saving, first_step_callback(gates, trainer.model),
-                         pace_callback(recipe, trainer.train_dataset, said)):
+    with StopWish() as wish, suppress(TrainedAlready):
+        saving = SaveCallback(trainer, recipe, wish, own_identity, resumed)
+        for callback in (saving, FirstStepCallback(gates, trainer.model), pace):
             trainer.add_callback(callback)
-        with suppress(TrainedAlready):
-            trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
+        trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
     seconds = time.perf_counter() - began
     state = trainer.state
     if saving.stopping:
         raise Stopped(f"stopped by {wish.asked or 'a signal'} after step {state.global_step} of {state.max_steps}; "
                       f"{run.checkpoints / f'checkpoint-{saving.saved}'} is complete",
-                      "the same command goes on from there")
+                      "the same command resumes from there")
     best = _load_best(trainer, run) if recipe.load_best_model_at_end else None
     # Without the trainer's autocast around forward, the model answers as it will after saving and loading.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    losses = [(int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry]
+    return TrainResult(
+        steps=state.global_step, losses=_finite_losses(state.log_history), tokens=int(state.num_input_tokens_seen),
+        train_seconds=round(seconds + (resumed.seconds if resumed else 0), 2),
+        tokens_per_second=round(tokens_since_resume(trainer) / seconds, 1), peak_memory_gb=round(peak_memory_gb(), 2),
+        gates=gates, forecast_seconds=pace.seconds, best_step=best, resumed_from=resumed.step if resumed else None,
+        evaluations=[{"step": entry["step"], **{name: entry[f"eval_{name}"] for name in METRICS}}
+                     for entry in state.log_history if "eval_loss" in entry])
+
+
+def _checkpoint(run: Run, own_identity: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint to resume from, with the run's log as it was then."""
+    checkpoint = from_main(lambda: newest(run.checkpoints, own_identity))
+    if checkpoint and is_main():
+        print(f"resumes from {checkpoint.folder.name}")
+        restore_log(checkpoint.folder, run.log)
+    return checkpoint
+
+
+def _finite_losses(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """[(step, loss), …] of the logged steps; GateError without any, or when one is not finite."""
+    losses = [(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry]
     bad = [step for step, loss in losses if not math.isfinite(loss)]
     if bad or not losses:
-        raise GateError(f"the loss is no finite number at step {bad[0] if bad else 0}",
+        raise GateError(f"the loss is not finite at step {bad[0] if bad else 0}",
                         "lower learning_rate, or set dtype: float32")
-    found = [{"step": entry["step"], **{name: entry[f"eval_{name}"] for name in METRICS}}
-             for entry in state.log_history if "eval_loss" in entry]
-    tokens = int(state.num_input_tokens_seen)
-    new = tokens - int(trainer._initial_num_input_tokens_seen)
-    return TrainResult(state.global_step, losses, round(seconds + (resumed.seconds if resumed else 0), 2), tokens,
-                       round(new / seconds, 1), round(peak_memory_gb(), 2), gates, said[0] if said else None, found,
-                       best, resumed.step if resumed else None)
+    return losses
 
 
 def _load_best(trainer: SFTTrainer, run: Run) -> int:
@@ -116,7 +121,40 @@ def _load_best(trainer: SFTTrainer, run: Run) -> int:
         raise KitError(f"load_best_model_at_end: {folder} can't be used: {reason}",
                        "train again, or set load_best_model_at_end: false for the last step's weights")
     if step != trainer.state.global_step:
-        trainer.state.best_model_checkpoint = str(folder)
-        trainer._load_best_model()
+        load_best_model(trainer, folder)
         print(f"the model has the weights of step {step}, the lowest held-out loss")
     return int(step or 0)
+
+
+def whole_model(trainer: SFTTrainer, recipe: Recipe) -> Any:
+    """The trained model in one piece; of several processes the main one gets it, and trains no more with the others.
+
+    Under DDP each process has it. FSDP2 and ZeRO gather their shards into a folder, from which it is loaded again.
+    Fully fine-tuned weights leave in 16-bit, so that what is answered and recorded from here on is what is shipped.
+    """
+    model = trainer.model if world_size() == 1 else _gathered(trainer, recipe)
+    if recipe.full_finetuning and is_main():
+        dtype = torch.float16 if resolved(recipe).fp16 else torch.bfloat16
+        for name, weight in model.named_parameters():
+            if weight.dtype == torch.float32:
+                # By chance, as in a merge: to the nearest, small changes would all fall away.
+                weight.data = weight.data.to(dtype) if dtype == torch.float16 else \
+                    rounded_by_chance(weight.data, name).to(weight.device)
+        model.config.dtype = dtype
+    return model
+
+
+def _gathered(trainer: SFTTrainer, recipe: Recipe) -> Any:
+    """Of several processes: the model in the main one, and in the others too where each has it whole."""
+    if sharding(recipe)["engine"] == "DDP":
+        leave()
+        return trainer.model
+    folder = Run.of(recipe).folder / "gathered"
+    trainer.save_model(str(folder))
+    wait()
+    leave()
+    if not is_main():
+        return None
+    model, _ = reload(folder, recipe)
+    shutil.rmtree(folder)
+    return model

@@ -7,18 +7,24 @@ digits. Top-1 is the share of places where both hold the same token the likelies
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import kit.common.unsloth
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
 from kit.common.show import bar
 from kit.gguf.child import LlamaChild
 from kit.gguf.formats import QUANTIZATIONS
+from kit.models.load import reload
+from kit.models.precision import in_float32
 from kit.runs.gates import Gates
-from kit.verifying.reference import Engine, Reference, Said
+from kit.verifying.evidence import Evidence
+from kit.verifying.reference import Predictions, Reference, predict
 
 
 class Tolerance(NamedTuple):
@@ -57,69 +63,96 @@ class Figures(NamedTuple):
         return f"KL {_short(self.mean_kl)} (max {_short(self.max_kl)}), top-1 {self.top1:.1%}, NLL {self.nll:.4f}"
 
 
-def compare(reference: Reference, engine: Engine) -> Figures:
-    """`engine` against the reference, over every row of it."""
-    rows = reference.rows
-    found = list(engine([row.ids for row in rows], [row.where for row in rows], reference.top_ids))
+def compare(reference: Reference, predictions: Iterable[Predictions]) -> Figures:
+    """Another model's predictions for the rows and tokens of the reference against the reference's own."""
+    rows, compared = reference.rows, list(predictions)
     held_out = [number for number, row in enumerate(rows) if row.held_out]
-    kls = np.concatenate([_kl(reference.said[n].top, found[n].top) for n in held_out])
-    same = np.concatenate([_agree(reference.top_ids[n], reference.said[n], found[n]) for n in held_out])
-    nll = -np.concatenate([found[n].next for n in held_out])
-    answers = {row.number: bool((said.best == [row.ids[place + 1] for place in row.where]).all())
-               for row, said in zip(rows, found, strict=True) if row.own}
+    kls = np.concatenate([_kl(reference.predictions[n].top, compared[n].top) for n in held_out])
+    same = np.concatenate([_agree(reference.top_ids[n], reference.predictions[n], compared[n]) for n in held_out])
+    nll = -np.concatenate([compared[n].next for n in held_out])
+    answers = {row.number: bool((predicted.best == [row.ids[place + 1] for place in row.where]).all())
+               for row, predicted in zip(rows, compared, strict=True) if row.own}
     return Figures(float(nll.mean()), float(kls.mean()), float(kls.max()), float(same.mean()), len(kls), answers)
 
 
-def itself(reference: Reference) -> Figures:
-    """The reference's own figures."""
-    def again(*_: object) -> Iterator[Said]:
-        yield from reference.said
+def check_adapter(gates: Gates, evidence: Evidence) -> None:
+    """The adapter from disk against the one in memory, and, as a control, the base without it."""
+    reference = evidence.reference
+    model, _ = reload(evidence.trained, evidence.recipe)
+    with in_float32(model):
+        judge(gates, "adapter", _figures(reference, model), "adapter", reference.precision)
+        with model.disable_adapter():
+            base = _figures(reference, model)
+    changed = base.mean_kl > DIFFERS
+    gates.check("control: the base differs", changed, str(base), f"mean KL > {DIFFERS:g}", "" if changed else
+                "the adapter changes nothing: the base model predicts the same", "train longer, or with a higher "
+                "learning_rate; a loss that does not fall says the same")
 
-    return compare(reference, again)
+
+def check_merged(gates: Gates, evidence: Evidence, folder: Path, kind: str) -> None:
+    """The merged model or its 4-bit copy; `kind` is a key of TOLERANCES.
+
+    An adapter trained on a quantised base and merged into the 16-bit one gives another model than was trained. Then
+    what is made of the merged model is compared with that: its predictions become the reference.
+    """
+    reference = evidence.reference
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=evidence.recipe.trust_remote_code,
+        device_map="cuda" if torch.cuda.is_available() else "cpu")
+    with in_float32(model) as precision:
+        remark = "" if folder == evidence.merged else evidence.remark
+        judge(gates, folder.name, _figures(reference, model), kind, reference.precision, remark)
+        if evidence.recipe.quantised and folder == evidence.merged:
+            evidence.reference = Reference(precision, reference.rows, reference.answers,
+                                           *predict(model, reference.rows))
 
 
-def gguf_engine(child: LlamaChild) -> Engine:
-    """A GGUF in its child process (opened with logits=True) as an engine."""
-    def said(ids: list[list[int]], where: list[list[int]], top_ids: list[np.ndarray]) -> Iterator[Said]:
-        with bar(len(ids), f"reading rows with {child.gguf.name}", "row", leave=False, delay=2) as progress:
-            for row, places, top in zip(ids, where, top_ids, strict=True):
-                yield Said(*child.said(row, places, top))
-                progress.update()
+def _figures(reference: Reference, model: Any) -> Figures:
+    """Of a model in memory; inside `in_float32`."""
+    return compare(reference, predict(model, reference.rows, reference.top_ids)[1])
 
-    return said
+
+def gguf_predictions(child: LlamaChild, reference: Reference) -> Iterator[Predictions]:
+    """What a GGUF predicts for the reference's rows and tokens, in a child process opened with logits=True."""
+    with bar(len(reference.rows), f"reading rows with {child.gguf.name}", "row", leave=False, delay=2) as progress:
+        for row, top_ids in zip(reference.rows, reference.top_ids, strict=True):
+            yield Predictions(*child.predictions(row.ids, row.where, top_ids))
+            progress.update()
 
 
 def judge(gates: Gates, name: str, figures: Figures, kind: str, precision: str, remark: str = "") -> bool:
     """Add the gate `parity <name>`; `kind` is a key of TOLERANCES. Returns whether it passed."""
-    allowed = TOLERANCES[kind]
-    kl, top1 = allowed.mean_kl, allowed.top1
-    why = allowed.why
+    kl, top1, why = TOLERANCES[kind]
     if precision != "float32":
         kl, top1, why = kl + NOISE_16BIT.mean_kl, top1 and top1 - (NOISE_16BIT.top1 or 0), f"{why}; {NOISE_16BIT.why}"
-    good = figures.mean_kl <= kl and (top1 is None or figures.top1 >= top1)
-    said = f"mean KL ≤ {kl:g}" + ("" if top1 is None else f", top-1 ≥ {top1:.4g}" if top1 < 1 else ", top-1 100 %")
-    detail = remark or why
-    if not good:
-        detail = (f"{name} does not predict what the trained model predicts: mean KL {_short(figures.mean_kl)} over "
-                  f"{figures.tokens} answer tokens, likeliest token equal in {figures.top1:.1%}")
-    return gates.check(f"parity {name}", good, str(figures), said, detail,
-                       "" if good else "don't ship it: export again, and read the gates above for the cause")
+    passed = figures.mean_kl <= kl and (top1 is None or figures.top1 >= top1)
+    allowed = f"mean KL ≤ {kl:g}" + ("" if top1 is None else f", top-1 ≥ {top1:.4g}" if top1 < 1 else ", top-1 100 %")
+    cause = (f"{name} does not predict what the trained model predicts: mean KL {_short(figures.mean_kl)} over "
+             f"{figures.tokens} answer tokens, likeliest token equal in {figures.top1:.1%}")
+    return gates.check(f"parity {name}", passed, str(figures), allowed, (remark or why) if passed else cause,
+                       "" if passed else "don't ship it: export again, and read the gates above for the cause")
+
+
+def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p‖q) of each row (n) in nats, sum p (log p - log q), from natural log probabilities (n, vocabulary)."""
+    # Row by row: a whole vocabulary in float64 is large.
+    rows = ((a.astype(np.float64), b.astype(np.float64)) for a, b in zip(p, q, strict=True))
+    return np.array([(np.exp(a) * (a - b)).sum() for a, b in rows])
 
 
 def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL (n) from log probabilities (n, k) of the same tokens, all others taken as one."""
-    p, q = p.astype(np.float64), q.astype(np.float64)
-    rest_p, rest_q = (np.maximum(1 - np.exp(x).sum(-1), REST) for x in (p, q))
-    kl: np.ndarray = (np.exp(p) * (p - q)).sum(-1) + rest_p * np.log(rest_p / rest_q)
+    rest_p, rest_q = (np.maximum(1 - np.exp(x.astype(np.float64)).sum(-1), REST) for x in (p, q))
+    kl: np.ndarray = kl_divergence(p, q) + rest_p * np.log(rest_p / rest_q)
     return np.maximum(kl, 0)
 
 
-def _agree(top_ids: np.ndarray, reference: Said, found: Said) -> np.ndarray:
+def _agree(top_ids: np.ndarray, reference: Predictions, compared: Predictions) -> np.ndarray:
     """Where (n) the artefact's likeliest token is the reference's, or as likely there within TIE."""
-    ties = (top_ids == found.best[:, None]) & (reference.top >= reference.top.max(-1, keepdims=True) - TIE)
+    ties = (top_ids == compared.best[:, None]) & (reference.top >= reference.top.max(-1, keepdims=True) - TIE)
     agree: np.ndarray = ties.any(-1)
     return agree
 
 
 def _short(value: float) -> str:
-    return "0" if value < 1e-9 else f"{value:.2g}"  # not a number stays told as such
+    return "0" if value < 1e-9 else f"{value:.2g}"  # not a number is shown as such

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,9 @@ import kit.common.unsloth
 from transformers import AutoTokenizer
 
 from kit.common.errors import KitError
-from kit.export.modelfile import around_difference
-from kit.export.modelfile_reader import Modelfile, read_modelfile
+from kit.export.modelfile import START, Modelfile, around_difference, modelfile_of
 from kit.gguf.child import LlamaChild
-from kit.models.template import Message, render, with_system
+from kit.models.template import Message, render, template_kwargs, with_system
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 
@@ -63,11 +63,10 @@ def cases(tokenizer: Any, recipe: Recipe, held_out: list[list[Message]]) -> Iter
             except KitError:
                 continue
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            options = {} if variant.enable_thinking is None else {"enable_thinking": variant.enable_thinking}
-            yield Case(name + suffix, with_system(messages, variant), options, text, ids, not suffix)
+            yield Case(name + suffix, with_system(messages, variant), template_kwargs(variant), text, ids, not suffix)
 
 
-def check_folder_template(gates: Gates, folder: Path, every: list[Case]) -> None:
+def check_folder_template(gates: Gates, folder: Path, conversations: list[Case]) -> None:
     """Add `template <folder>`: the tokenizer and template that lie in a Hugging Face folder, as vLLM would use them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -75,74 +74,76 @@ def check_folder_template(gates: Gates, folder: Path, every: list[Case]) -> None
         return str(tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True,
                                                  **case.options))
 
-    cause = _first_difference(every, tokenizer, folder.name, rendered,
+    cause = _first_difference(conversations, tokenizer, folder.name, rendered,
                               lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
-    gates.check(f"template {folder.name}", not cause, f"{len(every)} conversations", "the training's token ids", cause,
-                "merge again: kit.merge takes tokenizer and template from the adapter's folder")
+    gates.check(f"template {folder.name}", not cause, f"{len(conversations)} conversations", "the training's token ids",
+                cause, "merge again: kit.merge takes tokenizer and template from the adapter's folder")
 
 
-def check_gguf_template(gates: Gates, name: str, child: LlamaChild, tokenizer: Any, every: list[Case]) -> None:
+def check_gguf_template(gates: Gates, name: str, child: LlamaChild, tokenizer: Any, conversations: list[Case]) -> None:
     """Add `template <name>`: the GGUF's embedded template, as llama-cpp-python renders and splits it."""
     if child.metadata().get("tokenizer.chat_template"):
-        cause = _first_difference(every, tokenizer, "the GGUF", lambda case: child.render(case.messages, case.options),
-                                  child.tokenize)
+        cause = _first_difference(conversations, tokenizer, "the GGUF",
+                                  lambda case: child.render(case.messages, case.options), child.tokenize)
     else:
         cause = "the GGUF holds no chat template: llama.cpp would use another one"
-    gates.check(f"template {name}", not cause, f"{len(every)} conversations", "the training's token ids", cause,
+    gates.check(f"template {name}", not cause, f"{len(conversations)} conversations", "the training's token ids", cause,
                 "export again from the folder whose tokenizer holds the trained template")
 
 
-def check_modelfile(gates: Gates, path: Path, child: LlamaChild, tokenizer: Any, every: list[Case],
-                    system: str) -> None:
-    """Add `template Modelfile`: its template over the GGUF's vocabulary, with the BOS that Ollama puts before it."""
+def check_modelfile(gates: Gates, path: Path, child: LlamaChild, tokenizer: Any, conversations: list[Case],
+                    recipe: Recipe) -> None:
+    """Add `template Modelfile`: it is what the kit writes, and that gives the training's token ids.
+
+    The ids are those of its template over the GGUF's vocabulary, with the BOS that Ollama puts before it.
+    """
     with gates.guard("template Modelfile"):
-        modelfile = read_modelfile(path)
-        add_bos = bool(child.ends()["add_bos"])
-        cause, count = "", 0
-        if modelfile.gguf != child.gguf.name:
-            cause = f"FROM names {modelfile.gguf}, which is not {child.gguf.name}"
-        for case in every:
-            if cause or not case.usual or _beyond(modelfile, case):
-                continue
-            count += 1
-            messages = case.messages
-            if system and messages[0] == {"role": "system", "content": system}:
-                messages = messages[1:]  # the Modelfile's own SYSTEM has to bring it
-            text = modelfile.prompt(messages)
-            ids = child.tokenize(text, add_bos=add_bos)
-            if ids != case.ids:
-                bos = str(tokenizer.bos_token) if add_bos else ""
-                cause = f"{case.name}: " + (_texts(case.text, bos + text, "the Modelfile") if bos + text != case.text
-                                            else _tokens(tokenizer, case.ids, ids, "the Modelfile"))
-        gates.check("template Modelfile", not cause, f"{count} conversations", "the training's token ids", cause,
+        modelfile = modelfile_of(recipe, tokenizer)
+        add_bos = child.adds_bos()
+        bos = str(tokenizer.bos_token) if add_bos else ""
+
+        def rendered(case: Case) -> str:
+            first, *rest = case.messages
+            # The recipe's system prompt is left to the Modelfile's own SYSTEM.
+            own = modelfile.system and first == {"role": "system", "content": modelfile.system}
+            return bos + modelfile.prompt(rest if own else case.messages)
+
+        usual = [case for case in conversations if case.usual and not _beyond(modelfile, case)]
+        cause = _other_line(path, modelfile.text(child.gguf.name)) or _first_difference(
+            usual, tokenizer, "the Modelfile", rendered,
+            lambda text: child.tokenize(text.removeprefix(bos), add_bos=add_bos))
+        gates.check("template Modelfile", not cause, f"{len(usual)} conversations", "the training's token ids", cause,
                     "write the Modelfile again: kit.write_modelfile")
 
 
-def _first_difference(every: list[Case], tokenizer: Any, where: str, rendered: Callable[[Case], str],
+def _other_line(path: Path, expected: str) -> str:
+    """The first line of the file that differs from the expected text, and what should stand there; '' for none."""
+    # Not as text: carriage returns are sent to the model too.
+    written = path.read_bytes().decode("utf-8", errors="backslashreplace")
+    lines = zip_longest(written.split("\n"), expected.split("\n"))
+    number, line, due = next(((n, a, b) for n, (a, b) in enumerate(lines, start=1) if a != b), (0, None, None))
+    shown = around_difference(line or "", due or "")
+    return f"line {number} of the Modelfile has {shown[0]!r}, the kit writes {shown[1]!r}" if number else ""
+
+
+def _first_difference(conversations: list[Case], tokenizer: Any, where: str, rendered: Callable[[Case], str],
                       split: Callable[[str], list[int]]) -> str:
-    """The first conversation that `where` renders or splits in another way than the training, told; '' for none."""
-    for case in every:
+    """The first conversation that `where` renders or splits in another way than the training; '' for none."""
+    for case in conversations:
         text = rendered(case)
         if text != case.text:
-            return f"{case.name}: {_texts(case.text, text, where)}"
-        if (ids := split(text)) != case.ids:
-            return f"{case.name}: {_tokens(tokenizer, case.ids, ids, where)}"
+            trained, shipped = around_difference(case.text, text)
+            return f"{case.name}: the training has {trained!r}, {where} {shipped!r}"
+        ids = split(text)
+        if ids != case.ids:
+            at = next(i for i, (a, b) in enumerate(zip_longest(case.ids, ids)) if a != b)
+            parts = (case.ids[at:at + 4], ids[at:at + 4])
+            names = [f"{part} {tokenizer.convert_ids_to_tokens(part)}" for part in parts]
+            return (f"{case.name}: after {tokenizer.decode(case.ids[max(0, at - 8):at])!r} (token {at}) the training "
+                    f"has {names[0]}, {where} {names[1]}")
     return ""
 
 
 def _beyond(modelfile: Modelfile, case: Case) -> bool:
     """What the Modelfile itself says Ollama can't do: a system message the template has none for."""
-    return any(m["role"] == "system" for m in case.messages) and ("", "system") not in modelfile.joints
-
-
-def _texts(trained: str, shipped: str, where: str) -> str:
-    expected, found = around_difference(trained, shipped)
-    return f"the training has {expected!r}, {where} {found!r}"
-
-
-def _tokens(tokenizer: Any, trained: list[int], shipped: list[int], where: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(trained, shipped, strict=False)) if a != b),
-              min(len(trained), len(shipped)))
-    before = tokenizer.decode(trained[max(0, at - 8):at])
-    names = [f"{ids[at:at + 4]} {tokenizer.convert_ids_to_tokens(ids[at:at + 4])}" for ids in (trained, shipped)]
-    return f"after {before!r} (token {at}) the training has {names[0]}, {where} {names[1]}"
+    return any(m["role"] == "system" for m in case.messages) and (START, "system") not in modelfile.joints

@@ -13,7 +13,7 @@ import pytest
 
 from kit.answering.answer_file import answer_file, answer_rows
 from kit.answering.journal import Answer, Journal
-from kit.answering.question_files import KINDS, LONGEST_CELL, read_questions, write_answers
+from kit.answering.question_files import LONGEST_CELL, SUFFIXES, read_questions, write_answers
 from kit.answering.row_engines import Prompt, fitted
 from kit.common.errors import GateError, KitError
 from kit.models.template import Message
@@ -68,7 +68,7 @@ def test_every_kind_keeps_its_columns_and_order(kind: str, tmp_path: Path) -> No
     assert found == [{**row, "answer": text} for row, text in zip(rows, answers, strict=True)]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".txt"])
+@pytest.mark.parametrize("kind", [kind for kind in SUFFIXES if kind != ".txt"])
 def test_a_text_file_can_become_any_kind(kind: str, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_bytes("\ufeff第一\r\n\n third ".encode())
     questions = read_questions(tmp_path / "q.txt")
@@ -174,7 +174,7 @@ def test_rows_that_cannot_be_read_are_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("q.txt", b" \n\n", "is empty"), ("q.jsonl", b"", "is empty"), ("q.csv", b"prompt\n", "is empty"),
-    ("q.txt", "你好".encode("gb18030"), "GB18030"), ("q.txt", "hello".encode("utf-16"), "UTF-16"),
+    ("q.txt", "请问包裹在哪里？".encode("gb18030"), "GB18030"), ("q.txt", "hello".encode("utf-16"), "UTF-16"),
     ("q.doc", b"x", "unknown kind of file .doc"), ("q.jsnl", b"x", "did you mean '.jsonl'")])
 def test_files_that_cannot_be_read(name: str, content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
@@ -308,7 +308,7 @@ def test_a_journal_of_another_request_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=changed), Journal(out, other):
         pass
     with Journal(out, about, overwrite=True) as journal:
-        assert journal.done == {0: Answer("a", True, 1)}, "--overwrite goes on with what fits"
+        assert journal.done == {0: Answer("a", True, 1)}, "--overwrite resumes what fits"
     with Journal(out, other, overwrite=True) as journal:
         assert not journal.done
         journal.add({1: Answer("b", False, 2)})
@@ -336,7 +336,7 @@ def test_a_full_disk_costs_no_answer_that_was_kept(tmp_path: Path) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 20, before[1]))
         try:
-            with pytest.raises(KitError, match=r"can't be written: .*\n.*ask again, which goes on"):
+            with pytest.raises(KitError, match="can't be written: "):
                 journal.add(second)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 QUESTIONS = ["Name a colour.", "What is 2 + 3? Answer with a number only, please.", "猫用英语怎么说？",
              "Write one sentence about the sea, the wind and a small boat that never came back to its harbour. " * 3]
+NEW_LINE = b"\n"
 QUICKSTART = "recipes/quickstart.yaml"
 
 
@@ -56,7 +57,7 @@ def without_a_mask(rows: list[list[int]], pad: int, left: bool) -> tuple[list[li
 def test_a_batch_equals_one_at_a_time_and_wrong_padding_is_caught(
         which: str, starter: Path, taught: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from kit.answering.batching import check_batching
-    from kit.answering.infer import answer_batch
+    from kit.answering.in_memory import answer_batch
 
     model, tokenizer, recipe, rows = loaded(starter if which == "starter" else taught(which))
     alone = [answer_batch(model, tokenizer, [ids], recipe)[0] for ids in rows]
@@ -67,7 +68,7 @@ def test_a_batch_equals_one_at_a_time_and_wrong_padding_is_caught(
     model.bfloat16()
     assert "in float32" in check_batching(model, tokenizer, rows), "rounding to 16 bits is no mistake"
     for wrong in (padded_right, without_a_mask):
-        monkeypatch.setattr("kit.answering.infer.padded", wrong)
+        monkeypatch.setattr("kit.answering.in_memory.padded", wrong)
         with pytest.raises(GateError, match="--batch-size 1"):
             check_batching(model, tokenizer, rows)
 
@@ -97,7 +98,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     wait_for_answers(journal, 3, first)
     first.send_signal(signal.SIGTERM)
     told = first.communicate(timeout=60)
-    assert first.returncode == 130 and "of 24 rows are answered; the same command goes on" in told[1], told
+    assert first.returncode == 130 and f"{journal.read_bytes().count(NEW_LINE) - 1} rows are answered" in told[1], told
     assert "Traceback" not in told[1] and not out.exists()
     kept = journal.read_bytes().count(b"\n") - 1
     second = start(tmp_path)
@@ -109,7 +110,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     assert changed.returncode == 2 and "max_new_tokens was 8, is 9" in changed.stderr, changed.stderr
     third = start(tmp_path)
     told = third.communicate(timeout=200)
-    assert third.returncode == 0 and "going on: " in told[0] and "24 of 24 rows answered" in told[0], told
+    assert third.returncode == 0 and "resuming: " in told[0] and "24 of 24 rows answered" in told[0], told
     assert out.read_bytes() == whole.read_bytes()
     assert [{"id": row["id"], "prompt": row["prompt"]} for row in map(json.loads, out.open())] == rows
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q.answers.jsonl", "q.jsonl", "whole.jsonl"]
@@ -137,6 +138,28 @@ def test_every_engine(engine: str, fields: dict[str, Any], finished_run: Path, t
         assert whole.replace("\\", "\\\\").replace("\n", "\\n").startswith(lines[0])
 
 
+COMMAND = """
+import sys
+from kit.cli import main
+try:
+    main()
+finally:
+    print("heavy:", sorted({"torch", "transformers", "unsloth", "datasets"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("command", ["ask", "answer"])
+def test_a_gguf_answers_without_torch(command: str, tmp_path: Path) -> None:
+    """Importing torch and unsloth takes longer than such an answer."""
+    from kit.models.starter import packaged_gguf
+
+    (tmp_path / "q.txt").write_text("Hi\n", encoding="utf-8")
+    what = ["Hi"] if command == "ask" else [str(tmp_path / "q.txt"), "max_new_tokens=4"]
+    done = subprocess.run([sys.executable, "-c", COMMAND, command, str(packaged_gguf()), *what], cwd=PROJECT,
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "heavy: []" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_failing_row_ends_in_exit_code_1(finished_run: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "Hi"}, {"prompt": ""}, {"prompt": "Name a colour."}]
     (tmp_path / "q.json").write_text(json.dumps(rows))
@@ -156,7 +179,7 @@ def test_a_llama_cpp_that_dies_costs_one_row(finished_run: Path, tmp_path: Path)
     class Mortal(LlamaCpp):
         def answer(self, prompts: list[Prompt], seed: int) -> list[Answer]:
             if prompts[0].messages[0]["content"] == "Die.":
-                os.kill(self.child.pid, signal.SIGKILL)
+                os.kill(self.child._process.pid, signal.SIGKILL)
             return super().answer(prompts, seed)
 
     with closing(Mortal(choose(finished_run, "gguf", max_new_tokens=4))) as model, \

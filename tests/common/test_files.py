@@ -14,6 +14,7 @@ import pytest
 from kit.common import files
 from kit.common.errors import KitError
 from kit.common.files import (
+    existing,
     hashes_of,
     read_json,
     sha256,
@@ -24,7 +25,6 @@ from kit.common.files import (
     write_text,
 )
 from kit.common.padding import padded
-from kit.common.paths import existing
 from kit.common.weight_files import INDEX, read_weights_header, shard_names, weight_files
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -18,8 +18,7 @@ import pytest
 from kit.common.errors import GateError, KitError
 from kit.gguf.child import LlamaChild, last_trouble
 from kit.gguf.convert import check_disk, export_gguf, merged_weights
-from kit.gguf.formats import QUANTIZATIONS, check_quantizations, file_bytes, needed_bytes
-from kit.gguf.header import check_gguf, read_header
+from kit.gguf.formats import QUANTIZATIONS, check_gguf, check_quantizations, file_bytes, needed_bytes, read_header
 
 QUESTION = [{"role": "user", "content": "What is 2 + 2? Answer with one number. 谢谢 🙂"}]
 
@@ -160,7 +159,7 @@ def test_child_answers(exported: dict[str, Path], tokenizer) -> None:
             break
         assert child.answer(QUESTION, 40) == ("".join(pieces), "stop")
         with pytest.raises(KitError, match="no logits"):
-            child.logprobs(ids)
+            child.predictions(ids, [0])
         with pytest.raises(GateError, match="exceed context window of 256") as error:
             child.answer([{"role": "user", "content": "x " * 500}], 5)
         assert "n_ctx" in error.value.hint
@@ -175,8 +174,8 @@ def test_logprobs_equal_the_model_they_come_from(starter: Path, exported: dict[s
 
     ids = tokenizer.apply_chat_template(QUESTION, return_dict=True)["input_ids"]
     with LlamaChild(exported["bf16"], n_ctx=128, logits=True) as child:
-        ours = torch.from_numpy(child.logprobs(ids))
-        assert torch.equal(ours, torch.from_numpy(child.logprobs(ids)))
+        ours, again = (torch.from_numpy(child.predictions(ids, range(len(ids)))[0]) for _ in range(2))
+        assert torch.equal(ours, again)
     model = AutoModelForCausalLM.from_pretrained(starter, dtype=torch.float32)
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].log_softmax(-1)

@@ -11,8 +11,7 @@ import pytest
 
 from kit.common.errors import KitError
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import check_free, close_dead, read_result
-from kit.runs.run import Run
+from kit.runs.run import Run, check_free, close_dead, read_result
 
 
 def recipe_in(folder: Path) -> Recipe:

@@ -310,10 +310,11 @@ def test_the_forecast_stands_beside_what_happened(run: Run) -> None:
     assert "forecast" not in page(run).below
     change(run, "result.json", forecast={"peak_memory_gb": 3.6, "disk_gb": 0.5, "steps": None, "train_seconds": 80.0,
                                          "parts": {"weights": 1}})
-    assert page(run).rows["forecast"][1:] == [["peak memory", "3.60 GB", "3.96 GB", "–"], ["disk", "0.50 GB", "–", "–"],
+    assert page(run).rows["forecast"][1:] == [["memory at most", "3.60 GB", "3.96 GB", "–"],
+                                              ["disk", "0.50 GB", "–", "–"],
                                               ["training time", "1.3 min", "40.0 s", "–"]]
     change(run, "result.json", forecast_score={"peak_memory_gb": 1.1, "disk_gb": 1.5, "train_seconds": 0.5})
-    assert page(run).rows["forecast"][1:] == [["peak memory", "3.60 GB", "3.96 GB", "1.10"],
+    assert page(run).rows["forecast"][1:] == [["memory at most", "3.60 GB", "3.96 GB", "–"],
                                               ["disk", "0.50 GB", "0.75 GB", "1.50"],
                                               ["training time", "1.3 min", "40.0 s", "0.50"]]
 

@@ -10,13 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+from support import zygote
+
 PROJECT = Path(__file__).resolve().parents[2]
 # Few steps: enough for every stage to do its real work, short enough to wait for.
 FEW_STEPS = ["max_steps=6", "max_eval_samples=8", "max_new_tokens=48"]
 
 
 def kit(*arguments: str, timeout: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`kit …` from the project's folder."""
+    """`kit …` from the project's folder, as a process of its own."""
+    if not environment and (done := zygote.run(arguments, PROJECT, timeout)):
+        return done
     return subprocess.run([sys.executable, "-m", "kit", *arguments], cwd=PROJECT, capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, **environment})
 

@@ -24,7 +24,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once" / name
     folder.mkdir(parents=True, exist_ok=True)
-    done = folder.parent / f"{name}.done"
+    done = Path(f"{folder}.done")
     with FileLock(f"{folder}.lock"):
         if not done.exists():
             make(folder)

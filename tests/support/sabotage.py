@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.gguf.header import ARRAY, SCALARS, STRING, read_header
+from kit.gguf.formats import ARRAY, SCALARS, STRING, read_header
 from kit.runs.run import Run
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from kit.common.files import write_json
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import read_manifest
 from kit.runs.gates import Gates
 from kit.runs.provenance import seal
-from kit.runs.run import Run
+from kit.runs.run import Run, read_manifest
 
 
 def small_run(folder: Path, starter: Path, **fields: Any) -> Run:
@@ -42,4 +41,4 @@ def verified(run: Run) -> None:
 def verdict(run: Run, gates: Gates) -> None:
     write_json(run.folder / "verify.json", {"passed": gates.passed, "checked": "2026-11-21T00:00:00+0000",
                                             "gates": gates.as_json(),
-                                            "artefacts": read_manifest(run)["artefacts"]})
+                                            "artefacts": read_manifest(run.folder)["artefacts"]})

@@ -25,7 +25,7 @@ from kit import Recipe, Run
 from kit.common.errors import Stopped
 from kit.common.files import sha256
 from kit.common.processes import is_main
-from kit.recipe.sharding import join
+from kit.recipe.settings import join
 
 STOP, FULL = int(os.environ.get("STOP", 0)), int(os.environ.get("FULL", 0))
 

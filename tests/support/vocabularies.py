@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kit.common.errors import KitError
-from kit.gguf.header import CONTROL, read_header
+from kit.gguf.formats import CONTROL, read_header
 from kit.gguf.setup import converter_dir
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ import pytest
 
 import kit
 from kit.export.adapter import save_4bit
-from kit.gguf.header import read_header
+from kit.gguf.formats import read_header
 from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate, Gates
 from kit.runs.provenance import about, check_hashes, check_origin, check_secrets
 from kit.runs.run import Run
+from kit.verifying.evidence import Evidence
 from kit.verifying.merge import check_merge
-from kit.verifying.stop import Stops
+from kit.verifying.stop import check_labels, check_stops
+from kit.verifying.verify import check_ggufs
 from support.command import PROJECT
 from support.command import kit as command
 from support.sabotage import copy_run, edit_gguf, edit_json, edit_tensors, edit_text, overwrite_gguf, replace
@@ -92,6 +95,21 @@ def failed(run: Run) -> dict[str, Gate]:
     """{name: gate} of those that `kit verify` finds failed; each says what to change."""
     gates = {gate.name: gate for gate in kit.verify(run.folder).failed}
     assert all(gate.hint for gate in gates.values()), [gate.name for gate in gates.values() if not gate.hint]
+    return gates
+
+
+@pytest.fixture(scope="module")
+def evidence(finished: Path) -> Evidence:
+    return Evidence.load(Run.open(finished), finished / "adapter")
+
+
+def of_ggufs(run: Run, evidence: Evidence) -> Gates:
+    """The gates of GGUFs and Modelfile: `kit verify` without the models that transformers loads."""
+    gates = Gates("")
+    evidence = replaced(evidence, run=run)
+    check_stops(gates, evidence)
+    check_ggufs(gates, evidence)
+    assert all(gate.hint for gate in gates.failed), [gate.name for gate in gates.failed if not gate.hint]
     return gates
 
 
@@ -214,7 +232,7 @@ def adapter_without_effect(run: Run, another: Path) -> None:
 def untrained(run: Run, another: Path) -> None:
     """A training that learnt nothing: what the model in memory held, adapter and merged model are all the base's."""
     from kit.models.precision import in_float32
-    from kit.verifying.reference import Reference, reread
+    from kit.verifying.reference import Reference, predict
 
     adapter_without_effect(run, another)
     not_merged(run)
@@ -222,7 +240,8 @@ def untrained(run: Run, another: Path) -> None:
     path = run.folder / "reference.safetensors"
     reference = Reference.load(path)
     with in_float32(model):
-        reread(model, reference).save(path)
+        top_ids, predictions = predict(model, reference.rows)
+    reference._replace(top_ids=top_ids, predictions=predictions).save(path)
 
 
 def base_models_eos(run: Run, another: Path) -> None:
@@ -337,17 +356,18 @@ def file_of_another_run(run: Run, another: Path) -> None:
      "^it was made from 'tiny: .*adapter [0-9a-f]{12}', this run is 'tiny: .*: it is another run's file"),
 ]))
 def test_a_gguf(finished: Path, another: Path, tmp_path: Path, sabotage: Callable[[Run, Path], None],
-                gates: list[str], cause: str) -> None:
+                gates: list[str], cause: str, evidence: Evidence) -> None:
     run = copy_run(finished, tmp_path, without=(Q8_0, MODELFILE))
     sabotage(run, another)
     kit.seal(run)
-    found = failed(run)
+    # One of them by the whole of `kit verify`: the gates reach its verdict.
+    verdict = kit.verify(run.folder) if sabotage is file_of_another_run else of_ggufs(run, evidence)
+    found = {gate.name: gate for gate in verdict.failed}
     assert set(found) >= set(gates)
     assert re.search(cause, found[gates[0]].detail), found[gates[0]].detail
     if sabotage is declared_sentencepiece:
         # llama.cpp ends its process over such a file: it must not have been loaded.
-        assert set(found) == {"tokenizer f16"}
-        assert "parity f16" not in (run.folder / "verify.json").read_text(encoding="utf-8")
+        assert set(found) == {"tokenizer f16"} and "parity f16" not in {gate.name for gate in verdict.gates}
 
 
 def test_a_gguf_of_unknown_origin(finished: Path, tmp_path: Path) -> None:
@@ -381,43 +401,84 @@ def from_another_file(path: Path) -> None:
     edit_text(path, "FROM ./tiny-q8_0.gguf", "FROM ./tiny-q4_k_m.gguf")
 
 
-@pytest.mark.parametrize(("sabotage", "gate", "cause"), by_name([
-    (newline_less_in_a_text, "template Modelfile",
-     r"^one turn: the training has '<\|im_start\|>user\\nWhere.*, the Modelfile '<\|im_start\|>userWhere"),
-    (space_outside_a_text, "template Modelfile",
-     r"""its TEMPLATE is not one that the kit writes, from '.* and \(eq \$previous ""\) \(eq .Role "user"\)'"""),
-    (no_stop, "stop token", r"^the Modelfile has none, trained is <\|im_end\|> \(151645\)"),
-    (from_another_file, "template Modelfile", "the GGUF that it names is not there"),
+def second_template(path: Path) -> None:
+    edit_text(path, "PARAMETER num_ctx", 'TEMPLATE """{{ .Prompt }}"""\nPARAMETER num_ctx')
+
+
+def no_system_prompt(path: Path) -> None:
+    edit_text(path, 'SYSTEM """Be brief."""\n', "")
+
+
+def carriage_returns(path: Path) -> None:
+    replace(path, path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def cut_at_the_end(path: Path) -> None:
+    replace(path, path.read_bytes().rpartition(b"PARAMETER")[0])
+
+
+@pytest.mark.parametrize(("sabotage", "gates", "cause"), by_name([
+    (newline_less_in_a_text, ["template Modelfile"], r"^line \d+ .*<\|im_start\|>user\" }}.*<\|im_start\|>user\\\\n"),
+    (space_outside_a_text, ["template Modelfile"], r"^line \d+ .*}} {{"),
+    (no_stop, ["stop token", "template Modelfile"], r"^the Modelfile has none, trained is <\|im_end\|> \(151645\)"),
+    (from_another_file, ["template Modelfile"], "the GGUF that it names is not there"),
 ]))
-def test_the_modelfile(finished: Path, tmp_path: Path, sabotage: Callable[[Path], None], gate: str,
-                       cause: str) -> None:
+def test_the_modelfile(finished: Path, evidence: Evidence, tmp_path: Path, sabotage: Callable[[Path], None],
+                       gates: list[str], cause: str) -> None:
     run = copy_run(finished, tmp_path, without=(F16,))
     sabotage(run.folder / MODELFILE)
-    kit.seal(run)
-    found = failed(run)
-    assert set(found) == {gate}
-    assert re.search(cause, found[gate].detail), found[gate].detail
+    found = {gate.name: gate for gate in of_ggufs(run, evidence).failed}
+    assert set(found) == set(gates)
+    assert re.search(cause, found[gates[0]].detail), found[gates[0]].detail
 
 
-def test_bos_twice_in_ollama(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sabotage", "cause"), by_name([
+    (second_template, "^line .*TEMPLATE.*PARAMETER num_ctx"), (no_system_prompt, "^line .*PARAMETER stop.*SYSTEM"),
+    (carriage_returns, r"^line 1 .*\\r"), (cut_at_the_end, "^line .*''.*PARAMETER num_ctx"),
+]))
+def test_another_text_of_the_modelfile(finished: Path, tmp_path: Path, sabotage: Callable[[Path], None],
+                                       cause: str) -> None:
+    from transformers import AutoTokenizer
+
+    from kit.export.modelfile import modelfile_of
+    from kit.gguf.child import LlamaChild
+    from kit.verifying.template import check_modelfile
+
+    run = copy_run(finished, tmp_path)
+    recipe = run.recipe.model_copy(update={"system_prompt": "Be brief."})
+    tokenizer, path, gates = AutoTokenizer.from_pretrained(run.merged), run.folder / MODELFILE, Gates("")
+    replace(path, modelfile_of(recipe, tokenizer).text(Path(Q8_0).name))
+    with LlamaChild(run.folder / Q8_0) as child:
+        check_modelfile(gates, path, child, tokenizer, [], recipe)
+        assert gates.passed, gates
+        sabotage(path)
+        check_modelfile(gates, path, child, tokenizer, [], recipe)
+    [gate] = gates.failed
+    assert gate.name == "template Modelfile" and gate.hint
+    assert re.search(cause, gate.detail), gate.detail
+
+
+def test_bos_twice_in_ollama(tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama's template writes the BOS that Ollama puts before every prompt; the Modelfile must leave it out."""
     from transformers import AutoTokenizer
 
+    from kit.export import modelfile
     from kit.gguf.child import LlamaChild
-    from kit.recipe.recipe import Recipe
     from kit.verifying.template import cases, check_modelfile
 
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
-    every = list(cases(tokenizer, Recipe.load({}), []))
+    recipe = Recipe.load({}, num_ctx=256)
+    every = list(cases(tokenizer, recipe, []))
     [gguf] = kit.export_gguf(tiny("llama"), tmp_path, ["q8_0"], "tiny")
     path = kit.write_modelfile(tmp_path / "Modelfile", gguf.name, tokenizer, 256)
     with LlamaChild(gguf) as child:
         gates = Gates("as written")
-        check_modelfile(gates, path, child, tokenizer, every, "")
+        check_modelfile(gates, path, child, tokenizer, every, recipe)
         assert gates.passed, gates
-        text = path.read_text(encoding="utf-8")
-        replace(path, text.replace('{{ "<|start_header_id|>system', '{{ "<|begin_of_text|><|start_header_id|>system'))
-        check_modelfile(gates, path, child, tokenizer, every, "")
+        # If the kit itself wrote it, the file would be as expected, but not what it makes of a conversation.
+        monkeypatch.setattr(modelfile, "added_bos", lambda tokenizer: "")
+        kit.write_modelfile(path, gguf.name, tokenizer, 256)
+        check_modelfile(gates, path, child, tokenizer, every, recipe)
     [gate] = gates.failed
     assert gate.name == "template Modelfile"
     assert re.search(r"the training has '<\|begin_of_text\|><\|start.*, the Modelfile '<\|begin_of_text\|><\|begin_of",
@@ -444,8 +505,9 @@ def llama_rows() -> tuple[Any, list[tuple[list[int], list[int]]]]:
 
 def labels_of(tokenizer: Any, rows: list[tuple[list[int], list[int]]]) -> Gate:
     gates = Gates("")
-    Stops(tokenizer, rows).check(gates)
-    return next(gate for gate in gates.gates if gate.name == "labels")
+    check_labels(gates, tokenizer, rows)
+    [gate] = gates.gates
+    return gate
 
 
 def test_labels(llama_rows: tuple[Any, list[tuple[list[int], list[int]]]]) -> None:

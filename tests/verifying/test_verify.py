@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from kit.batch import run_cells
-from kit.runs.folder import read_result
 from kit.runs.gates import Gates
-from kit.verifying.parity import itself
+from kit.runs.run import read_result
+from kit.verifying.parity import compare
 from kit.verifying.reference import Reference
-from support.command import kit
 from support.tiny_runs import SYSTEM, talks, turns, write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
@@ -53,12 +52,9 @@ def whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return run
 
 
-def test_by_the_command(taught: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, taught("qwen3"), name="qwen3", gguf=EVERY, **PLAIN["qwen3"])
-    done = kit("train", str(recipe))
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    run = tmp_path / "runs" / "qwen3"
-    gates = gates_of(run)
+def test_qwen3(taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+    """With enable_thinking off, three quantisations, and the page that says so."""
+    run, gates = whole_run(taught("qwen3"), name="qwen3", gguf=EVERY, **PLAIN["qwen3"])
     assert {f"{gate} {name}" for gate in ("origin", "tokenizer", "shape", "template", "parity") for name in EVERY} \
         | {"sha256", "secrets", "labels", "stop token", "merged config", "merge", "parity adapter", "parity merged",
            "control: the base differs", "template Modelfile", "stops by itself", "held-out score"} <= set(gates)
@@ -75,14 +71,15 @@ def check_figures(run: Path, gates: dict[str, dict[str, Any]]) -> None:
     assert kl(gates["parity q8_0"]) < 2e-3
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_a_family(family: str, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
-    check_figures(*whole_run(taught(family), name=family, gguf=["f16", "q8_0"]))
+# Each with a seed of its own: sound runs pass whatever their seed.
+def test_llama(taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+    check_figures(*whole_run(taught("llama"), name="llama", gguf=["f16", "q8_0"], random_state=1, seed=1))
 
 
 def test_gemma(taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
     # Its template opens an answer with an empty thought unless it is to think, and rows have none.
-    run, gates = whole_run(taught("gemma"), name="gemma", gguf=["f16", "q8_0"], enable_thinking=True, max_steps=25)
+    run, gates = whole_run(taught("gemma"), name="gemma", gguf=["f16", "q8_0"], enable_thinking=True, max_steps=25,
+                           random_state=2, seed=2)
     check_figures(run, gates)
 
 
@@ -90,19 +87,11 @@ def kl(gate: dict[str, Any]) -> float:
     return float(gate["figure"].removeprefix("KL ").split()[0])
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_other_seeds(seed: int, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
-    run, gates = whole_run(taught("qwen3"), name=f"seed{seed}", gguf=["f16", "q8_0"], random_state=seed, seed=seed,
-                           **PLAIN["qwen3"])
-    check_figures(run, gates)
-
-
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("qwen2", {"load_in_4bit": True, "save_merged": "4bit", "gguf": ["q8_0"]}),
     "8bit": ("qwen2", {"load_in_8bit": True, "gguf": ["q8_0"]}),
     "full": ("qwen3", {"full_finetuning": True, "learning_rate": 2e-3, "enable_thinking": True, "gguf": ["q8_0"]}),
     "rslora": ("qwen2", {"use_rslora": True, "lora_alpha": 8, "system_prompt": "简短。 Be brief.", "gguf": ["q8_0"]}),
-    "no-think": ("qwen3", {"enable_thinking": False, "gguf": ["q8_0"]}),
     "base-chatml": ("qwen2-base", {"prompt_style": "chatml", "bias": "all", "gguf": ["q8_0"]}),
     "alpaca": ("qwen2", {"prompt_style": "alpaca", "max_steps": 80, "gguf": ["q8_0"]}),
 }
@@ -124,8 +113,7 @@ def test_a_setting(name: str, taught: Callable[[str], Path], whole_run: Callable
 # Without an export these take seconds: what they change is what is recorded and compared.
 UNSHIPPED: dict[str, dict[str, Any]] = {
     "no-held-out": {"test_size": 0},
-    "cut": {"max_new_tokens": 3, "metric": "none"},
-    "lazy": {"lazy_preprocess": True, "temperature": 2.0},
+    "cut": {"max_new_tokens": 3, "metric": "none", "lazy_preprocess": True, "temperature": 2.0},
 }
 
 
@@ -133,7 +121,8 @@ UNSHIPPED: dict[str, dict[str, Any]] = {
 def test_an_adapter_alone(name: str, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
     run, gates = whole_run(taught("qwen3"), name=name, save_merged="none", gguf=[], **UNSHIPPED[name])
     # The answers kept are greedy ones, whatever the recipe samples.
-    kept = itself(Reference.load(run / "reference.safetensors")).answers
+    reference = Reference.load(run / "reference.safetensors")
+    kept = compare(reference, reference.predictions).answers
     assert kept and all(kept.values())
     if name == "cut":
         assert gates["stops by itself"]["passed"] is None and "too small" in gates["stops by itself"]["detail"]

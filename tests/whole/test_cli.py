@@ -52,6 +52,15 @@ def test_bad_data(tmp_path: Path) -> None:
     refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"dataset={tmp_path}/a.doc", words="unknown kind of file")
 
 
+@pytest.mark.slow
+def test_a_bad_row_fails_the_data_check_before_anything_is_trained(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Where?", "output": "Here."}\n{"instruction": "Who?"}\n')
+    done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}/runs", f"dataset={rows}", timeout=120)
+    assert done.returncode == 1 and "row 2" in done.stderr, done.stdout + done.stderr
+    assert not list(tmp_path.rglob("adapter")) and not list(tmp_path.rglob("log.jsonl"))
+
+
 def test_bad_models(tmp_path: Path) -> None:
     out = f"output_dir={tmp_path}"
     refused(tmp_path, "run", "recipes/quickstart.yaml", out, f"model_name={tmp_path}", words="no config.json")
@@ -66,7 +75,7 @@ def test_too_little_disk_says_how_much_is_needed(tmp_path: Path, monkeypatch: py
     import shutil
 
     from kit.common.errors import KitError
-    from kit.readiness.preflight import preflight
+    from kit.readiness.doctor import preflight
     from kit.recipe.recipe import Recipe
 
     whole = shutil.disk_usage(tmp_path)
@@ -86,6 +95,11 @@ def test_a_finished_run_is_kept(tmp_path: Path) -> None:
     # A mistake together with --overwrite must not cost the old run either.
     refused(tmp_path, "run", "recipes/quickstart.yaml", f"output_dir={tmp_path}", "--overwrite",
             "dataset=nowhere.jsonl", words="there is no nowhere.jsonl")
+
+
+def test_lists_on_the_command_line_take_commas(tmp_path: Path) -> None:
+    refused(tmp_path, "export", str(tmp_path), "--gguf", "q8_0,q9", words="'q9'")
+    refused(tmp_path, "export", str(tmp_path), "--gguf", "q8_0, f16", words="is no run folder")
 
 
 def test_ask_needs_a_run_or_a_whole_file(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import read_result
+from kit.runs.run import read_result
 from support.command import PROJECT
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from kit.common.paths import PROJECT
+from kit.common.files import PROJECT
 from kit.recipe.recipe import Recipe
 from support.command import kit
 

@@ -20,7 +20,7 @@ import yaml
 import kit
 from kit.cli import app
 from kit.common.errors import KitError
-from kit.readiness.preflight import preflight
+from kit.readiness.doctor import preflight
 from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run

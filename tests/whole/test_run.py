@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from kit.runs.folder import read_result
-from kit.runs.run import Run
+from kit.runs.run import Run, read_result
 from support.command import FEW_STEPS, PROJECT, kit
 
 pytestmark = pytest.mark.slow

