@@ -1,4 +1,6 @@
-"""`kit doctor`: what would stop a run on this machine, told within seconds and without writing anything."""
+"""What would stop a run on this machine, told before anything is written: by `kit doctor` all of it within seconds, by
+`preflight`, which every run begins with, the first of model, data, converter and disk.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +10,45 @@ from pathlib import Path
 from typing import Any
 
 from kit.common.errors import KitError
+from kit.common.processes import is_main
+from kit.data.readers import check_file
+from kit.data.sources import files_of
+from kit.gguf.convert import check_disk, merged_weights
+from kit.gguf.formats import needed_bytes
+from kit.gguf.setup import converter_dir
+from kit.models.fetch import local_folder, model_folder, read_adapter_config
 from kit.readiness import machine_checks as checks
 from kit.readiness import model_checks
-from kit.readiness.architecture import architecture
 from kit.readiness.forecast import forecast_on
 from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
-from kit.runs.gates import Gate, Gates
+from kit.runs.gates import Gate
+from kit.runs.run import Run, check_free
+
+ADAPTER_SHARE = 0.1  # of the model's weights, generously
 
 
 def run(source: str | None, overrides: dict[str, Any]) -> int:
     """Check this machine, and with `source` a recipe on it; exit code 0, or 1 when something would stop the run.
 
-    Raises KitError for a recipe that can't be read.
+    Prints a numbered line for each check as soon as it and those before it are known: ✓ is fine, ✗ would stop the run,
+    ! is a remark, – can't be known yet. Raises KitError for a recipe that can't be read.
     """
     if source is not None and "=" in source and not Path(source).exists():
         raise KitError(f"{source!r} is no recipe: the first argument is the recipe", "kit doctor RECIPE FIELD=VALUE …")
     recipe = Recipe.load(source or {}, **overrides) if source or overrides else None
-    report = doctor(recipe)
-    names = ", ".join(gate.name for gate in report.failed)
-    print(f"{len(report.failed)} of {len(report.gates)} checks failed: {names}" if names
-          else "nothing stands in the way")
-    if recipe is None:
-        print("a recipe's memory, disk, model, data and architecture: kit doctor recipes/quickstart.yaml")
-    return 1 if report.failed else 0
-
-
-def doctor(recipe: Recipe | None = None) -> Gates:
-    """Print a numbered line for each check as soon as it and those before it are known; returns them all.
-
-    ✓ is fine, ✗ would stop the run, ! is a remark, – can't be known yet.
-    """
-    report = Gates("doctor")
+    failed = []
     with ThreadPoolExecutor(16) as pool:
         started = [pool.submit(_guarded, name, check) for name, check in _checks(recipe, pool).items()]
         for number, gate in enumerate(map(Future.result, started), 1):
-            report.gates.append(gate)
             print(f"[{number}/{len(started)}] {line(gate)}", flush=True)
-    return report
+            failed += [gate.name] if gate.passed is False else []
+    print(f"{len(failed)} of {len(started)} checks failed: {', '.join(failed)}" if failed
+          else "nothing stands in the way")
+    if recipe is None:
+        print("a recipe's memory, disk, model, data and architecture: kit doctor recipes/quickstart.yaml")
+    return 1 if failed else 0
 
 
 def _checks(recipe: Recipe | None, pool: ThreadPoolExecutor) -> dict[str, Callable[[], Gate]]:
@@ -67,7 +69,7 @@ def _checks(recipe: Recipe | None, pool: ThreadPoolExecutor) -> dict[str, Callab
         "model": lambda: model.result()[0],
         "data": lambda: model_checks.data(recipe),
         "llama.cpp": lambda: checks.llama_cpp(recipe),
-        "architecture": lambda: architecture(recipe, model.result()[1]),
+        "architecture": lambda: model_checks.architecture(recipe, model.result()[1]),
         **layers,
     }
 
@@ -93,3 +95,30 @@ def _guarded(name: str, check: Callable[[], Gate]) -> Gate:
         return Gate(name, False, "failed", detail=error.message, hint=error.hint)
     except OSError as error:
         return Gate(name, False, "failed", detail=str(error), hint="make it readable")
+
+
+def preflight(recipe: Recipe) -> None:
+    """Raise KitError for what would stop the run later on. Writes nothing into the run folder, loads no weights.
+
+    Of several processes the main one looks for all.
+    """
+    if not is_main():
+        return
+    check_free(Run.of(recipe).folder)
+    # A model or an adapter that is an id on a hub is left to the loader.
+    on_disk = recipe.model_name == "starter" or local_folder(recipe.model_name) is not None
+    folder = Path(model_folder(recipe)) if on_disk else None
+    if recipe.adapter_name_or_path and (adapter := local_folder(recipe.adapter_name_or_path, bare_ids=False)):
+        read_adapter_config(adapter)
+    # Rows are read by the data check, which tells bad ones before the model is loaded.
+    for source in filter(None, (*recipe.sources, recipe.eval_dataset)):
+        for path in files_of(source, recipe) or ():
+            check_file(path)
+    if recipe.gguf:
+        converter_dir()
+    if folder is not None:
+        parameters, _ = merged_weights(folder)
+        needed = int(2 * parameters * ADAPTER_SHARE)
+        if recipe.save_merged != "none":
+            needed += 2 * parameters + needed_bytes(parameters, recipe.gguf)
+        check_disk(Path(recipe.output_dir), needed)

@@ -19,11 +19,11 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kit.common.show import Table
 from kit.gguf.formats import file_bytes, needed_bytes
-from kit.models.size import ModelFiles, local_model
+from kit.models.fetch import ModelFiles, local_model
 from kit.recipe.machine import Machine, look
 from kit.recipe.recipe import Recipe
 from kit.training.steps import steps_of, token_counts, tokens_of
@@ -95,18 +95,18 @@ def forecast(recipe: Recipe, data: DatasetDict | None = None) -> Forecast:
 
 def forecast_on(machine: Machine | None, recipe: Recipe, data: DatasetDict | None = None) -> Forecast:
     """As `forecast`, on a machine that is known already; where none is (None), the memory isn't known either."""
-    lengths = Lengths.of(recipe, data)
+    lengths, held_out = ([], None) if data is None else (token_counts(data["train"]), token_counts(data["test"]))
     steps, tokens = recipe.max_steps, None
     if data is not None and len(data["train"]):
         steps = steps_of(recipe, len(data["train"]))
         tokens = tokens_of(recipe, data["train"], steps)
-    notes = () if lengths.known else ("row lengths are not known: max_seq_length is assumed",)
+    notes = () if lengths else ("row lengths are not known: max_seq_length is assumed",)
     model = local_model(recipe)
     if isinstance(model, str):
         return Forecast(steps=steps, tokens=tokens, notes=(*notes, model))
     files, temporary = _files(model, recipe, steps)
     disk = sum(files.values())
-    parts = _memory_parts(model, recipe, lengths, machine.device, machine.bf16) if machine else {}
+    parts = _memory_parts(model, recipe, lengths, held_out, machine) if machine else {}
     peak = sum(parts.values())
     if machine and machine.device == "cuda":  # its memory serves the next stage again, a CPU's heap may keep both
         peak -= min(parts[STEP], parts[ANSWERS])
@@ -117,26 +117,6 @@ def forecast_on(machine: Machine | None, recipe: Recipe, data: DatasetDict | Non
 
 def _in_gb(size: float) -> float:
     return round(size / 1e9, 6)
-
-
-class Lengths(NamedTuple):
-    """Tokens of the longest training row, rows answered at once, and tokens of the longest `prompt` among them.
-
-    Bounds where they are not known.
-    """
-
-    longest: int
-    answered: int
-    prompt: int
-    known: bool
-
-    @classmethod
-    def of(cls, recipe: Recipe, data: DatasetDict | None) -> Lengths:
-        bound = recipe.max_seq_length
-        train, held_out = ([], []) if data is None else (token_counts(data["train"]), token_counts(data["test"]))
-        answered = (recipe.max_eval_samples if data is None else len(held_out)) or ANSWERED_WITHOUT_HELD_OUT_ROWS
-        return cls(bound if recipe.packing else max(train, default=bound), min(answered, ANSWERED_AT_ONCE),
-                   max(held_out or train, default=bound), bool(train))
 
 
 def _files(model: ModelFiles, recipe: Recipe, steps: int | None) -> tuple[dict[str, float], float]:
@@ -180,15 +160,24 @@ def checkpoints_left(recipe: Recipe, steps: int | None) -> int:
     return min(made, recipe.save_total_limit + best) if recipe.save_total_limit else made
 
 
-def _memory_parts(model: ModelFiles, recipe: Recipe, lengths: Lengths, device: str, bf16: bool) -> dict[str, float]:
-    """Bytes by part; a training step and answers are never at work at the same time."""
-    width = 4 if recipe.dtype == "float32" or (recipe.dtype is None and not bf16 and device == "cpu") else 2
+def _memory_parts(model: ModelFiles, recipe: Recipe, lengths: list[int], held_out: list[int] | None,
+                  machine: Machine) -> dict[str, float]:
+    """Bytes by part, by the rows' lengths in tokens, or bounds where they are not known.
+
+    A training step and answers are never at work at the same time.
+    """
+    device, bound = machine.device, recipe.max_seq_length
+    longest = bound if recipe.packing else max(lengths, default=bound)
+    answered = (recipe.max_eval_samples if held_out is None else len(held_out)) or ANSWERED_WITHOUT_HELD_OUT_ROWS
+    prompt = max(held_out or lengths, default=bound)
+    width = 4 if recipe.dtype == "float32" or (recipe.dtype is None and not machine.bf16 and device == "cpu") else 2
     trained = 4 if _trained_in_float32(recipe) else width
     matrix = NF4_BYTES if recipe.load_in_4bit else 1 if recipe.load_in_8bit else trained
     process = {"libraries": LIBRARIES_BYTES} if device == "cpu" else {"CUDA context": CUDA_CONTEXT_BYTES}
     return {**process, "weights": _weights(model, matrix, trained),
             "adapter and optimiser": _optimised(model, recipe, trained, device),
-            STEP: _step(model, recipe, lengths, width, device), ANSWERS: _answers(model, recipe, lengths, width)}
+            STEP: _step(model, recipe, longest, width, device),
+            ANSWERS: min(answered, ANSWERED_AT_ONCE) * _answer(model, prompt, recipe.max_new_tokens, width)}
 
 
 def _weights(model: ModelFiles, matrix: float, width: int) -> float:
@@ -223,10 +212,10 @@ def _layer_values(model: ModelFiles) -> float:
     return values / model.config["num_hidden_layers"]
 
 
-def _step(model: ModelFiles, recipe: Recipe, lengths: Lengths, width: int, device: str) -> float:
+def _step(model: ModelFiles, recipe: Recipe, longest: int, width: int, device: str) -> float:
     """What a training step keeps for its backward pass and makes on the way."""
     layers, values = model.config["num_hidden_layers"], _layer_values(model)
-    tokens = recipe.per_device_train_batch_size * lengths.longest
+    tokens = recipe.per_device_train_batch_size * longest
     kept = values + layers * model.config["hidden_size"] if recipe.use_gradient_checkpointing else layers * values
     logits = tokens * model.config["vocab_size"] * BYTES_PER_LOGIT
     weights_in_16bit = 2 * model.parameters if _trained_in_float32(recipe) else 0  # autocast makes and keeps them
@@ -234,11 +223,10 @@ def _step(model: ModelFiles, recipe: Recipe, lengths: Lengths, width: int, devic
         min(logits, CUDA_LOGITS_BYTES) if device == "cuda" else logits + GATHERED_BYTES)
 
 
-def _answers(model: ModelFiles, recipe: Recipe, lengths: Lengths, width: int) -> float:
-    """A batch of answers: the prompts in one layer, keys and values (copied as they grow), the next tokens' logits."""
+def _answer(model: ModelFiles, prompt: int, new_tokens: int, width: int) -> float:
+    """One of a batch's answers: its prompt in one layer, keys and values (copied as they grow), the next logits."""
     config = model.config
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    cache = (lengths.prompt + recipe.max_new_tokens) * 2 * heads * size * config["num_hidden_layers"]
-    return lengths.answered * (width * (lengths.prompt * _layer_values(model) + 2 * cache)
-                               + config["vocab_size"] * (4 + width))
+    cache = (prompt + new_tokens) * 2 * heads * size * config["num_hidden_layers"]
+    return width * (prompt * _layer_values(model) + 2 * cache) + config["vocab_size"] * (4 + width)

@@ -7,14 +7,14 @@ import platform
 import re
 import shutil
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kit.common.errors import KitError
 from kit.common.files import PROJECT, cache_dir, existing
 from kit.gguf.setup import PACKAGE, SETUP, converter_dir, installed_version
-from kit.readiness.forecast import Forecast
-from kit.readiness.forecast_memory import ANSWERS, STEP
+from kit.readiness.forecast import ANSWERS, STEP, Forecast
 from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
@@ -32,27 +32,22 @@ SMALLER = "smaller per_device_train_batch_size or max_seq_length, use_gradient_c
 def packages(constraints: Path = PROJECT / "constraints.txt") -> Gate:
     """Installed versions against those tested together; only a missing package is a failure."""
     text = constraints.read_text(encoding="utf-8")
-    needed, _, checks = text.partition("\n# checks\n")  # what only tests need stands last
-    tested, for_tests = _pinned(needed), _pinned(checks)
+    tested, for_tests = (dict(re.findall(r"^([\w.-]+)==(\S+)", part, re.MULTILINE))
+                         for part in text.partition("\n# checks\n")[::2])  # what only tests need stands last
     installed = {name: _installed(name) for name in (*tested, *for_tests)}
     if missing := [name for name in tested if installed[name] is None]:
         return Gate("packages", False, f"missing: {', '.join(missing)}", hint=_install(missing, tested))
-    remarks = [f"{name} {installed[name]} (tested {pinned})" for name, pinned in (tested | for_tests).items()
-               if installed[name] not in (None, pinned)]
-    python = re.search(r"Python (\d+\.\d+)", text)
-    if python and not platform.python_version().startswith(f"{python[1]}."):
-        remarks.insert(0, f"Python {platform.python_version()} (tested {python[1]})")
+    running, python = platform.python_version(), re.search(r"Python (\d+\.\d+)", text)
+    remarks = [f"Python {running} (tested {python[1]})"] if python and not running.startswith(f"{python[1]}.") else []
+    remarks += [f"{name} {installed[name]} (tested {pinned})" for name, pinned in (tested | for_tests).items()
+                if installed[name] not in (None, pinned)]
     if absent := [name for name in for_tests if installed[name] is None]:
         remarks.append(f"not installed, only tests need them: {', '.join(absent)}")
     if remarks:
         return Gate("packages", None, f"{len(installed) - len(remarks)} of {len(installed)} as tested",
                     detail="; ".join(remarks), hint="on a GPU Unsloth chooses versions, and others are no mistake; "
                                                     "without one `make setup` brings the tested ones")
-    return Gate("packages", True, f"{len(installed)} packages as tested, Python {platform.python_version()}")
-
-
-def _pinned(text: str) -> dict[str, str]:
-    return dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+    return Gate("packages", True, f"{len(installed)} packages as tested, Python {running}")
 
 
 def _installed(name: str) -> str | None:
@@ -66,10 +61,9 @@ def _install(missing: list[str], tested: dict[str, str]) -> str:
     """The command lines that bring the missing packages."""
     plain = [f"{name}=={tested[name]}" for name in missing if name not in (*APART, PACKAGE)]
     apart = [f"{name}=={tested[name]}" for name in missing if name in APART]
-    lines = [f"{PIP} install {' '.join(plain)}"] if plain else []
-    lines += [f"{PIP} install --no-deps {' '.join(apart)}"] if apart else []
-    lines += [SETUP] if PACKAGE in missing else []
-    return " && ".join(lines)
+    lines = {f"{PIP} install {' '.join(plain)}": plain, f"{PIP} install --no-deps {' '.join(apart)}": apart,
+             SETUP: PACKAGE in missing}
+    return " && ".join(line for line, needed in lines.items() if needed)
 
 
 def device(machine: Machine, recipe: Recipe | None) -> Gate:
@@ -124,8 +118,11 @@ def memory_limit_gb(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 
 def disk(recipe: Recipe | None, needs: Forecast | None) -> Gate:
     """Room and the right to write, for the run's folder and for KIT_CACHE; whether the run's name is free."""
-    places = [("KIT_CACHE", cache_dir(), 0.0 if _set_up() else SETUP_GB)]
-    note = occupied = ""
+    setup_gb, note, occupied = SETUP_GB, "", ""
+    with suppress(KitError):
+        converter_dir()
+        setup_gb = 0.0  # it is all there
+    places = [("KIT_CACHE", cache_dir(), setup_gb)]
     if recipe is not None and needs is not None:
         places.insert(0, ("output_dir", Path(recipe.output_dir), needs.room_gb or 0.0))
         note = "" if needs.room_gb is not None else f"; the run's need: {needs.notes[-1]}"
@@ -149,13 +146,6 @@ def disk(recipe: Recipe | None, needs: Forecast | None) -> Gate:
                         hint="free some, ask for fewer quantisations, or set output_dir or KIT_CACHE to another disk")
     return Gate("disk", None if occupied else True, "; ".join(figures) + note, detail=occupied,
                 hint="give another run_name, or --overwrite" if occupied else "")
-
-
-def _set_up() -> bool:
-    try:
-        return converter_dir().is_dir()
-    except KitError:
-        return False
 
 
 def llama_cpp(recipe: Recipe | None) -> Gate:

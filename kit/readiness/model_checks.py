@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -13,18 +14,25 @@ from huggingface_hub import constants, get_token, hf_hub_url
 from huggingface_hub.errors import HFValidationError
 
 from kit.common.errors import KitError, one_line
-from kit.common.files import cache_dir
+from kit.common.files import cache_dir, read_json
 from kit.common.show import size
 from kit.common.weight_files import INDEX, read_weights_header, shard_names
 from kit.data.sources import data_files, files_of, local_path
-from kit.models.fetch import cached_folder, hub_hint, model_folder
+from kit.gguf.setup import CONVERTER, converter_dir
+from kit.models.fetch import HUB_HINT, cached_folder, model_folder
 from kit.models.starter import NAME, packaged_gguf
+from kit.readiness.probe import ask
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate
 
 SECONDS = 2.0
 ONLINE = "fetch it once with local_files_only: false and no offline switch set, or set {} to a folder that holds it"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# transformers' tables of the models that generate text, keys are config.json's model_type.
+TABLES = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+# A class of the converter: its decorators, and what is in it.
+REGISTERED = re.compile(r"^@ModelBase\.register\((.*?)^class [^\n]*\n((?:(?:[ \t][^\n]*)?\n)*)",
+                        re.MULTILINE | re.DOTALL)
 
 
 def model(recipe: Recipe) -> tuple[Gate, Path | None]:
@@ -39,25 +47,26 @@ def model(recipe: Recipe) -> tuple[Gate, Path | None]:
         return _on_disk(Path(name), recipe), Path(name)
     folder = cached_folder(name, recipe.revision)
     missing = lacks(folder) if folder else ["config.json, tokenizer and weights"]
-    cached = _on_disk(folder, recipe) if folder and not missing else None
-    if offline(recipe, "TRANSFORMERS_OFFLINE"):
-        return cached or Gate("model", False, name, hint=ONLINE.format("model_name"), detail=f"offline, and the cache "
-                              f"{constants.HF_HUB_CACHE} lacks {_listed(missing)}"), folder
-    trouble = _hub_trouble(recipe.hub, name, "config.json", recipe.revision)
-    if trouble is None:
-        return cached or Gate("model", True, f"{name}: the hub has it"), folder
-    if cached:
-        return Gate("model", None, f"{name}: complete in the cache", detail=trouble.message,
-                    hint="local_files_only: true asks no hub"), folder
-    return Gate("model", False, name, detail=trouble.message, hint=trouble.hint), folder
+    gate = _on_disk(folder, recipe) if folder and not missing else Gate("model", True, f"{name}: the hub has it")
+    if not offline(recipe, "TRANSFORMERS_OFFLINE"):
+        trouble = _hub_trouble(recipe.hub, name, "config.json", recipe.revision)
+    else:
+        trouble = KitError(f"offline, and the cache {constants.HF_HUB_CACHE} lacks {_listed(missing)}",
+                           ONLINE.format("model_name")) if missing else None
+    if trouble and not missing:
+        gate = Gate("model", None, f"{name}: complete in the cache", detail=trouble.message,
+                    hint="local_files_only: true asks no hub")
+    elif trouble:
+        gate = Gate("model", False, name, detail=trouble.message, hint=trouble.hint)
+    return gate, folder
 
 
 def _starter() -> tuple[Gate, Path | None]:
     folder = cache_dir() / "starter" / NAME
     if folder.is_dir():
-        missing = lacks(folder)
-        return Gate("model", not missing, f"starter: {folder}", detail=_listed(missing) and f"lacks {_listed(missing)}",
-                    hint="delete that folder: it is made again" if missing else ""), folder
+        missing = _listed(lacks(folder))
+        return Gate("model", not missing, f"starter: {folder}", detail=missing and f"lacks {missing}",
+                    hint=missing and "delete that folder: it is made again"), folder
     try:
         return Gate("model", True, f"starter: {packaged_gguf().name}, will be unpacked into {folder}"), None
     except KitError as error:
@@ -75,8 +84,8 @@ def _on_disk(folder: Path, recipe: Recipe) -> Gate:
                     detail="its weights are quantised, and an adapter is merged into 16-bit ones only",
                     hint="set model_name to the 16-bit original (load_in_4bit quantises it while loading), or "
                          "save_merged: none and gguf: []")
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return Gate("model", True, f"{folder}: complete, weights {size(weights)}")
+    weights = size(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    return Gate("model", True, f"{folder}: complete, weights {weights}")
 
 
 def lacks(folder: Path) -> list[str]:
@@ -105,15 +114,12 @@ def data(recipe: Recipe) -> Gate:
         return Gate("data", False, _listed(empty), detail="no bytes in it", hint="it needs at least one row")
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
     parts = [f"{count}, {size(sum(file.stat().st_size for file in files))}"] if files else []
+    cached = offline(recipe, "HF_DATASETS_OFFLINE")
     for name in hub_ids:
-        if offline(recipe, "HF_DATASETS_OFFLINE"):
-            if reason := _not_prepared(name, recipe):
-                return Gate("data", False, name, detail=f"offline, and {reason}", hint=ONLINE.format("dataset"))
-            parts.append(f"{name} in the cache")
-        elif trouble := _hub_trouble(recipe.hub, name, "README.md", recipe.dataset_revision, "dataset"):
+        if trouble := _not_prepared(name, recipe) if cached else \
+                _hub_trouble(recipe.hub, name, "README.md", recipe.dataset_revision, "dataset"):
             return Gate("data", False, name, detail=trouble.message, hint=trouble.hint)
-        else:
-            parts.append(f"{name}: the hub has it")
+        parts.append(f"{name} in the cache" if cached else f"{name}: the hub has it")
     return Gate("data", True, "; ".join(parts))
 
 
@@ -123,30 +129,36 @@ def offline(recipe: Recipe, switch: str) -> bool:
     return recipe.local_files_only or (on and recipe.hub == "huggingface")
 
 
-def _not_prepared(name: str, recipe: Recipe) -> str:
-    """Why a data set can't be read without its hub, or ''; `datasets` keeps a split as Arrow files in its cache."""
-    if recipe.hub == "modelscope":
-        return "ModelScope's cache is not read"
+def _not_prepared(name: str, recipe: Recipe) -> KitError | None:
+    """What a data set lacks to be read without its hub; `datasets` keeps a split as Arrow files in its cache."""
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     split = re.escape(re.split(r"[\[+]", recipe.dataset_split)[0])
-    if any(re.search(rf"-{split}(-\d+-of-\d+)?\.arrow$", file.name) and ".incomplete" not in str(file)
-           for file in (cache / name.replace("/", "___")).rglob("*.arrow")):
-        return ""
-    return f"{cache} has no {recipe.dataset_split} split of it"
+    reason = f"{cache} has no {recipe.dataset_split} split of it"
+    if recipe.hub == "modelscope":
+        reason = "ModelScope's cache is not read"
+    elif any(re.search(rf"-{split}(-\d+-of-\d+)?\.arrow$", file.name) and ".incomplete" not in str(file)
+             for file in (cache / name.replace("/", "___")).rglob("*.arrow")):
+        return None
+    return KitError(f"offline, and {reason}", ONLINE.format("dataset"))
 
 
 def _hub_trouble(hub: str, name: str, file: str, revision: str | None, kind: str = "model") -> KitError | None:
     """What the hub (or its mirror) says against a file of a model or data set; None when it can be had."""
     if hub == "modelscope":
-        return _modelscope_trouble()
-    token = get_token()
+        if importlib.util.find_spec("modelscope") is None:
+            return KitError("hub: modelscope needs the package modelscope", "pip install modelscope")
+        # Its pages are there for any name, so an answer tells only that it can be reached.
+        site = f"https://{os.environ.get('MODELSCOPE_DOMAIN') or 'www.modelscope.cn'}"
+        answer = _head(site, site, {})
+        return answer if isinstance(answer, KitError) else None
     try:
         url = hf_hub_url(name, file, repo_type=kind, revision=revision)
     except HFValidationError as error:
         return KitError(one_line(error), "correct the name: a folder, or a hub id like Qwen/Qwen3-4B")
-    answer = _head(url, {"authorization": f"Bearer {token}"} if token else {})
-    if isinstance(answer, Exception):
-        return KitError(f"{constants.ENDPOINT} can't be reached: {one_line(answer)}", hub_hint())
+    token = get_token()
+    answer = _head(constants.ENDPOINT, url, {"authorization": f"Bearer {token}"} if token else {})
+    if isinstance(answer, KitError):
+        return answer
     status, code = answer.status_code, answer.headers.get("X-Error-Code")
     if not answer.is_error or (kind == "dataset" and code == "EntryNotFound"):  # a data set without a README
         return None
@@ -154,37 +166,90 @@ def _hub_trouble(hub: str, name: str, file: str, revision: str | None, kind: str
     if status in (401, 403):
         return KitError(about, "no such name, or private or gated: correct it, or accept its terms on its page and "
                                "set HF_TOKEN (or `hf auth login`)")
-    return KitError(about, "correct the name or the revision" if status == 404 else f"try later, or {hub_hint()}")
+    return KitError(about, "correct the name or the revision" if status == 404 else f"try later, or {HUB_HINT}")
 
 
-def _modelscope_trouble() -> KitError | None:
-    if importlib.util.find_spec("modelscope") is None:
-        return KitError("hub: modelscope needs the package modelscope", "pip install modelscope")
-    # Its pages are there for any name, so an answer tells only that it can be reached.
-    site = f"https://{os.environ.get('MODELSCOPE_DOMAIN') or 'www.modelscope.cn'}"
-    answer = _head(site, {})
-    return KitError(f"{site} can't be reached: {one_line(answer)}", hub_hint()) if isinstance(answer, Exception) \
-        else None
+def _head(site: str, url: str, headers: dict[str, str]) -> httpx.Response | KitError:
+    """The site's answer to one HEAD request, or why there was none; a redirect (to the file itself) is not followed.
 
-
-def _head(url: str, headers: dict[str, str]) -> httpx.Response | Exception:
-    """The answer to one HEAD request, or why there was none; a redirect (to the file itself) is not followed.
-
-    Not by huggingface_hub's own call, which asks for more and writes it into its cache. In a thread of its own, because
-    looking up a name may take longer than any time limit of a connection.
+    Without huggingface_hub's own call and headers, which ask for more and write it into its cache. In a thread of its
+    own, because looking up a name may take longer than any time limit of a connection.
     """
-    answers: list[httpx.Response | Exception] = []
+    answers: list[httpx.Response | Exception] = [TimeoutError(f"no answer within {SECONDS:.0f} s")]
 
-    def ask() -> None:
+    def request() -> None:
         try:
             answers.append(httpx.head(url, headers=headers, timeout=SECONDS))
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             answers.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
     thread.join(SECONDS + 0.5)
-    return answers[0] if answers else TimeoutError(f"no answer within {SECONDS:.0f} s")
+    answer = answers[-1]
+    return answer if isinstance(answer, httpx.Response) else \
+        KitError(f"{site} can't be reached: {one_line(answer)}", HUB_HINT)
+
+
+def architecture(recipe: Recipe, folder: Path | None) -> Gate:
+    """Whether config.json's architecture can be trained, converted and run with what is installed."""
+    if folder is None or not (folder / "config.json").is_file():
+        return Gate("architecture", None, "known once the model's config.json is on this disk")
+    config = read_json(folder / "config.json")
+    try:
+        name, model_type = config["architectures"][0], config["model_type"]
+    except (KeyError, IndexError, TypeError):
+        return Gate("architecture", False, str(folder / "config.json"),
+                    detail="it names no architecture (`architectures`, `model_type`)", hint="fetch the model again")
+    own_code = config.get("auto_map")
+    if model_type not in transformers_types() and not (own_code and recipe.trust_remote_code):
+        hint = "trust_remote_code: true runs the code that comes with it, if you trust its author" if own_code else \
+            "a newer transformers, or another model"
+        return Gate("architecture", False, name,
+                    detail=f"transformers {version('transformers')} has no text model {model_type!r}", hint=hint)
+    if not recipe.gguf:
+        return Gate("architecture", True, f"{name}: transformers knows it (no GGUF is asked for)")
+    if (converted := gguf_name(converter_dir(), name)) is None:
+        return Gate("architecture", False, name, detail=f"the GGUF converter does not know it ({converter_dir()})",
+                    hint="set gguf: [] and serve merged/ instead, or use another model")
+    answer = ask("llama", converted)
+    if not answer["probed"]:
+        return Gate("architecture", None, f"{name}: transformers and converter know it",
+                    detail="llama.cpp does not say whether it can load it")
+    if not answer["known"][converted]:
+        return Gate("architecture", False, name,
+                    detail=f"llama.cpp of llama-cpp-python {answer['version']} does not know {converted!r}",
+                    hint="unset LLAMA_CPP_DIR, so that converter and runtime are of one version; or set gguf: []")
+    return Gate("architecture", True, f"{name} ({converted} in GGUF): transformers, converter and llama.cpp know it")
+
+
+def transformers_types() -> set[str]:
+    """The `model_type`s that transformers has a text model for; read, because importing it takes two seconds."""
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        raise KitError("transformers is not installed", "make setup")
+    source = (Path(package.origin).parent / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
+    tables = re.findall(rf"^(?:{'|'.join(TABLES)}) = .*?^\)", source, re.MULTILINE | re.DOTALL)
+    return {model_type for table in tables for model_type in re.findall(r'\(\s*"([^"]+)",', table)}
+
+
+def gguf_name(converter: Path, architecture: str) -> str | None:
+    """The converter's GGUF name for an architecture: LlamaForCausalLM → llama; None where it knows none.
+
+    Its classes are registered as `@ModelBase.register("LlamaForCausalLM", …)` and name a `gguf.MODEL_ARCH`, whose
+    text stands in gguf-py's constants.py. Those of vision parts name MMPROJ.
+    """
+    declared = converter / "gguf-py" / "gguf" / "constants.py"
+    if not declared.is_file():
+        raise KitError(f"{converter} has no gguf-py, which its converter needs", "fetch llama.cpp whole, or unset "
+                       "LLAMA_CPP_DIR to use the matching one")
+    names = dict(re.findall(r"MODEL_ARCH\.(\w+)\s*:\s*\"([^\"]+)\"", declared.read_text(encoding="utf-8")))
+    for file in (converter / CONVERTER, *sorted((converter / "conversion").glob("*.py"))):
+        for decorators, body in REGISTERED.findall(file.read_text(encoding="utf-8")):
+            member = re.search(r"^    model_arch = gguf\.MODEL_ARCH\.(\w+)", body, re.MULTILINE)
+            if f'"{architecture}"' in decorators and member and member[1] != "MMPROJ":
+                return names.get(member[1])
+    return None
 
 
 def _listed(names: list[str]) -> str:

@@ -18,7 +18,7 @@ import kit.common.unsloth
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit.common.errors import GateError, KitError, one_line
 from kit.common.files import whole_folder
@@ -26,8 +26,7 @@ from kit.export.adapter import merge_adapter, save_adapter
 from kit.export.modelfile import modelfile_of
 from kit.gguf.child import LlamaChild
 from kit.gguf.convert import export_gguf
-from kit.gguf.formats import QUANTIZATIONS, quantization_of
-from kit.gguf.header import read_header
+from kit.gguf.formats import QUANTIZATIONS, quantization_of, read_header
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.models.template import load_tokenizer, render, template_kwargs
 from kit.readiness.shrink import random_model, shrunk
@@ -80,7 +79,11 @@ def rehearse(recipe: Recipe) -> Gates:
 
 
 def _rehearse_in(folder: Path, recipe: Recipe, gates: Gates) -> None:
-    tokenizer, config = load_tokenizer(recipe), _config(recipe)
+    tokenizer = load_tokenizer(recipe)
+    try:
+        config = AutoConfig.from_pretrained(model_folder(recipe), **loading_options(recipe))
+    except (OSError, ValueError) as error:
+        raise not_loaded("config", recipe, error) from None
     try:
         model = random_model(shrunk(config), SEED, recipe.trust_remote_code)
         _logprobs(model, [0, 1])
@@ -90,12 +93,16 @@ def _rehearse_in(folder: Path, recipe: Recipe, gates: Gates) -> None:
         return
     size = model.num_parameters(exclude_embeddings=True) / 1e6
     print(f"export rehearsal: {type(model).__name__} with {size:.1f} million weights beside the vocabulary", flush=True)
-
     with _step(gates, "merge"):
         run = _merge(model, tokenizer, recipe, folder, gates)
-    if not recipe.gguf:
+    if recipe.gguf:
+        _rehearse_gguf(run, tokenizer, recipe, gates)
+    else:
         gates.check("convert", None, "left out", detail="gguf: []: no GGUF is made")
-        return
+
+
+def _rehearse_gguf(run: Run, tokenizer: Any, recipe: Recipe, gates: Gates) -> None:
+    """From the merged tiny model to GGUFs that answer in llama.cpp, and their Modelfile."""
     texts = [render(tokenizer, [{"role": "user", "content": text}, {"role": "assistant", "content": text}], recipe)
              for text in TEXTS]
     ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]][:LONGEST]
@@ -107,30 +114,28 @@ def _rehearse_in(folder: Path, recipe: Recipe, gates: Gates) -> None:
     with _step(gates, "tokenizer"):  # before llama.cpp reads them: a wrong one ends its process
         for file in files:
             check_contents(gates, quantization_of(file), read_header(file), run.merged)
-    _in_llama_cpp(files, tokenizer, recipe, ids, expected, gates)
-    with _step(gates, "Modelfile"):
-        _modelfile(recipe, tokenizer, gates)
-
-
-def _in_llama_cpp(files: list[Path], tokenizer: Any, recipe: Recipe, ids: list[int], expected: np.ndarray,
-                  gates: Gates) -> None:
-    """Each GGUF loaded by llama.cpp: gates `template`, `logits` and `answer`; `expected` as of `_logprobs`."""
     options = template_kwargs(recipe)
     with ExitStack() as stack:
         with _step(gates, "load"):
-            children = [stack.enter_context(LlamaChild(file, 4 * LONGEST, logits=True, template_kwargs=options))
-                        for file in files]
+            children = {quantization_of(file): stack.enter_context(
+                LlamaChild(file, 4 * LONGEST, logits=True, template_kwargs=options)) for file in files}
         with _step(gates, "template"):
             conversations = list(cases(tokenizer, recipe, []))
-            for child in children:
-                check_gguf_template(gates, quantization_of(child.gguf), child, tokenizer, conversations)
+            for quant, child in children.items():
+                check_gguf_template(gates, quant, child, tokenizer, conversations)
         with _step(gates, "logits"):
-            for child in children:
-                _check_logits(quantization_of(child.gguf), expected, child.predictions(ids, range(len(ids)))[0], gates)
+            for quant, child in children.items():
+                _check_logits(quant, expected, child.predictions(ids, range(len(ids)))[0], gates)
         with _step(gates, "answer"):
-            for child in children:
+            for child in children.values():
                 child.answer(QUESTION, ANSWER_TOKENS)  # its words mean nothing
             gates.check("answer", True, f"{len(children)} files answer with up to {ANSWER_TOKENS} tokens")
+    with _step(gates, "Modelfile"):
+        try:
+            modelfile_of(recipe, tokenizer).text("model.gguf")
+            gates.check("Modelfile", True, "can be written")
+        except KitError as error:
+            gates.check("Modelfile", None, "not possible", detail=error.message, hint=error.hint)
 
 
 @contextmanager
@@ -147,14 +152,6 @@ def _step(gates: Gates, name: str) -> Iterator[None]:
         print(f"  {gate.sign} {gate.name}: {gate.figure}", flush=True)
     if gates.failed:
         raise _Stopped
-
-
-def _config(recipe: Recipe) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
-            model_folder(recipe), **loading_options(recipe))
-    except (OSError, ValueError) as error:
-        raise not_loaded("config", recipe, error) from None
 
 
 def _merge(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, gates: Gates) -> Run:
@@ -196,23 +193,19 @@ def _export(run: Run, recipe: Recipe, gates: Gates) -> list[Path]:
     That is f16 unless the recipe asks for bf16: llama.cpp rounds what flows through a bf16 file ten times as coarsely.
     """
     exact = [quant for quant in recipe.gguf if quant in ("f16", "bf16")] or ["f16"]
-    names = [*exact, *(quant for quant in recipe.gguf if quant not in exact)]
+    steps = {quant: f"{'convert' if quant in exact else 'quantise'} {quant}" for quant in [*exact, *recipe.gguf]}
     began = time.time()
     try:
-        files = export_gguf(run.merged, run.gguf, names, "rehearsal")
+        files = export_gguf(run.merged, run.gguf, list(steps), "rehearsal")
     except GateError as error:
-        missing = next(quant for quant in names if not (run.gguf / f"rehearsal-{quant}.gguf").is_file())
-        gates.check(_verb(missing), False, "failed", detail=error.message, hint=NO_EXPORT)
+        missing = next(quant for quant in steps if not (run.gguf / f"rehearsal-{quant}.gguf").is_file())
+        gates.check(steps[missing], False, "failed", detail=error.message, hint=NO_EXPORT)
         return []
-    for quant, file in zip(names, files, strict=True):
+    for step, file in zip(steps.values(), files, strict=True):
         written = file.stat().st_mtime
-        gates.check(_verb(quant), True, f"{file.stat().st_size / 1e6:.1f} MB in {written - began:.1f} s")
+        gates.check(step, True, f"{file.stat().st_size / 1e6:.1f} MB in {written - began:.1f} s")
         began = written
     return files
-
-
-def _verb(quant: str) -> str:
-    return f"{'convert' if quant in ('f16', 'bf16') else 'quantise'} {quant}"
 
 
 def _check_logits(quant: str, expected: np.ndarray, logprobs: np.ndarray, gates: Gates) -> None:
@@ -227,15 +220,6 @@ def _check_logits(quant: str, expected: np.ndarray, logprobs: np.ndarray, gates:
                 "" if allowed is None else f"mean KL ≤ {allowed:g}",
                 f"{quant}: llama.cpp computes another model than the merged one" if passed is False else "",
                 NO_EXPORT)
-
-
-def _modelfile(recipe: Recipe, tokenizer: Any, gates: Gates) -> None:
-    try:
-        modelfile_of(recipe, tokenizer).text("model.gguf")
-    except KitError as error:
-        gates.check("Modelfile", None, "not possible", detail=error.message, hint=error.hint)
-    else:
-        gates.check("Modelfile", True, "can be written")
 
 
 def _logprobs(model: Any, ids: list[int]) -> np.ndarray:

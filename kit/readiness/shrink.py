@@ -75,7 +75,7 @@ def _fewer_layers(values: dict[str, Any], name: str) -> None:
     lists = [key for key, value in values.items() if isinstance(value, list) and len(value) == count]
     dense = values.get("first_k_dense_replace") or 0
     kinds = [(i < dense, *(values[key][i] for key in lists if isinstance(values[key][i], str))) for i in range(count)]
-    firsts = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
+    firsts = sorted(map(kinds.index, set(kinds)))
     kept = list(range(min(count, max(2, firsts[-1] + 1))))
     if len(kept) > MOST_LAYERS:
         kept = firsts
@@ -107,12 +107,9 @@ def _fewer_heads(values: dict[str, Any], heads_name: str, hidden_name: str) -> N
     head = HEAD // 2 if shared_out and ratio * fewer % 2 == 0 else HEAD
     values[heads_name] = ratio * fewer
     values[hidden_name] = ratio * fewer * head if shared_out else HIDDEN
-    if values.get("num_key_value_heads") is not None:
-        values["num_key_value_heads"] = fewer
-    if values.get("head_dim") is not None:
-        values["head_dim"] = SIZES["qk_rope_head_dim"] if "qk_rope_head_dim" in values else head
-    if values.get("query_pre_attn_scalar") is not None:
-        values["query_pre_attn_scalar"] = head  # llama.cpp derives it
+    sizes = {"num_key_value_heads": fewer, "query_pre_attn_scalar": head,  # llama.cpp derives the latter
+             "head_dim": SIZES["qk_rope_head_dim"] if "qk_rope_head_dim" in values else head}
+    values |= {key: size for key, size in sizes.items() if values.get(key) is not None}
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(values.get(key), dict):
             _shorten_factors(values[key], values, head)

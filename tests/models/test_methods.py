@@ -76,8 +76,14 @@ def gradients() -> tuple[Any, list[dict[str, bool | None]]]:
     return Watch(), found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "unsloth"], ids=["off", "on", "unsloth"])
-@pytest.mark.parametrize("method", METHODS)
+WAYS = {"off": False, "on": True, "unsloth": "unsloth"}
+
+
+@pytest.mark.parametrize("method, checkpointing", [
+    # Off and one of the two ways of recomputing for each method, in turn; the product is for `make test-all`.
+    pytest.param(method, value, id=f"{method}-{way}",
+                 marks=[pytest.mark.long] if way == ("unsloth", "on")[number % 2] and method != "8-bit" else [])
+    for number, method in enumerate(METHODS) for way, value in WAYS.items()])
 def test_every_trained_tensor_gets_a_gradient(method: str, checkpointing: bool | str,
                                               recipe_of: Callable[..., Recipe]) -> None:
     import bitsandbytes as bnb

@@ -23,10 +23,9 @@ from kit.common.files import cache_dir
 from kit.gguf.setup import converter_dir
 from kit.models.starter import NAME
 from kit.readiness import machine_checks as checks
-from kit.readiness.architecture import architecture, gguf_name, transformers_types
 from kit.readiness.doctor import line, run
 from kit.readiness.forecast import ANSWERS, STEP, Forecast, forecast_on
-from kit.readiness.model_checks import data, lacks, model
+from kit.readiness.model_checks import architecture, data, gguf_name, lacks, model, transformers_types
 from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe

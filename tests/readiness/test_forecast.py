@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kit.models.size import ModelFiles, local_model
+from kit.models.fetch import ModelFiles, local_model
 from kit.readiness.forecast import ANSWERS, STEP, Forecast, checkpoints_left, forecast, forecast_on
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe

@@ -87,6 +87,14 @@ def kl(gate: dict[str, Any]) -> float:
     return float(gate["figure"].removeprefix("KL ").split()[0])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("family, seed", [("qwen2", 3), ("qwen3", 1), ("qwen3", 2)])
+def test_other_seeds(family: str, seed: int, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+    check_figures(*whole_run(taught(family), name=f"{family}-{seed}", gguf=["f16", "q8_0"], random_state=seed,
+                             seed=seed, **PLAIN.get(family, {})))
+
+
+SELDOM = {"8bit", "rslora", "alpaca"}  # their training and merge have tests of their own
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("qwen2", {"load_in_4bit": True, "save_merged": "4bit", "gguf": ["q8_0"]}),
     "8bit": ("qwen2", {"load_in_8bit": True, "gguf": ["q8_0"]}),
@@ -97,7 +105,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name in SELDOM else [])
+                                  for name in VARIANTS])
 def test_a_setting(name: str, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
     family, fields = VARIANTS[name]
     _, gates = whole_run(taught(family), name=name, **fields)
@@ -113,11 +122,13 @@ def test_a_setting(name: str, taught: Callable[[str], Path], whole_run: Callable
 # Without an export these take seconds: what they change is what is recorded and compared.
 UNSHIPPED: dict[str, dict[str, Any]] = {
     "no-held-out": {"test_size": 0},
+    "lazy": {"lazy_preprocess": True, "temperature": 2.0},
     "cut": {"max_new_tokens": 3, "metric": "none", "lazy_preprocess": True, "temperature": 2.0},
 }
 
 
-@pytest.mark.parametrize("name", UNSHIPPED)
+@pytest.mark.parametrize("name", ["cut", pytest.param("no-held-out", marks=pytest.mark.long),
+                                  pytest.param("lazy", marks=pytest.mark.long)])
 def test_an_adapter_alone(name: str, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
     run, gates = whole_run(taught("qwen3"), name=name, save_merged="none", gguf=[], **UNSHIPPED[name])
     # The answers kept are greedy ones, whatever the recipe samples.
@@ -141,7 +152,7 @@ def test_long_held_out_rows(taught: Callable[[str], Path], whole_run: Callable[.
     assert {row.number for row in Reference.load(run / "reference.safetensors").rows} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("overlong", ["drop", "truncate_prompt"])
+@pytest.mark.parametrize("overlong", [pytest.param("drop", marks=pytest.mark.long), "truncate_prompt"])
 def test_held_out_rows_that_are_left_out_or_shortened(overlong: str, taught: Callable[[str], Path],
                                                       whole_run: Callable[..., Any], tmp_path: Path) -> None:
     """The rows are numbered here as in training, so each answer is held against its own row's."""
