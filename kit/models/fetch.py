@@ -1,9 +1,11 @@
-"""Where a model lies: a folder, the starter, or a hub that it is fetched from."""
+"""Models and adapters: where they lie, fetched from a hub if need be, and what their files tell."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,23 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
 from kit.common.errors import KitError, one_line
-from kit.models.starter import NAME, starter_model
+from kit.common.files import read_json
+from kit.common.weight_files import TensorInfo, read_weights_header, weight_files
+from kit.models.starter import NAME, starter_folder, starter_model
 from kit.recipe.recipe import Recipe
 
 # Of a model on a hub; other formats of its weights would double the download.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "tokenizer.model"]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "vocab.json",
+                   "merges.txt")
+HUB_HINT = ("without that hub: set model_name and dataset to folders on this disk, HF_ENDPOINT to a mirror, "
+            "or hub: modelscope; for what is already cached, local_files_only: true")
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Some architectures have the three projections of attention, or the two of the MLP, in one matrix.
+FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
+PREFIX = "base_model.model."  # of a tensor's name in an adapter
+# These starts change the base model's own weights: the adapter belongs to the changed ones.
+STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa", "mica")
 
 
 def local_folder(name: str, bare_ids: bool = True) -> Path | None:
@@ -80,7 +94,7 @@ def fetched(field: str, name: str, patterns: list[str], recipe: Recipe, revision
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns,
                                       local_files_only=recipe.local_files_only))
     except Exception as error:  # the hub's own, those of requests or httpx, the disk's
-        raise KitError(f"{field}: {name} could not be fetched from {hub}: {one_line(error)}", hub_hint()) from None
+        raise KitError(f"{field}: {name} could not be fetched from {hub}: {one_line(error)}", HUB_HINT) from None
 
 
 def cached_folder(name: str, revision: str | None) -> Path | None:
@@ -100,16 +114,93 @@ def loading_options(recipe: Recipe) -> dict[str, Any]:
 
 def not_loaded(part: str, recipe: Recipe, error: Exception) -> KitError:
     """For what transformers raises while it loads a part of the recipe's model: its config, tokenizer, weights."""
-    hint = "check the folder's files, or fetch the model again" if local_folder(recipe.model_name) else hub_hint()
+    hint = "check the folder's files, or fetch the model again" if local_folder(recipe.model_name) else HUB_HINT
     return KitError(f"model_name: the {part} of {recipe.model_name} could not be loaded: {one_line(error)}", hint)
-
-
-def hub_hint() -> str:
-    """What helps when a hub can't be reached."""
-    return ("without that hub: set model_name and dataset to folders on this disk, HF_ENDPOINT to a mirror, "
-            "or hub: modelscope; for what is already cached, local_files_only: true")
 
 
 def model_label(recipe: Recipe) -> str:
     """The model's own name, for file names: Qwen/Qwen3-4B → Qwen3-4B."""
     return NAME if recipe.model_name == "starter" else Path(recipe.model_name.rstrip("/")).name
+
+
+def adapter_folder(recipe: Recipe) -> Path:
+    """The adapter that adapter_name_or_path names, on this disk; fetched from the hub if it is an id there."""
+    name = str(recipe.adapter_name_or_path)
+    return local_folder(name, bare_ids=False) or fetched("adapter_name_or_path", name, ["adapter_*"], recipe)
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """adapter_config.json; KitError when the folder holds no LoRA adapter in safetensors."""
+    config = read_json(adapter / "adapter_config.json")
+    if not config:
+        raise KitError(f"{adapter} is no LoRA adapter: there is no adapter_config.json in it that can be read",
+                       "name a folder that PEFT's save_pretrained wrote")
+    if config.get("peft_type") != "LORA":
+        raise KitError(f"{adapter}: peft_type is {config.get('peft_type')!r}, only LORA is known here",
+                       "merge it with the tool it was trained with")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise KitError(f"{adapter} has no adapter_model.safetensors",
+                       "save the adapter as safetensors: PEFT's save_pretrained does")
+    return config
+
+
+def changed_base(config: dict[str, Any]) -> str:
+    """The start (init_lora_weights) of an adapter that fits other weights than the base model's own, else ''."""
+    start = "loftq" if config.get("loftq_config") else str(config.get("init_lora_weights", ""))
+    return start if start.startswith(STARTS) else ""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on this disk: its (text) config, and shape and dtype of every tensor by name."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.end - tensor.begin for tensor in self.tensors.values())
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the layers' matrices: what is quantised, and what can get an adapter."""
+        return {name: (tensor.shape[0], tensor.shape[1]) for name, tensor in self.tensors.items()
+                if len(tensor.shape) == 2 and ".layers." in name and name.endswith(".weight")}
+
+    @property
+    def tokenizer_bytes(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in TOKENIZER_FILES if (self.folder / name).is_file())
+
+    def adapter(self, recipe: Recipe) -> int:
+        """Parameters of the LoRA adapter: A is r × inputs, B outputs × r (Hu et al. 2021, section 4.1).
+
+        A mixture's experts are one tensor in memory and get none.
+        """
+        targets = set(recipe.target_modules)
+        targets |= {whole for whole, parts in FUSED.items() if parts & targets}
+        return sum(recipe.r * (outputs + inputs) for name, (outputs, inputs) in self.linears.items()
+                   if name.split(".")[-2] in targets and ".experts." not in name)
+
+
+def local_model(recipe: Recipe) -> ModelFiles | str:
+    """The recipe's model where all of it is on this disk, else the reason why its size isn't known."""
+    name = recipe.model_name
+    folder = starter_folder() if name == "starter" else local_folder(name) or cached_folder(name, recipe.revision)
+    if folder is None or not folder.is_dir():
+        return ("the starter model is unpacked by the first run: size not known yet" if name == "starter" else
+                f"{name} is not on this disk: its size is known when it has been fetched")
+    config = read_json(folder / "config.json")
+    config |= config.get("text_config") or {}
+    try:
+        tensors = {key: tensor for file in weight_files(folder)
+                   for key, tensor in read_weights_header(file).tensors.items()}
+    except KitError as error:
+        return f"{error.message}: the size of {name} is not known"
+    if missing := [field for field in NEEDED if field not in config]:
+        return f"{folder}/config.json has no {', '.join(missing)}: the memory of such a model can't be forecast"
+    return ModelFiles(folder, config, tensors)

@@ -1,4 +1,4 @@
-"""Load a base model, or a saved adapter on its base."""
+"""Load a base model, in 4 and 8 bits too, or a saved adapter on its base."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import Any
 from kit.common.unsloth import FastLanguageModel
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
-from kit.models import quantised
+from kit.common.errors import GateError
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.models.template import prepare_tokenizer
 from kit.recipe.machine import machine
@@ -36,29 +45,42 @@ def load_from(source: str, recipe: Recipe) -> tuple[Any, Any]:
     settings = resolved(recipe)
     if recipe.trust_remote_code:
         print(f"trust_remote_code: Python code that comes with {source} will run")
-    load = quantised.load_quantised if _without_unsloth(recipe, settings) else _load_with_unsloth
+    load = _load_with_transformers if _without_unsloth(recipe, settings) else _load_with_unsloth
     try:
         model, tokenizer = load(source, recipe, settings, loading_options(recipe))
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise
         raise not_loaded("weights", recipe, error) from error
-    quantised.check_precision(model, recipe)
-    if machine().device == "cpu":
-        _head_in_one_piece(model)
+    _check_precision(model, recipe)
+    if machine().device == "cpu" and (head := model.get_output_embeddings()) is not None:
+        # `generate` hands it the last place of each row of a batch, a view with gaps, for which a CPU's matrix product
+        # copies the whole head once per row: 1 GB more for 20 prompts of the starter model with an adapter, and a
+        # third more time.
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model, tokenizer
 
 
 def _without_unsloth(recipe: Recipe, settings: Settings) -> bool:
-    return machine().device == "cpu" and not quantised.unsloth_quantises(recipe, settings.dtype)
+    """Whether Unsloth's CPU loader lacks the precision asked for.
+
+    Instead of 8-bit it would load 16-bit, and of 4-bit it knows the usual settings only.
+    """
+    unusual = recipe.load_in_8bit or (recipe.load_in_4bit and not _usual_4bit(recipe, settings.dtype))
+    return unusual and machine().device == "cpu"
+
+
+def _usual_4bit(recipe: Recipe, dtype: str) -> bool:
+    """Whether the recipe's 4-bit settings are those Unsloth loads by itself: NF4, double quantisation."""
+    return (recipe.bnb_4bit_quant_type == "nf4" and recipe.bnb_4bit_use_double_quant
+            and recipe.bnb_4bit_compute_dtype in (None, dtype))
 
 
 def _load_with_unsloth(source: str, recipe: Recipe, settings: Settings, options: dict[str, Any]) -> tuple[Any, Any]:
     dtype = getattr(torch, settings.dtype)
-    if recipe.load_in_4bit and not quantised.usual_4bit(recipe, settings.dtype):
+    if recipe.load_in_4bit and not _usual_4bit(recipe, settings.dtype):
         # Without use_exact_model_name Unsloth may load its own 4-bit copy, quantised another way.
-        options |= {"quantization_config": quantised.four_bit_config(recipe, settings.dtype),
-                    "use_exact_model_name": True}
+        options |= {"quantization_config": four_bit_config(recipe, settings.dtype), "use_exact_model_name": True}
     if machine().device == "cuda" and recipe.full_finetuning and settings.bf16 and dtype == torch.float32:
         # Unsloth's words for it: the dtype is that of the products.
         dtype = torch.bfloat16
@@ -69,15 +91,56 @@ def _load_with_unsloth(source: str, recipe: Recipe, settings: Settings, options:
         use_gradient_checkpointing=recipe.use_gradient_checkpointing, **options)
 
 
-def _head_in_one_piece(model: Any) -> None:
-    """Give the output head contiguous rows.
+def _load_with_transformers(source: str, recipe: Recipe, settings: Settings,
+                            options: dict[str, Any]) -> tuple[Any, Any]:
+    """(model, tokenizer) by transformers and bitsandbytes, on a CPU where Unsloth has no path."""
+    precision = "8-bit" if recipe.load_in_8bit else "this kind of 4-bit"
+    print(f"{precision} through transformers and bitsandbytes: Unsloth's CPU loader does not have it")
+    config = BitsAndBytesConfig(load_in_8bit=True) if recipe.load_in_8bit else four_bit_config(recipe, settings.dtype)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=settings.dtype, device_map="cpu",
+                                                 quantization_config=config, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' kernel for answers repacks the weights in place, and gradients through those are wrong.
+            module.support_avx512bf16_for_cpu = False
+    return model, AutoTokenizer.from_pretrained(source, **options)
 
-    `generate` hands it the last place of each row of a batch, a view with gaps, for which a CPU's matrix product copies
-    the whole head once per row: 1 GB more for 20 prompts of the starter model with an adapter, and a third more time.
-    """
-    head = model.get_output_embeddings()
-    if head is not None:
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+
+def four_bit_config(recipe: Recipe, dtype: str) -> Any:
+    """transformers' BitsAndBytesConfig of the recipe's 4-bit settings; `dtype` is that of the other weights."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
+                              bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
+                              bnb_4bit_compute_dtype=recipe.bnb_4bit_compute_dtype or dtype,
+                              llm_int8_skip_modules=list(SKIP_QUANTIZATION_MODULES))
+
+
+def prepare_8bit(model: Any, recipe: Recipe) -> Any:
+    """PEFT's preparation, the same for training and for loading again: it puts the norms into float32."""
+    return prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=bool(recipe.use_gradient_checkpointing),
+        gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _check_precision(model: Any, recipe: Recipe) -> None:
+    """GateError when the quantised layers are not there, or not quantised as the recipe says."""
+    if not recipe.quantised:
+        return
+    kind = Linear4bit if recipe.load_in_4bit else Linear8bitLt
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    if not layers:
+        raise GateError(f"{recipe.model_name} was loaded without a single {kind.__name__} layer: not the precision "
+                        "the recipe asks for", "set load_in_4bit and load_in_8bit to false, or use another model")
+    for name, module in layers.items() if recipe.load_in_4bit else ():
+        state = module.weight.quant_state
+        actual = {"bnb_4bit_quant_type": state.quant_type, "bnb_4bit_use_double_quant": state.nested,
+                  "bnb_4bit_compute_dtype": str(module.compute_dtype).removeprefix("torch.")}
+        for field, value in actual.items():
+            # A model that is quantised already, such as Unsloth's own, need not be so in the way that is the default.
+            asked = getattr(recipe, field)
+            if asked not in (Recipe.model_fields[field].default, value):
+                raise GateError(f"{field}: {asked} was asked for, {name} of {recipe.model_name} has {value}",
+                                f"set {field}: {value}, or model_name to the 16-bit original: a model that is "
+                                "quantised already brings its own settings")
 
 
 def reload(saved: Path, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -88,27 +151,18 @@ def reload(saved: Path, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
     else:
         model, _ = load_from(model_folder(recipe), recipe)
         if recipe.load_in_8bit:
-            model = quantised.prepare_8bit(model, recipe)
+            model = prepare_8bit(model, recipe)
         model = PeftModel.from_pretrained(model, str(saved))
         tokenizer = AutoTokenizer.from_pretrained(saved)
     if has_adapter:
-        _restore_dtype(model, saved)
-    return model, tokenizer
-
-
-def _restore_dtype(model: Any, saved: Path) -> None:
-    """Give the adapter the number format it was saved in.
-
-    TRL trains adapters of quantised models in bfloat16 and PEFT loads every adapter in float32, so the same weights
-    would answer a little differently.
-    """
-    with safe_open(saved / "adapter_model.safetensors", framework="pt") as file:
-        dtypes = {file.get_tensor(name).dtype for name in file.keys() if ".lora_" in name}  # noqa: SIM118
-    if len(dtypes) == 1:
-        dtype = dtypes.pop()
-        for name, parameter in model.named_parameters():
+        # In the number format it was saved in: TRL trains adapters of quantised models in bfloat16 and PEFT loads every
+        # adapter in float32, so the same weights would answer a little differently.
+        tensors = load_file(saved / "adapter_model.safetensors")
+        dtypes = {tensor.dtype for name, tensor in tensors.items() if ".lora_" in name}
+        for name, parameter in model.named_parameters() if len(dtypes) == 1 else ():
             if ".lora_" in name:
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(*dtypes)
+    return model, tokenizer
 
 
 def free_memory() -> None:

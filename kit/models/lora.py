@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 
 from kit.common.errors import KitError, one_line
 from kit.common.weight_files import weight_files
-from kit.models.adapters import PREFIX, adapter_folder, changed_base, read_adapter_config
-from kit.models.fetch import base_folder
-from kit.models.quantised import prepare_8bit
+from kit.models.fetch import PREFIX, adapter_folder, base_folder, changed_base, read_adapter_config
+from kit.models.load import prepare_8bit
 from kit.recipe.recipe import Recipe
 
 # What an adapter that is trained further keeps of its settings; the rest is the recipe's.
@@ -36,7 +35,11 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedMo
         return model
     if recipe.adapter_name_or_path:
         return _with_saved_adapter(model, adapter_folder(recipe), recipe)
-    _check_targets(model, recipe)
+    linears = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                      if type(module).__name__.startswith(("Linear", "Bf16StoredLinear"))} - {"lm_head"})
+    if not {*linears} & {*recipe.target_modules}:
+        raise KitError(f"target_modules: {', '.join(recipe.target_modules)}: no such layer in {recipe.model_name}",
+                       f"its linear layers are: {', '.join(linears)}")
     lora = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
             "target_modules": list(recipe.target_modules), "bias": recipe.bias, "use_rslora": recipe.use_rslora}
     if recipe.use_dora:
@@ -87,20 +90,10 @@ def _with_saved_adapter(model: Any, adapter: Path, recipe: Recipe) -> Any:
     return model
 
 
-def _check_targets(model: Any, recipe: Recipe) -> None:
-    linears = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
-                      if type(module).__name__.startswith(("Linear", "Bf16StoredLinear"))} - {"lm_head"})
-    unknown = [name for name in recipe.target_modules if name not in linears]
-    if len(unknown) == len(recipe.target_modules):
-        raise KitError(f"target_modules: {', '.join(unknown)}: no such layer in {recipe.model_name}",
-                       f"its linear layers are: {', '.join(linears)}")
-
-
-def trainable_share(model: Any) -> tuple[int, int]:
+def trainable_share(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
     """(trainable, all) parameters; 4-bit weights are counted unpacked."""
-    if hasattr(model, "get_nb_trainable_parameters"):
-        trainable, total = model.get_nb_trainable_parameters()
-        return int(trainable), int(total)
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
     total = model.num_parameters()
     return total, total
 
@@ -111,8 +104,8 @@ def _start_loftq(model: Any, base: Path, recipe: Recipe) -> None:
     LoftQ with one iteration (Li et al. 2023, algorithm 1), which leaves Q as it is, so that the base model can be
     loaded again. PEFT's own start needs CUDA and weights that are not quantised yet. KitError for other settings.
     """
-    settings = {"loftq_bits": 4, "loftq_iter": 1, **(recipe.loftq_config or {})}
-    if settings != {"loftq_bits": 4, "loftq_iter": 1}:
+    possible = {"loftq_bits": 4, "loftq_iter": 1}
+    if possible | (recipe.loftq_config or {}) != possible:
         raise KitError(f"loftq_config: {recipe.loftq_config}: only loftq_bits: 4 with loftq_iter: 1 is possible on a "
                        "base that is quantised while it is loaded", "set loftq_config: {loftq_bits: 4, loftq_iter: 1}")
     layers = {f"{name.removeprefix(PREFIX)}.weight": module for name, module in model.named_modules()

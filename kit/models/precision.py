@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,27 +36,23 @@ def in_float32(model: Any) -> Iterator[str]:
         return
     half = (torch.bfloat16, torch.float16)
 
-    def widen(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    def widen(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         module.kept_16bit = {name: p.data for name, p in module.named_parameters(recurse=False) if p.dtype in half}
         for name, data in module.kept_16bit.items():
             getattr(module, name).data = data.float()
-        return tuple(x.float() if isinstance(x, torch.Tensor) and x.dtype in half else x for x in given)
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.dtype in half else x for x in inputs)
 
     def narrow(module: Any, *_: Any) -> None:
         for name, data in module.kept_16bit.items():
             getattr(module, name).data = data
         del module.kept_16bit
 
-    hooks, formats = [], {}
-    for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None:
-            hooks += [module.register_forward_pre_hook(widen), module.register_forward_hook(narrow, always_call=True)]
-        if getattr(module, "compute_dtype", None) in half:  # bitsandbytes' Linear4bit
-            formats[module], module.compute_dtype = module.compute_dtype, torch.float32
-    try:
+    with ExitStack() as undo:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                undo.callback(module.register_forward_pre_hook(widen).remove)
+                undo.callback(module.register_forward_hook(narrow, always_call=True).remove)
+            if getattr(module, "compute_dtype", None) in half:  # bitsandbytes' Linear4bit
+                undo.callback(setattr, module, "compute_dtype", module.compute_dtype)
+                module.compute_dtype = torch.float32
         yield "float32"
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, kind in formats.items():
-            module.compute_dtype = kind

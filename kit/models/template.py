@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from kit.common.errors import KitError, one_line
+from kit.gguf.child import Message
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, str]
 
 CHATML = (
     "{% for message in messages %}"

@@ -33,10 +33,13 @@ def _field(default: Any, description: str, unit: str = "", *, affects: str = "we
 
 _answer = partial(_field, affects="answers")
 _answers_too = partial(_field, affects="weights answers")
+_precision = partial(_field, affects="precision")
 _place = partial(_field, affects="place")
 _rows = partial(_field, affects="rows")
 _run = partial(_field, affects="run")
 _sft = partial(_field, affects="weights SFTConfig")
+_sft_run = partial(_field, affects="run SFTConfig")
+_source = partial(_field, affects="weights source", min_length=1)
 
 
 class Fields(BaseModel):
@@ -49,9 +52,7 @@ class Fields(BaseModel):
     output_dir: str = _place("runs", "Folder in which every run gets a folder of its own.", "path")
 
     # Model
-    model_name: str = _field(
-        "starter", "A hub id, a folder, or `starter` for the packaged 135M model.", min_length=1,
-        affects="weights source")
+    model_name: str = _source("starter", "A hub id, a folder, or `starter` for the packaged 135M model.")
     revision: str | None = _field(None, "Branch, tag or commit of a model on the hub.")
     max_seq_length: int = _field(
         2048, "Longest row in training; overlong_rows says what becomes of longer ones.", "tokens", ge=8, le=1_048_576)
@@ -71,9 +72,8 @@ class Fields(BaseModel):
     hub: Literal["huggingface", "modelscope"] = _place("huggingface", "Where hub ids are looked up.")
 
     # LoRA
-    adapter_name_or_path: str | None = _field(
-        None, "Train this adapter (a folder or hub id) further instead of a fresh one; its rank and targets are kept.",
-        min_length=1, affects="weights source")
+    adapter_name_or_path: str | None = _source(
+        None, "Train this adapter (a folder or hub id) further instead of a fresh one; its rank and targets are kept.")
     r: int = _field(16, "Rank of the adapter: more learns more and costs memory; 8 to 64 is usual.", "", ge=1, le=1024)
     lora_alpha: int = _field(
         16, "Strength: the adapter is scaled by lora_alpha / r; keep that in 0.5 to 2.", "", gt=0, le=4096)
@@ -144,17 +144,13 @@ class Fields(BaseModel):
     adam_beta2: float = _sft(0.999, "Memory of Adam's variance; 0.95 reacts faster.", "", ge=0, lt=1)
     max_grad_norm: float = _sft(1.0, "Gradients longer than this are shortened to it.", "", ge=0)
     neftune_noise_alpha: float | None = _sft(None, "Noise on the embeddings against overfitting; 5 is usual.", ge=0)
-    bf16: bool | None = _field(
-        None, "Mixed precision in bfloat16; by default chosen for this machine.", affects="precision")
-    fp16: bool | None = _field(
-        None, "Mixed precision in float16; by default chosen for this machine.", affects="precision")
+    bf16: bool | None = _precision(None, "Mixed precision in bfloat16; by default chosen for this machine.")
+    fp16: bool | None = _precision(None, "Mixed precision in float16; by default chosen for this machine.")
     packing: bool = _field(False, "Join short rows to full length (GPU): faster on short rows.")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = _sft(
         "random", "Order of rows; group_by_length wastes less padding.")
-    dataloader_pin_memory: bool = _field(
-        True, "Faster copies to a GPU; false saves memory of the host.", affects="run SFTConfig")
-    dataloader_num_workers: int = _field(
-        0, "Extra processes that load rows.", "processes", ge=0, le=64, affects="run SFTConfig")
+    dataloader_pin_memory: bool = _sft_run(True, "Faster copies to a GPU; false saves memory of the host.")
+    dataloader_num_workers: int = _sft_run(0, "Extra processes that load rows.", "processes", ge=0, le=64)
     logging_steps: int = _sft(1, "Steps between two log lines.", "steps", ge=1)
     eval_strategy: Literal["no", "steps", "epoch"] = _sft(
         "no", "When the held-out rows are evaluated during training: loss, perplexity, token accuracy.")
@@ -176,8 +172,8 @@ class Fields(BaseModel):
     fsdp: bool = _run(False, "Several processes: shard the model over them with Unsloth's FSDP2.")
     deepspeed: str | None = _place(
         None, "Several processes: a DeepSpeed configuration, for example recipes/deepspeed/zero2.json.", "path")
-    ddp_timeout: int = _field(
-        7200, "How long processes wait for the slowest before they give up.", "seconds", ge=60, affects="run SFTConfig")
+    ddp_timeout: int = _sft_run(
+        7200, "How long processes wait for the slowest before they give up.", "seconds", ge=60)
     report_to: str = _field(
         "none", "Where curves are sent besides the run folder: none, tensorboard, wandb.", affects="place SFTConfig")
     seed: int = _field(3407, "Seed of row order and dropout.", ge=0, le=2**32 - 1, affects="weights answers SFTConfig")

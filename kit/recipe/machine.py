@@ -18,7 +18,7 @@ from types import ModuleType
 import psutil
 
 from kit.common.errors import KitError
-from kit.common.paths import existing
+from kit.common.files import existing
 
 
 def peak_memory_gb() -> float:
@@ -32,13 +32,9 @@ def peak_memory_gb() -> float:
 
 def environment() -> str:
     """colab, kaggle, autodl or local: decides only which advice is printed."""
-    if "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules:
-        return "colab"
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return "kaggle"
-    if Path("/root/autodl-tmp").is_dir():
-        return "autodl"
-    return "local"
+    hosts = {"colab": "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules,
+             "kaggle": "KAGGLE_KERNEL_RUN_TYPE" in os.environ, "autodl": Path("/root/autodl-tmp").is_dir()}
+    return next((host for host, is_here in hosts.items() if is_here), "local")
 
 
 @dataclass(frozen=True)

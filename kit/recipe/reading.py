@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from kit.common.errors import KitError, nearest, one_line
-from kit.common.paths import PROJECT
+from kit.common.files import PROJECT
 from kit.common.secrets import secret
 from kit.recipe.fields import Fields
 

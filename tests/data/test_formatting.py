@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kit.answering.score import score
 from kit.common.errors import KitError
-from kit.common.paths import PROJECT
+from kit.common.files import PROJECT
 from kit.data.disk_rows import DiskRows
 from kit.data.formatting import load_data
 from kit.data.masks import IGNORED

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from kit.common.errors import KitError
-from kit.data.findings import KINDS, SHOWN
+from kit.data.findings import FINDINGS, SHOWN
 from kit.data.formatting import load_data
-from kit.data.lint import SAMPLES, lint
+from kit.data.lint import lint
 from kit.data.lint_report import Report
+from kit.data.lint_samples import SAMPLES
 from kit.models.template import CHATML, prepare_tokenizer, render
 from kit.recipe.recipe import Recipe
 
@@ -207,6 +208,10 @@ def fixture(folder: Path, tokenizer: Any, case: Case) -> Fixture:
     return Fixture(recipe, prepare_tokenizer(case.tokenizer(copy.deepcopy(tokenizer)), recipe), file)
 
 
+def finding_of(report: Report, code: str) -> Row | None:
+    return next((finding for finding in report.figures["findings"] if finding["code"] == code), None)
+
+
 def codes(report: Report) -> list[str]:
     return [finding["code"] for finding in report.figures["findings"]]
 
@@ -222,7 +227,7 @@ def checked(tokenizer: Any, path: Path | list[str] | dict[str, float], **fields:
 
 
 def test_every_finding_has_a_fixture() -> None:
-    assert set(CASES) == set(KINDS)
+    assert set(CASES) == set(FINDINGS)
 
 
 @pytest.mark.parametrize("code", CASES)
@@ -231,7 +236,7 @@ def test_a_finding_is_found_in_its_place_and_nothing_else(tmp_path: Path, tokeni
     made = fixture(tmp_path, tokenizer, case)
     report = made.lint()
     assert codes(report) == [code], report
-    finding = report.finding(code)
+    finding = finding_of(report, code)
     assert finding and (finding["severity"], finding["count"]) == (case.severity, len(case.places))
     assert [(place["row"], place["line"]) for place in finding["places"]] == list(case.places)
     assert {place["file"] for place in finding["places"]} == {str(made.file)}
@@ -261,7 +266,7 @@ def test_loading_refuses_what_the_check_calls_an_error_and_nothing_else(tmp_path
 def test_the_recipe_decides_how_severe_it_is(tmp_path: Path, tokenizer: Any, code: str, fields: Row,
                                              severity: str) -> None:
     made = fixture(tmp_path, tokenizer, CASES[code]._replace(fields=fields))
-    finding = made.lint().finding(code)
+    finding = finding_of(made.lint(), code)
     assert finding and (finding["severity"], finding["count"]) == (severity, 2)
 
 
@@ -430,7 +435,7 @@ def test_held_out_rows_count_in_no_figure_of_the_training(tmp_path: Path, tokeni
 def test_findings_are_counted_in_full_but_listed_and_shown_in_part(tmp_path: Path, tokenizer: Any) -> None:
     rows = [talk(f"Where is \x07 {i}?", f"Here is {i}.") if i % 2 else good(i) for i in range(1, 301)]
     report = checked(tokenizer, write(tmp_path / "rows.jsonl", rows))
-    finding = report.finding("control_character")
+    finding = finding_of(report, "control_character")
     assert finding and finding["count"] == 150 and len(finding["places"]) == SHOWN == 100
     assert [place["row"] for place in finding["places"]] == list(range(1, 200, 2))
     assert len(report.rows) == 2 * SAMPLES

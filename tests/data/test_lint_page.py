@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kit.data.lint_page import page
+from kit.data.lint_report import Report
 
 HOSTILE = ("</script><script>alert(1)</script> <img src=x onerror=alert(2)> <!--<script> &lt;b&gt; "
            "\u2028\u2029 \x00 \ud800 \u202e 🦥 中文")
@@ -47,6 +47,10 @@ def report(rows: list[dict[str, Any]], **severities: str) -> dict[str, Any]:
                         "histogram": [{"from": 0, "to": 63, "rows": len(rows)}, {"from": 64, "to": 127, "rows": 1}]},
             "trained_share": 0.41, "tokens_per_epoch": 1200, "trained_tokens_per_epoch": 400, "steps_per_epoch": 3,
             "findings": findings}
+
+
+def page(figures: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    return Report(figures, rows).page()
 
 
 def embedded(document: str) -> Any:

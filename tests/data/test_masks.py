@@ -60,7 +60,7 @@ def styled(request: pytest.FixtureRequest, tokenizer: Any) -> Callable[..., Form
 
 
 def answers(formatter: Formatter, messages: list[Message]) -> list[str]:
-    return [m["content"] + formatter.stop for m in messages if m["role"] == "assistant"]
+    return [m["content"] + formatter.tokenizer.eos_token for m in messages if m["role"] == "assistant"]
 
 
 def checked(formatter: Formatter, messages: list[Message], expected: str) -> tuple[list[int], list[int]]:
@@ -96,7 +96,7 @@ def test_last_response_only_trains_the_last(styled: Callable[..., Formatter], me
     _, labels = checked(formatter, messages, answers(formatter, messages)[-1])
     # Of two equal answers it is the last: behind it stands nothing but what the template ends with.
     end = max(i for i, label in enumerate(labels) if label != IGNORED)
-    assert formatter.tokenizer.decode(labels[end:end + 1]) == formatter.stop and len(labels) - end <= 3
+    assert formatter.tokenizer.decode(labels[end:end + 1]) == formatter.tokenizer.eos_token and len(labels) - end <= 3
 
 
 @anything

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.common.errors import KitError
-from kit.data.readers import KINDS, read_rows
+from kit.data.readers import SUFFIXES, read_rows
 from kit.data.records import Problem, Record
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -252,7 +252,7 @@ def test_parquet_keeps_types_and_has_no_lines(tmp_path: Path) -> None:
 
 # Files as a whole
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUFFIXES)
 def test_no_rows_no_file_a_folder_and_no_permission(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows{kind}"
     assert "is empty" in refusal(path, b"")
@@ -274,7 +274,7 @@ def test_no_rows_no_file_a_folder_and_no_permission(tmp_path: Path, kind: str) -
 
 def test_unknown_ending_names_the_known_ones(tmp_path: Path) -> None:
     assert "unknown kind of file .jsnol (did you mean '.jsonl'?)" in (text := refusal(tmp_path / "rows.jsnol", b"1"))
-    assert all(kind in text for kind in KINDS)
+    assert all(kind in text for kind in SUFFIXES)
     assert "(no ending)" in refusal(tmp_path / "rows", b"1")
 
 
@@ -305,7 +305,7 @@ def test_a_broken_byte_far_into_a_utf8_file_is_no_other_encoding(tmp_path: Path,
 
 
 def test_jsonl_mostly_utf8_is_read_on(tmp_path: Path) -> None:
-    right, wrong = '{"q": "密码"}\n'.encode(), '{"q": "密码"}\n'.encode("gb18030")
+    right, wrong = ('{"q": "您忘记了密码"}\n'.encode(codec) for codec in ("utf-8", "gb18030"))
     ascii_line = b'{"q": "x"}\n'
     found = read(tmp_path / "rows.jsonl", ascii_line * 100 + wrong + ascii_line)
     assert [item.line for item in found if isinstance(item, Problem)] == [101]
@@ -320,7 +320,7 @@ def test_utf16_and_utf32_are_named(tmp_path: Path, kind: str, codec: str) -> Non
     assert f"this is {codec}, not UTF-8\n  → iconv -f {codec} -t UTF-8" in text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUFFIXES)
 def test_progress_adds_up_to_the_file(tmp_path: Path, kind: str) -> None:
     path, text = tmp_path / f"rows{kind}", "猫" * 1000
     if kind == ".xlsx":

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.common.errors import KitError
-from kit.data.findings import KINDS
+from kit.data.findings import FINDINGS
 from kit.data.repair import fix, repaired
+from kit.data.rows import good_rows
 from kit.data.shapes import ROLES, SENDERS, shape_of, to_messages
-from kit.data.sources import read_conversations
 from kit.recipe.recipe import Recipe
 
 GOOD = {"instruction": "Where?", "output": "Here."}
@@ -134,7 +134,7 @@ def test_the_copy_holds_what_can_be_trained_and_the_source_stays(tmp_path: Path)
         "left out: invalid_json": 1, "left out: torn_line": 1, "left out: duplicate": 1, "left out: empty_prompt": 1,
         "left out: not_an_object": 1, "left out: empty_response": 2}
     assert [row["output"] for row in read(out)] == ["Here.", "2", "café", "b", "Here."]
-    assert len(read_conversations(out)) == 5
+    assert len(list(good_rows(out, Recipe.load({})))) == 5
     assert source.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "rows.jsonl"]
 
@@ -162,7 +162,7 @@ def test_a_repaired_file_has_none_of_these_findings(tmp_path: Path, tokenizer: A
 
 
 def test_what_the_remedies_promise_is_done() -> None:
-    promised = {code for code, (_, _, remedy) in KINDS.items() if "--fix" in remedy}
+    promised = {code for code, (_, _, remedy) in FINDINGS.items() if "--fix" in remedy}
     # Near misses of roles and fields have tests of their own.
     assert promised - {"wrong_role"} <= set(MENDED)
 

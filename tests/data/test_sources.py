@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from kit.common.errors import KitError
-from kit.common.paths import PROJECT
-from kit.data.sources import STARTER_HELDOUT, STARTER_TRAIN, data_files, files_of, read_conversations, rows_of
+from kit.common.files import PROJECT
+from kit.data.rows import good_rows, rows_of
+from kit.data.sources import STARTER_HELDOUT, STARTER_TRAIN, data_files, files_of
 from kit.recipe.recipe import Recipe
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "source": "x"}
@@ -54,12 +55,12 @@ def folder_of(folder: Path, *names: str) -> Path:
 
 
 def answers(source: str | Path, **fields: Any) -> list[str]:
-    return [talk[-1]["content"] for talk in read_conversations(source, Recipe.load({}, **fields))]
+    return [row.messages[-1]["content"] for row in good_rows(source, Recipe.load({}, **fields))]
 
 
 def refusal(source: str | Path, **fields: Any) -> str:
     with pytest.raises(KitError) as caught:
-        read_conversations(source, Recipe.load({}, **fields))
+        list(good_rows(source, Recipe.load({}, **fields)))
     assert caught.value.hint
     return str(caught.value)
 
@@ -382,8 +383,8 @@ def asked_for(name: str, hub: str, tmp_path: Path, recipe: str = "", **environme
     """What a fresh process says: the hub's settings are read when its library is imported."""
     code = "import sys; from kit.common.errors import KitError; from kit.recipe.recipe import Recipe\n" \
            "from kit.recipe.reading import parse_overrides\n" \
-           "from kit.data.sources import read_conversations\n" \
-           "try: read_conversations(sys.argv[1], Recipe.load({}, **parse_overrides(sys.argv[2:])))\n" \
+           "from kit.data.rows import good_rows\n" \
+           "try: list(good_rows(sys.argv[1], Recipe.load({}, **parse_overrides(sys.argv[2:]))))\n" \
            "except KitError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code, name, *recipe.split()], cwd=PROJECT, capture_output=True,
                           text=True, timeout=120,

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from kit.common.secrets import SECRETS, secret
-from kit.data.near_duplicates import NearDuplicates
+from kit.data.lint_across import NearDuplicates
 from kit.data.text_checks import control_characters, mojibake, not_normalised
 
 FRENCH = "Où est le café ? À côté de l’hôtel, près du théâtre : ça va très bien… « Noël » œuvre naïve, 20 °C, 5 €"

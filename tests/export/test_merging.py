@@ -16,7 +16,7 @@ from kit.common.errors import GateError, KitError
 from kit.common.weight_files import weight_files
 from kit.export.adapter import merge_adapter, save_4bit
 from kit.export.command import export
-from kit.gguf.header import check_gguf
+from kit.gguf.formats import check_gguf
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.provenance import check_hashes, seal
@@ -216,7 +216,7 @@ def test_the_4_bit_copy_is_the_merged_model_in_4_bit(tiny: Callable[[str], Path]
     from peft.utils.integrations import dequantize_module_weight
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kit.models.quantised import four_bit_config
+    from kit.models.load import four_bit_config
 
     base = tiny("qwen2")
     merge_adapter(base, save_adapter(base, tmp_path / "adapter"), tmp_path / "merged")

@@ -1,19 +1,33 @@
-"""The Modelfile's template against Jinja: by our own steps, and by Go's real text/template."""
+"""The Modelfile's template against Jinja, for every template we know: by our own steps, and by Go's text/template."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kit.common.errors import KitError
-from kit.export.modelfile import derive, fill, go_template, limits, proof_conversations, prove, write_modelfile
-from support.vocabularies import in_modelfile
+from kit.export.modelfile import (
+    START,
+    derive,
+    fill,
+    go_template,
+    limits,
+    modelfile_of,
+    proof_conversations,
+    write_modelfile,
+)
+from kit.models.template import prepare_tokenizer, render, template_kwargs
+from kit.recipe.recipe import Recipe
+from support.tiny_models import tiny_tokenizer
+from support.vocabularies import PAIRS, in_modelfile, real_tokenizer, templates
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -97,7 +111,6 @@ def turns(*contents: str) -> list[dict[str, str]]:
 def test_our_steps_equal_jinja(template: str) -> None:
     render = jinja(template)
     joints = derive(render)
-    prove(joints, render)
     for messages in proof_conversations(system=True):
         assert fill(joints, messages) == render(messages)
 
@@ -129,8 +142,7 @@ def test_default_system_text_only_without_a_system_message() -> None:
 def test_no_system_role_is_left_out_and_said() -> None:
     render = jinja(NO_SYSTEM)
     joints = derive(render)
-    prove(joints, render)
-    assert ("", "system") not in joints
+    assert (START, "system") not in joints
     assert fill(joints, [{"role": "system", "content": "x"}, *turns("a")]) == render(turns("a"))
 
     class Tokenizer:
@@ -151,7 +163,7 @@ def test_no_system_role_is_left_out_and_said() -> None:
 def test_what_cannot_be_expressed_is_named(template: str, part: str) -> None:
     render = jinja(template)
     with pytest.raises(KitError, match=re.escape(part)) as error:
-        prove(derive(render), render)
+        derive(render)
     assert error.value.hint
 
 
@@ -161,16 +173,7 @@ def test_no_triple_quote_and_one_line_per_pair() -> None:
     assert r"\x22\x22\x22 {{ " in template
 
 
-# From here on: the starter model's real tokenizer, real templates, real Go.
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    from kit.models.starter import starter_model
-
-    return AutoTokenizer.from_pretrained(starter_model())
-
+# From here on: real tokenizers, real templates, real Go.
 
 @pytest.fixture(scope="module")
 def go_render(tmp_path_factory: pytest.TempPathFactory):
@@ -191,42 +194,63 @@ def go_render(tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
+# Their answers end with no special token, they are for tools only, or they move the system message.
+REFUSED = {
+    "Apertus-8B-Instruct", "Apriel-1.6-15b-Thinker-fixed", "CohereForAI-c4ai-command-r-plus-tool_use", "GLM-4.6",
+    "GLM-4.7-Flash", "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+    "fireworks-ai-llama-3-firefunction-v2", "llama-cpp-rwkv-world", "mistralai-Mistral-Nemo-Instruct-2407",
+    "tencent-Hy3",
+}  # fmt: skip
+STYLES = ("chatml", "alpaca")
+EVERY = [("own", None), *((style, None) for style in STYLES), ("llama", None), ("Qwen-Qwen3-0.6B", False),
+         *((name, None) for name in templates() if name not in REFUSED)]
+# A text that looks like the file's own commands.
+SYSTEM = 'Say "hi".\nPARAMETER stop "x"\n# 你好 {{ .Prompt }} "quoted"'
 
 
-def upstream(name: str) -> str:
-    from kit.gguf.setup import converter_dir
-
-    return (converter_dir() / "models" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+def recipe_of(name: str, thinking: bool | None) -> Recipe:
+    return Recipe.load({}, prompt_style=name if name in STYLES else "chat", enable_thinking=thinking)
 
 
-TEMPLATES = ["own", "chatml", "alpaca", "Qwen-Qwen2.5-7B-Instruct", "Qwen-Qwen3-0.6B",
-             "meta-llama-Llama-3.1-8B-Instruct", "google-gemma-2-2b-it"]
+def trained(name: str, recipe: Recipe, tokenizer: Any) -> Any:
+    """The tokenizer as a training of that template leaves it: its family's own, or the starter's."""
+    if name == "llama":
+        return prepare_tokenizer(tiny_tokenizer(name), recipe)
+    return prepare_tokenizer(real_tokenizer(PAIRS[name].vocab, name) if name in PAIRS else copy.deepcopy(tokenizer),
+                             recipe)
+
+
+def conversations(system: bool) -> list[list[dict[str, str]]]:
+    """Those of the proof and those of the gate; with system messages where the template has them."""
+    from kit.verifying.template import TALKS
+
+    return [*proof_conversations(system), *(talk for talk in TALKS.values() if system or talk[0]["role"] == "user")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("thinking", [None, False])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_go_renders_what_jinja_renders(name: str, thinking: bool | None, tokenizer, go_render, tmp_path: Path) -> None:
-    import copy
-
-    tokenizer = copy.deepcopy(tokenizer)
-    if name != "own":
-        tokenizer.chat_template = {"chatml": CHATML, "alpaca": ALPACA}.get(name) or upstream(name)
-    options = {} if thinking is None else {"enable_thinking": thinking}
-    path = write_modelfile(tmp_path / "Modelfile", "m-q8_0.gguf", tokenizer, 2048, options)
-
-    conversations = proof_conversations(system="gemma" not in name)
-    expected = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True, **options)
-                for c in conversations]
-    [made] = go_render([(in_modelfile(path), conversations)])
-    assert made == expected
-    assert made != go_render([(in_modelfile(path).replace(".Content", ".Role"), conversations)])[0]
+@pytest.mark.parametrize(("name", "thinking"), EVERY)
+def test_go_renders_what_jinja_renders(name: str, thinking: bool | None, tokenizer: Any, tmp_path: Path,
+                                       request: pytest.FixtureRequest) -> None:
+    recipe = recipe_of(name, thinking)
+    tokenizer = trained(name, recipe, tokenizer)
+    path = write_modelfile(tmp_path / "Modelfile", "m-q8_0.gguf", tokenizer, 2048, template_kwargs(recipe), SYSTEM)
+    modelfile = modelfile_of(recipe, tokenizer)
+    # Ollama puts this one before a prompt by itself.
+    bos = tokenizer.bos_token if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
+    assert bos == ("<|begin_of_text|>" if name == "llama" else "")
+    talks = conversations((START, "system") in modelfile.joints)
+    expected = [render(tokenizer, talk, recipe, add_generation_prompt=True) for talk in talks]
+    assert [bos + modelfile.prompt(talk) for talk in talks] == expected
+    if shutil.which("go"):  # else the next test is skipped, and says so
+        go_render, template = request.getfixturevalue("go_render"), in_modelfile(path)
+        [sent] = go_render([(template, talks)])
+        assert [bos + text for text in sent] == expected
+        assert sent != go_render([(template.replace(".Content", ".Role"), talks)])[0]
 
     text = path.read_text(encoding="utf-8")
-    assert "\nFROM ./m-q8_0.gguf\n" in "\n" + text
-    assert f'PARAMETER stop "{tokenizer.eos_token}"\n' in text
-    assert text.endswith("PARAMETER num_ctx 2048\n")
-    assert "SYSTEM" not in text
+    assert text == modelfile._replace(system=SYSTEM, num_ctx=2048).text("m-q8_0.gguf")
+    assert "\nFROM ./m-q8_0.gguf\n" in "\n" + text and f'SYSTEM """{SYSTEM}"""\n' in text
+    assert f'PARAMETER stop "{tokenizer.eos_token}"\n' in text and text.endswith("PARAMETER num_ctx 2048\n")
     assert "temperature" not in text
     assert os.listdir(tmp_path) == ["Modelfile"]
 
@@ -239,9 +263,23 @@ def test_go_leaves_a_started_answer_open(tokenizer, go_render, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_bos_is_left_to_ollama_when_the_tokenizer_adds_one(tokenizer, tmp_path: Path) -> None:
-    import copy
+@pytest.mark.parametrize("name", sorted(REFUSED & set(templates())))
+def test_what_ollama_cannot_render_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(KitError):
+        write_modelfile(tmp_path / "Modelfile", "m.gguf", trained(name, recipe_of(name, None), None), 2048)
+    assert not os.listdir(tmp_path)
 
+
+@pytest.mark.slow
+def test_the_files_own_system_message(tokenizer: Any) -> None:
+    modelfile = modelfile_of(Recipe.load({}, system_prompt="Be brief."), tokenizer)
+    asked, own = [{"role": "user", "content": "a"}], {"role": "system", "content": "Be long."}
+    assert modelfile.prompt(asked) == modelfile.prompt([{"role": "system", "content": "Be brief."}, *asked])
+    assert "Be brief." not in modelfile.prompt([own, *asked])
+
+
+@pytest.mark.slow
+def test_bos_is_left_to_ollama_when_the_tokenizer_adds_one(tokenizer, tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     adding = copy.deepcopy(tokenizer)
@@ -258,8 +296,6 @@ def test_bos_is_left_to_ollama_when_the_tokenizer_adds_one(tokenizer, tmp_path: 
 
 @pytest.mark.slow
 def test_stop_tokens_and_trained_system(tokenizer, tmp_path: Path) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
     text = write_modelfile(tmp_path / "m", "m.gguf", tokenizer, 2048, system="Be brief.").read_text()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from kit.common.errors import KitError
-from kit.common.paths import PROJECT
+from kit.common.files import PROJECT
 from kit.recipe.fields import AFFECTS, fields_affecting
 from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
