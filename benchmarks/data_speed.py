@@ -58,7 +58,7 @@ def load(path: Path) -> None:
 
 def check(path: Path) -> None:
     from kit import Recipe, load_tokenizer
-    from kit.data import lint
+    from kit.data.lint import lint
 
     recipe = Recipe.load({}, dataset=str(path))
     tokenizer = load_tokenizer(recipe)

@@ -160,7 +160,7 @@ def whole_path(fields: dict[str, Any]) -> None:
 
 def found_in(run: Path) -> dict[str, Any]:
     """A finished run's figures; of one that ended early the stage and the reason. Names no path of this machine."""
-    from kit.runs.folder import read_result
+    from kit.runs.run import read_result
 
     result = read_result(run)
     if result.get("status") != "finished":

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 import pyarrow as pa
 
 from kit.common.errors import KitError
-from kit.common.paths import cache_dir
-from kit.data.sources import Place, Row
+from kit.common.files import cache_dir
+from kit.data.rows import Place, Row
 from kit.models.template import Message
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 1000  # rows handled at a time
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))  # a conversation's type in Arrow
 T = TypeVar("T")
 
 
@@ -27,11 +28,6 @@ def batches(rows: Iterable[T]) -> Iterator[list[T]]:
     coming = iter(rows)
     while batch := list(itertools.islice(coming, BATCH)):
         yield batch
-
-
-def turns_type() -> pa.DataType:
-    """A conversation's type in Arrow."""
-    return pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
 class Example(NamedTuple):
@@ -44,31 +40,23 @@ class Example(NamedTuple):
 class DiskRows(Sequence[Example]):
     """Rows of an Arrow file; the file goes with the process that wrote it."""
 
-    def __init__(self, dataset: Dataset, folder: tempfile.TemporaryDirectory[str]) -> None:
-        self.dataset, self._folders = dataset, [folder]
+    def __init__(self, dataset: Dataset, *folders: tempfile.TemporaryDirectory[str]) -> None:
+        self.dataset, self._folders = dataset, folders
 
     @classmethod
     def write(cls, rows: Iterable[Row]) -> DiskRows:
         """Write every row as it comes; a thousand of them are in memory at a time."""
         from datasets import Dataset
 
-        turns = turns_type()
-        schema = pa.schema([("messages", turns), ("prompt", turns), ("reference", pa.string()),
-                            ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
         cache_dir().mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_dir(), ignore_cleanup_errors=True)
         path = Path(folder.name) / "rows.arrow"
         try:
-            _write(path, schema, iter(rows))
+            _write(path, rows)
         except OSError as error:
             raise KitError(f"lazy_preprocess: {path} can't be written: {error}",
                            "free room, or set KIT_CACHE to another disk") from None
         return cls(Dataset.from_file(str(path)), folder)
-
-    def _with(self, dataset: Dataset, *others: DiskRows) -> DiskRows:
-        rows = DiskRows.__new__(DiskRows)
-        rows.dataset, rows._folders = dataset, [f for other in (self, *others) for f in other._folders]
-        return rows
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,22 +75,23 @@ class DiskRows(Sequence[Example]):
 
     def select(self, places: Iterable[int]) -> DiskRows:
         """The rows at these places, in this order; nothing is copied."""
-        return self._with(self.dataset.select(places))
+        return DiskRows(self.dataset.select(places), *self._folders)
 
     def behind(self, first: DiskRows) -> DiskRows:
         """The rows of `first`, then these."""
         from datasets import concatenate_datasets
 
-        return self._with(concatenate_datasets([first.dataset, self.dataset]), first)
+        return DiskRows(concatenate_datasets([first.dataset, self.dataset]), *first._folders, *self._folders)
 
 
-def _write(path: Path, schema: pa.Schema, rows: Iterator[Row]) -> None:
-    turns = schema.field("messages").type
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    schema = pa.schema([("messages", TURNS), ("prompt", TURNS), ("reference", pa.string()),
+                        ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for batch in batches(rows):
             talks = [row.messages for row in batch]
             stream.write_batch(pa.record_batch([
-                pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),
+                pa.array(talks, TURNS), pa.array([talk[:-1] for talk in talks], TURNS),
                 [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
                 schema=schema))
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from charset_normalizer import from_bytes
+from charset_normalizer.utils import identify_sig_or_bom
+
 from kit.common.errors import KitError
 
-MEGABYTE = 1_000_000
-# Each of these decodes most bytes without an error, so the one whose often-used characters turn up wins:
-# GB 2312, the frequent characters of Big5, kana and frequent kanji, accented letters that stand alone.
-USUAL = {"gb18030": rb"[\xa1-\xd7][\xa1-\xfe]", "big5": rb"[\xa1-\xc6][\x40-\xfe]",
-         "shift_jis": rb"[\x81-\x97][\x40-\xfc]", "cp1252": rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])"}
+# What rows come in besides UTF-8. Among all it knows, charset-normalizer takes French for an old Mac's encoding.
+LIKELY = ["gb18030", "big5", "shift_jis", "cp1252"]
+ENOUGH = 100_000  # bytes that are looked at to name an encoding
 # Which of the first four bytes are NUL when the text begins with ASCII, as JSON and most tables do.
 NULS = {"x0x0": "UTF-16LE", "0x0x": "UTF-16BE", "x000": "UTF-32LE", "000x": "UTF-32BE"}
-MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # before UTF-16, whose mark begins the same
-         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 CUT = "unexpected end of data"  # what the decoder says when a text ends within a character
 
 
@@ -26,8 +23,9 @@ def refuse_utf16(path: Path) -> None:
     """KitError for a text file whose first bytes are those of UTF-16 or UTF-32."""
     with path.open("rb") as file:
         head = file.read(4)
-    name = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-    name = name or NULS.get("".join("x" if byte else "0" for byte in head))
+    by_mark = identify_sig_or_bom(head)[0] or ""
+    name = (by_mark.upper().replace("_", "-") if by_mark in ("utf_16", "utf_32") else
+            NULS.get("".join("x" if byte else "0" for byte in head)))
     if name:
         raise KitError(f"{path}: this is {name}, not UTF-8", f"iconv -f {name} -t UTF-8 OLD > NEW")
 
@@ -51,10 +49,10 @@ def not_utf8(path: Path) -> KitError:
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                data = line + file.read(MEGABYTE)
-                if b"\0" in data:
+                rest = line + file.read(ENOUGH)
+                if b"\0" in rest:
                     return KitError(f"{path}: no text, but binary data", "name a file of rows")
-                name = _encoding(data)
+                name = _encoding(rest)
                 return KitError(f"{path}: not UTF-8 (byte {offset + error.start + 1}, line {number})"
                                 + (f"; it reads as {name}" if name else ""),
                                 f"iconv -f {name} -t UTF-8 OLD > NEW" if name else "save the file as UTF-8")
@@ -63,15 +61,7 @@ def not_utf8(path: Path) -> KitError:
 
 
 def _encoding(data: bytes) -> str | None:
-    best, likely = 0.5, None
-    for name, usual in USUAL.items():
-        try:
-            text = codecs.getincrementaldecoder(name)().decode(data)  # may end within a character
-        except UnicodeDecodeError:
-            continue
-        wide = Counter(character for character in text if not character.isascii())
-        good = len(re.findall(usual, data)) if name == "cp1252" else sum(
-            count for character, count in wide.items() if re.fullmatch(usual, character.encode(name, "ignore")))
-        if wide and good / wide.total() > best:
-            best, likely = good / wide.total(), name.upper()
-    return likely
+    # Cut behind a byte that is no part of a longer character in any of these encodings.
+    whole = re.match(rb"(?s).{,%d}[\x00-\x2f]" % ENOUGH, data)
+    match = from_bytes(whole[0] if whole else data, cp_isolation=LIKELY, threshold=0.3).best()
+    return match.encoding.upper() if match else None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from kit.data.sources import Place
+from kit.data.rows import Place
+from kit.data.shapes import Fault
 
 SHOWN = 100  # places kept of each finding
 
 # code: (severity, what it means, remedy). An error is a row that would not be trained, or not as it is meant.
-KINDS = {
+FINDINGS = {
     "invalid_json": ("error", "not JSON", "correct the line; each is one complete JSON object"),
     "torn_line": ("error", "the last line is cut off", "write the file again, or leave the line out with --fix"),
     "wrong_encoding": ("error", "not UTF-8", "save the file as UTF-8"),
@@ -57,57 +57,25 @@ KINDS = {
 }
 
 
-class Spot(NamedTuple):
-    """One place of a finding, with what was seen there."""
-
-    place: Place
-    detail: str
-
-
-@dataclass
-class Finding:
-    """All rows with one thing wrong; the first hundred of them with their places."""
-
-    code: str
-    severity: str
-    count: int = 0
-    spots: list[Spot] = field(default_factory=list)
-
-    @property
-    def message(self) -> str:
-        return KINDS[self.code][1]
-
-    @property
-    def remedy(self) -> str:
-        return KINDS[self.code][2]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"code": self.code, "severity": self.severity, "count": self.count, "message": self.message,
-                "remedy": self.remedy,
-                "places": [{**spot.place._asdict(), "detail": spot.detail} for spot in self.spots]}
-
-
 class Findings:
-    """Findings by code, in the order of KINDS."""
+    """Findings by code; `severities` are those that the recipe changes."""
 
-    def __init__(self, severities: dict[str, str] | None = None) -> None:
-        self._severities = severities or {}
-        self._found: dict[str, Finding] = {}
+    def __init__(self, severities: dict[str, str]) -> None:
+        self._severities = severities
+        self._by_code: dict[str, dict[str, Any]] = {}
 
-    def add(self, code: str, place: Place, detail: str = "", rows: int = 1) -> None:
-        """One more place; `rows` is how many it stands for."""
-        finding = self._found.get(code)
-        if finding is None:
-            finding = self._found[code] = Finding(code, self._severities.get(code, KINDS[code][0]))
-        finding.count += rows
-        if len(finding.spots) < SHOWN:
-            finding.spots.append(Spot(place, detail))
+    def add(self, fault: Fault, place: Place) -> None:
+        """One more row with this fault."""
+        if fault.code not in self._by_code:
+            severity, message, remedy = FINDINGS[fault.code]
+            self._by_code[fault.code] = {"code": fault.code, "severity": self._severities.get(fault.code, severity),
+                                         "count": 0, "message": message, "remedy": remedy, "places": []}
+        finding = self._by_code[fault.code]
+        finding["count"] += 1
+        if len(finding["places"]) < SHOWN:
+            finding["places"].append({**place._asdict(), "detail": fault.message})
 
-    def all(self) -> list[Finding]:
-        """Errors first, then warnings, then remarks."""
-        order, levels = list(KINDS), ("error", "warning", "info")
-        return sorted(self._found.values(), key=lambda f: (levels.index(f.severity), order.index(f.code)))
-
-    def count(self, severity: str) -> int:
-        """How many findings (not rows) have this severity."""
-        return sum(finding.severity == severity for finding in self._found.values())
+    def all(self) -> list[dict[str, Any]]:
+        """Errors first, then warnings, then remarks; each in the order of FINDINGS."""
+        order, levels = list(FINDINGS), ("error", "warning", "info")
+        return sorted(self._by_code.values(), key=lambda f: (levels.index(f["severity"]), order.index(f["code"])))

@@ -11,13 +11,13 @@ import pyarrow as pa
 
 from kit.common.errors import KitError
 from kit.common.show import bar
-from kit.data.disk_rows import BATCH, DiskRows, Example, turns_type
-from kit.data.findings import KINDS
+from kit.data.disk_rows import BATCH, TURNS, DiskRows, Example
+from kit.data.findings import FINDINGS
 from kit.data.masks import Formatter, Located
-from kit.data.sources import Place, refuse, where
+from kit.data.rows import Place, Problems, where
+from kit.data.shapes import longest_user_turn
 from kit.data.splits import read_splits
 from kit.models.template import Message
-from kit.recipe.reading import MAX_ERRORS
 from kit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -85,145 +85,128 @@ def fit(formatter: Formatter, messages: list[Message], ids: list[int], labels: l
 
 
 def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> list[Message] | None:
-    """The messages with `excess` tokens taken out of the middle of the longest user turn; None if it is too short.
-
-    The middle, because the task stands at the beginning or at the end of a long prompt.
-    """
-    asked = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    longest = max(asked, key=lambda i: len(messages[i]["content"]))
-    ids = formatter.tokenizer(messages[longest]["content"], add_special_tokens=False)["input_ids"]
+    """The messages with `excess` tokens less in the longest user turn; None if it is too short."""
+    text, with_ends = longest_user_turn(messages)
+    ids = formatter.tokenizer(text, add_special_tokens=False)["input_ids"]
     keep = max(len(ids) - excess - 2, 8)
     if keep >= len(ids) - 2:
         return None
     head, tail = formatter.tokenizer.decode(ids[: keep // 2]), formatter.tokenizer.decode(ids[len(ids) - keep // 2:])
-    text = head.rstrip("\ufffd") + " … " + tail.lstrip("\ufffd")
-    return [{**m, "content": text} if i == longest else m for i, m in enumerate(messages)]
+    return with_ends(head.rstrip("\ufffd"), tail.lstrip("\ufffd"))
 
 
 def _format(rows: Sequence[Example], formatter: Formatter, what: str) -> Dataset:
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
 
-    tables = [_table([]), *(_table(formatted) for formatted in _formatted(rows, formatter, what))]
+    batches = _fitting(rows, formatter, what)
+    tables = [_table([]), *(_table([tokens for _, tokens in fitted]) for _, fitted in batches)]
     # Without a fingerprint of ours, `datasets` would serialise the whole table to make one.
     return Dataset(pa.concat_tables(tables), fingerprint=generate_random_fingerprint())
 
 
-def _formatted(rows: Sequence[Example], formatter: Formatter, what: str) -> Iterator[list[Formatted]]:
-    """Batches of rows that fit, with their tokens; says at the end how many were left out or shortened."""
-    count = _Count(formatter.recipe)
+def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
+    """Rows on disk with `input_ids` and `labels` made when a row is taken. Every mask is proven now."""
+    kept: list[int] = []
+    for short, fitted in _fitting(rows, formatter, "training", lazily=True):
+        kept += sorted([*short, *(number for number, _ in fitted)])
+    rows = rows.select(kept)
 
-    def located() -> Iterator[tuple[list[tuple[Example, Located]], list[Located]]]:
-        for batch in _batches(rows, f"formatting {what} rows"):
-            good = [(row, found) for row in batch if (found := _located(row, formatter, count))]
-            yield good, [found for _, found in good]
+    # The transform holds the rows, and with them the file, which goes when they do.
+    def tokens_of(batch: dict[str, list[Any]], _files: DiskRows = rows) -> dict[str, list[Any]]:
+        located = [formatter.locate(messages) for messages in batch["messages"]]
+        encoded = formatter.encode_located(located)
+        fitted = [fit(formatter, messages, *tokens)
+                  for messages, tokens in zip(batch["messages"], encoded, strict=True)]
+        wrong = {formatter.untrained(row, labels) for row, (_, labels) in zip(located, encoded, strict=True)} - {None}
+        if wrong or not all(row.ids for row in fitted):
+            what = FINDINGS[wrong.pop() or ""][1] if wrong else "a row is longer than max_seq_length"
+            raise KitError(f"lazy_preprocess: {what}, which shows only in the tokens", "`kit lint` names the row")
+        return _table(fitted).to_pydict()
 
-    for batch, encoded in formatter.encode_ahead(located()):
-        for (row, found), (_, labels) in zip(batch, encoded, strict=True):
-            if code := formatter.untrained(found, labels):
-                count.bad(row.place, KINDS[code][1])
-        fitted = [fit(formatter, row.messages, *tokens) for (row, _), tokens in zip(batch, encoded, strict=True)]
-        count.lengths([row for row, _ in batch], fitted)
-        yield [row for row in fitted if row.ids]
-    count.settle(len(rows), what)
-
-
-def _located(row: Example, formatter: Formatter, count: _Count) -> Located | None:
-    try:
-        if typed := formatter.typed(row.messages):
-            raise KitError(f"the text holds the control token {typed[0]!r}, which the model would take for its own")
-        return formatter.locate(row.messages)
-    except KitError as error:
-        count.bad(row.place, error.message)
-        return None
+    return rows.dataset.select_columns(["messages", "prompt", "reference"]).with_transform(tokens_of)
 
 
-class _Count:
+def _fitting(rows: Sequence[Example], formatter: Formatter, what: str,
+             lazily: bool = False) -> Iterator[tuple[list[int], list[tuple[int, Formatted]]]]:
+    """Batches of the rows that fit, by their places in `rows`; prints at the end how many were left out or shortened.
+
+    The first list is empty, or lazily has the rows that fit in any case; the second has the others with their tokens.
+    Raises KitError at the end with up to 20 rows that can't be formatted.
+    """
+    outcome = _Outcome(formatter.recipe)
+    for (short, others), encoded in formatter.encode_ahead(_located(rows, formatter, outcome, what, lazily)):
+        fitted = []
+        for (number, row, located), (ids, labels) in zip(others, encoded, strict=True):
+            if code := formatter.untrained(located, labels):
+                outcome.refuse(row.place, FINDINGS[code][1])
+            tokens = fit(formatter, row.messages, ids, labels)
+            outcome.count(row.place, tokens)
+            if tokens.ids:
+                fitted.append((number, tokens))
+        yield short, fitted
+    outcome.settle(len(rows), what)
+
+
+def _located(rows: Sequence[Example], formatter: Formatter, outcome: _Outcome, what: str,
+             lazily: bool) -> Iterator[tuple[tuple[list[int], list[tuple[int, Example, Located]]], list[Located]]]:
+    limit = formatter.recipe.max_seq_length
+    with bar(len(rows), f"formatting {what} rows", "row", unit_scale=True, leave=False, delay=2) as progress:
+        for start in range(0, len(rows), BATCH):
+            short, others = [], []
+            for number, row in enumerate(rows[start:start + BATCH], start):
+                try:
+                    if typed := formatter.typed(row.messages):
+                        raise KitError(f"the text holds the control token {typed[0]!r}, which the model would take for "
+                                       "its own")
+                    located = formatter.locate(row.messages)
+                except KitError as error:
+                    outcome.refuse(row.place, error.message)
+                    continue
+                # A token is at least one byte.
+                if lazily and sum(len(text.encode()) for text, _ in located.segments) <= limit:
+                    short.append(number)
+                else:
+                    others.append((number, row, located))
+            yield (short, others), [located for _, _, located in others]
+            progress.update(min(BATCH, len(rows) - start))
+
+
+class _Outcome:
     """What became of rows that don't fit or can't be formatted."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.problems: list[str] = []
-        self.refused = self.lost = self.shortened = self.cut = 0
+        self.problems = Problems()
+        self.lost = self.shortened = self.cut = 0
 
-    def bad(self, place: Place, message: str) -> None:
-        self.refused += 1
-        if len(self.problems) < MAX_ERRORS:
-            self.problems.append(f"{where(place, self.recipe)}: {message}")
+    def refuse(self, place: Place, message: str) -> None:
+        self.problems.add(f"{where(place, self.recipe)}: {message}")
 
-    def lengths(self, rows: list[Example], fitted: list[Formatted]) -> None:
-        for row, tokens in zip(rows, fitted, strict=True):
-            if not tokens.ids and self.recipe.overlong_rows == "error":
-                self.bad(row.place, f"{tokens.length:,} tokens, more than max_seq_length: "
-                                    f"{self.recipe.max_seq_length:,}")
-            self.lost += not tokens.ids
-            self.shortened += tokens.cut > 0
-            self.cut += tokens.cut
+    def count(self, place: Place, tokens: Formatted) -> None:
+        if not tokens.ids and self.recipe.overlong_rows == "error":
+            self.refuse(place, f"{tokens.length:,} tokens, more than max_seq_length: {self.recipe.max_seq_length:,}")
+        self.lost += not tokens.ids
+        self.shortened += tokens.cut > 0
+        self.cut += tokens.cut
 
     def settle(self, total: int, what: str) -> None:
-        refuse(f"{what} rows that can't be formatted", self.problems, self.refused,
-               "`kit lint` shows them with remedies; rows that are only too long: overlong_rows: drop")
+        self.problems.refuse(f"{what} rows that can't be formatted", "`kit lint` shows them with remedies; rows that "
+                             "are only too long: overlong_rows: drop")
+        limit = f"max_seq_length: {self.recipe.max_seq_length} tokens"
         if self.shortened:
-            print(f"{self.shortened:,} of {total:,} {what} rows were longer than max_seq_length: "
-                  f"{self.recipe.max_seq_length} tokens; {self.cut:,} tokens were cut from the middle of their prompts")
+            print(f"{self.shortened:,} of {total:,} {what} rows were longer than {limit}; {self.cut:,} tokens were cut "
+                  "from the middle of their prompts")
         if self.lost:
-            print(f"{self.lost:,} of {total:,} {what} rows are longer than max_seq_length: "
-                  f"{self.recipe.max_seq_length} tokens and were left out")
-
-
-def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
-    """Rows on disk with `input_ids` and `labels` made when a row is taken.
-
-    Every mask is proven now. Only rows that could be too long are tokenised now: a token is at least one byte.
-    """
-    kept, count = [], _Count(formatter.recipe)
-    start = 0
-    for batch in _batches(rows, "checking training rows"):
-        long = []
-        for place, row in enumerate(batch, start):
-            if found := _located(row, formatter, count):
-                if sum(len(text.encode()) for text, _ in found.segments) <= formatter.recipe.max_seq_length:
-                    kept.append(place)
-                else:
-                    long.append((place, row, found))
-        encoded = formatter.encode_located([found for _, _, found in long])
-        fitted = [fit(formatter, row.messages, *tokens) for (_, row, _), tokens in zip(long, encoded, strict=True)]
-        count.lengths([row for _, row, _ in long], fitted)
-        kept += [place for (place, _, _), tokens in zip(long, fitted, strict=True) if tokens.ids]
-        start += len(batch)
-    count.settle(len(rows), "training")
-    chosen = rows.select(sorted(kept))
-
-    def tokens_of(batch: dict[str, list[Any]], _files: DiskRows = chosen) -> dict[str, list[Any]]:
-        found = [formatter.locate(messages) for messages in batch["messages"]]
-        encoded = formatter.encode_located(found)
-        fitted = [fit(formatter, messages, *tokens) for messages, tokens in
-                  zip(batch["messages"], encoded, strict=True)]
-        wrong = {formatter.untrained(place, labels) for place, (_, labels) in zip(found, encoded, strict=True)} - {None}
-        if wrong or not all(row.ids for row in fitted):
-            what = KINDS[wrong.pop() or ""][1] if wrong else "a row is longer than max_seq_length"
-            raise KitError(f"lazy_preprocess: {what}, which shows only in the tokens", "`kit lint` names the row")
-        talks = [row.messages for row in fitted]
-        return {"messages": talks, "prompt": [talk[:-1] for talk in talks],
-                "reference": [talk[-1]["content"] for talk in talks],
-                "input_ids": [row.ids for row in fitted], "labels": [row.labels for row in fitted]}
-
-    return chosen.dataset.select_columns(["messages", "prompt", "reference"]).with_transform(tokens_of)
+            print(f"{self.lost:,} of {total:,} {what} rows are longer than {limit} and were left out")
 
 
 def _table(rows: Sequence[Formatted]) -> pa.Table:
     """Filled column by column, with types: from rows as dicts Arrow would have to guess and to convert."""
-    turns, tokens = turns_type(), pa.list_(pa.int32())
+    tokens = pa.list_(pa.int32())
     return pa.table({
-        "messages": pa.array([row.messages for row in rows], turns),
+        "messages": pa.array([row.messages for row in rows], TURNS),
         "input_ids": pa.array([row.ids for row in rows], tokens),
         "labels": pa.array([row.labels for row in rows], tokens),
-        "prompt": pa.array([row.messages[:-1] for row in rows], turns),
+        "prompt": pa.array([row.messages[:-1] for row in rows], TURNS),
         "reference": pa.array([row.messages[-1]["content"] for row in rows], pa.string())})
-
-
-def _batches(rows: Sequence[Example], what: str) -> Iterator[Sequence[Example]]:
-    with bar(len(rows), what, "row", unit_scale=True, leave=False, delay=2) as progress:
-        for start in range(0, len(rows), BATCH):
-            yield rows[start:start + BATCH]
-            progress.update(min(BATCH, len(rows) - start))

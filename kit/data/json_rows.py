@@ -10,17 +10,18 @@ from typing import Any
 
 from kit.common.errors import KitError
 from kit.data.encodings import CUT, mostly_other, not_utf8
-from kit.data.records import Problem, Record, Rows, _lines, _Progress
+from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines
 
 TORN = "; the file was cut off here"
 
 
-def _jsonl(path: Path, progress: _Progress) -> Rows:
-    filled = (raw for _, raw, _ in _lines(path, _Progress(0, None)) if raw.strip())
+def read_jsonl(path: Path, progress: Progress) -> Rows:
+    """One row a line. A broken line is a problem; reading goes on behind it."""
+    filled = (raw for _, raw, _ in lines(path, Progress(0, None)) if raw.strip())
     if mostly_other(itertools.islice(filled, 100)):
         raise not_utf8(path)
     row = 0
-    for number, line, last in _lines(path, progress):
+    for number, line, last in lines(path, progress):
         if not line.strip():
             continue
         row += 1
@@ -29,9 +30,9 @@ def _jsonl(path: Path, progress: _Progress) -> Rows:
             value = json.loads(text)
         except UnicodeDecodeError as error:
             torn = last and error.reason == CUT
-            seen = _excerpt(line.decode(errors="replace"), len(line[: error.start].decode()))
+            around = excerpt(line.decode(errors="replace"), len(line[: error.start].decode()))
             yield Problem("torn_line" if torn else "wrong_encoding",
-                          f"line {number}: not UTF-8 at byte {error.start + 1}: {seen}{TORN * torn}", row, number)
+                          f"line {number}: not UTF-8 at byte {error.start + 1}: {around}{TORN * torn}", row, number)
         except (RecursionError, ValueError) as error:
             torn = last and isinstance(error, json.JSONDecodeError)
             yield Problem("torn_line" if torn else "invalid_json", _why(error, text, number) + TORN * torn, row, number)
@@ -39,7 +40,7 @@ def _jsonl(path: Path, progress: _Progress) -> Rows:
             yield _whole_text(value, text, row, number)
 
 
-def _json(path: Path, progress: _Progress) -> Rows:
+def read_json(path: Path, progress: Progress) -> Rows:
     """One list, parsed row by row: so each row knows its line, and those before a mistake are not lost."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -50,10 +51,11 @@ def _json(path: Path, progress: _Progress) -> Rows:
         return
     if text[start] != "[":
         raise _no_list(path, text, start)
-    at, row, line, counted = _skip(text, start + 1), 0, 1, 0
-    more, problem, torn = not text.startswith("]", at), "", False
-    while more and not problem:
-        row += 1
+    at, row, line, counted = _skip(text, start + 1), 1, 1, 0
+    more, problem, torn = True, "", False
+    if text.startswith("]", at):
+        at, more, problem, torn = _behind(text, at)
+    while more:
         line, counted = line + text.count("\n", counted, at), at
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
@@ -64,21 +66,25 @@ def _json(path: Path, progress: _Progress) -> Rows:
             break
         yield _whole_text(value, text[at:end], row, line)
         progress.at(progress.size * end // len(text))
-        at = _skip(text, end)
-        more = text.startswith(",", at)
-        if more:
-            at = _skip(text, at + 1)
-        elif at == len(text):
-            problem, torn = f"{_place(text, at)}: the list has no end", True
-        elif text[at] != "]":
-            problem = f"{_place(text, at)}: a comma or ] is missing before {_excerpt(text, at)}"
-    else:
         row += 1
-        if not problem and (at := _skip(text, at + 1)) < len(text):
-            problem = f"{_place(text, at)}: text after the end of the list: {_excerpt(text, at)}"
+        at, more, problem, torn = _behind(text, end)
     if problem:
         yield Problem("torn_line" if torn else "invalid_json", problem + TORN * torn, row,
                       line + text.count("\n", counted, at))
+
+
+def _behind(text: str, end: int) -> tuple[int, bool, str, bool]:
+    """The next place behind a row, whether a row follows there, what is wrong there, and whether the text just ends."""
+    at = _skip(text, end)
+    if text.startswith(",", at):
+        return _skip(text, at + 1), True, "", False
+    if at == len(text):
+        return at, False, f"{_place(text, at)}: the list has no end", True
+    if text[at] != "]":
+        return at, False, f"{_place(text, at)}: a comma or ] is missing before {excerpt(text, at)}", False
+    at = _skip(text, at + 1)
+    after = f"{_place(text, at)}: text after the end of the list: {excerpt(text, at)}" if at < len(text) else ""
+    return at, False, after, False
 
 
 def _whole_text(value: Any, source: str, row: int, line: int) -> Record | Problem:
@@ -97,7 +103,7 @@ def _whole_text(value: Any, source: str, row: int, line: int) -> Record | Proble
 def _why(error: Exception, text: str, line: int, start: int = 0) -> str:
     """What json has against the row that starts in that line, at that place of the text."""
     if isinstance(error, json.JSONDecodeError):
-        return f"{_place(text, error.pos, line, start)}: {error.msg}: {_excerpt(text, error.pos)}"
+        return f"{_place(text, error.pos, line, start)}: {error.msg}: {excerpt(text, error.pos)}"
     # The other ValueError is Python's limit of 4300 digits.
     deep = isinstance(error, RecursionError)
     return f"line {line}: " + ("nested too deeply" if deep else "a whole number with too many digits")
@@ -128,18 +134,10 @@ def _no_list(path: Path, text: str, start: int) -> KitError:
 
 
 def _skip(text: str, position: int) -> int:
-    found = re.compile(r"[ \t\n\r]*").match(text, position)
-    return found.end() if found else position
+    blank = re.compile(r"[ \t\n\r]*").match(text, position)
+    return blank.end() if blank else position
 
 
 def _place(text: str, position: int, line: int = 1, start: int = 0) -> str:
     line += text.count("\n", start, position)
     return f"line {line}, column {position - text.rfind(chr(10), 0, position)}"
-
-
-def _excerpt(text: str, position: int) -> str:
-    """What stands around a place in its line, without characters that would move the terminal's cursor."""
-    first, last = text.rfind("\n", 0, position) + 1, text.find("\n", position) % (len(text) + 1)
-    start, end = max(first, position - 15), min(last, position + 25)
-    shown = "".join(character if character.isprintable() else "·" for character in text[start:end])
-    return "…" * (start > first) + shown + "…" * (end < last)

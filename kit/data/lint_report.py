@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kit.common.errors import GateError
 from kit.common.files import write_text
-from kit.common.show import Table, Tokens
-from kit.data.lint_page import page
-from kit.data.sources import Place
+from kit.common.show import MarkedText, Table
+from kit.data.rows import Place
 
 PLACES = 5  # shown of each finding
+PAGE = Path(__file__).with_name("lint_page.html")
+# What could end the script element, is no part of a JavaScript line, or (half a surrogate pair) of UTF-8.
+UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 SIGNS = {"error": "✗", "warning": "!", "info": "·"}
 
 
@@ -28,10 +34,6 @@ class Report:
     def errors(self) -> int:
         """How many findings are of severity error."""
         return int(self.figures["errors"])
-
-    def finding(self, code: str) -> dict[str, Any] | None:
-        """The finding with this code, or None."""
-        return next((f for f in self.figures["findings"] if f["code"] == code), None)
 
     def summary(self) -> dict[str, Any]:
         """The figures in short, for result.json."""
@@ -48,29 +50,33 @@ class Report:
             raise GateError(f"the data check failed: {what}", "`kit lint` lists every row with its remedy")
 
     def page(self) -> str:
-        """One self-contained HTML page."""
-        return page(self.figures, self.rows)
+        """One HTML page; it asks the network for nothing, and no text of a row can become markup."""
+        template = PAGE.read_text(encoding="utf-8")
+        data = json.dumps({"report": self.figures, "rows": self.rows}, ensure_ascii=False, allow_nan=False,
+                          separators=(",", ":"))
+        data = UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", data)
+        # The policy names the page's one script by its digest, so that no other could run.
+        script = template.split("<script>")[1].split("</script>")[0]
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        return template.replace("SCRIPT-DIGEST", digest).replace("PAGE-DATA", data)
 
-    def examples(self, count: int = 3) -> list[Tokens]:
+    def save(self, path: Path) -> None:
+        """Write the page, whole or not at all."""
+        write_text(path, self.page())
+
+    def examples(self, count: int = 3) -> list[MarkedText]:
         """Some rows as tokens: those with the gravest findings first."""
         levels = {finding["code"]: list(SIGNS).index(finding["severity"]) for finding in self.figures["findings"]}
         order = sorted((row for row in self.rows if row["tokens"]),
                        key=lambda row: min((levels[code] for code in row["findings"]), default=len(SIGNS)))
-        return [Tokens.of(_title(row), row["spans"]) for row in order[:count]]
+        return [MarkedText(_title(row), row["spans"]) for row in order[:count]]
 
     def __repr__(self) -> str:
-        parts = [repr(self._summary())]
-        if self.figures["lengths"]:
-            parts.append(self._bars())
-        if self.figures["findings"]:
-            parts += [self._block(finding) for finding in self.figures["findings"]]
-        return "\n\n".join([*parts, self.verdict])
+        return f"{self._summary()}\n\n{self._details()}"
 
     def _repr_html_(self) -> str:
-        tables = [self._summary(), *([self._findings()] if self.figures["findings"] else [])]
-        bars = f"<pre>{html.escape(self._bars())}</pre>" if self.figures["lengths"] else ""
-        return tables[0]._repr_html_() + bars + "".join(t._repr_html_() for t in tables[1:]) + \
-            f"<p><b>{html.escape(self.verdict)}</b></p>"
+        return f"{self._summary()._repr_html_()}<pre style='white-space:pre-wrap'>" \
+               f"{html.escape(self._details())}</pre>"
 
     @property
     def verdict(self) -> str:
@@ -96,6 +102,10 @@ class Report:
                  f"{f['trained_tokens_per_epoch']:,} of them trained"]]
         return Table(["data check", f["title"]], rows)
 
+    def _details(self) -> str:
+        bars = [self._bars()] if self.figures["lengths"] else []
+        return "\n\n".join([*bars, *map(self._finding, self.figures["findings"]), self.verdict])
+
     def _bars(self) -> str:
         bars = self.figures["lengths"]["histogram"]
         most = max(bar["rows"] for bar in bars)
@@ -106,27 +116,15 @@ class Report:
             lines.append(f"{bar['from']:>6,}–{bar['to']:<7,} {bar['rows']:>7,} {drawn}".rstrip())
         return "\n".join(lines)
 
-    def _findings(self) -> Table:
-        rows = [[f"{SIGNS[finding['severity']]} {finding['code']}", finding["count"], finding["message"],
-                 "\n".join(self._places(finding)), finding["remedy"]] for finding in self.figures["findings"]]
-        return Table(["finding", "rows", "what", "where", "remedy"], rows)
-
-    def _block(self, finding: dict[str, Any]) -> str:
+    def _finding(self, finding: dict[str, Any]) -> str:
+        """The finding, its first places, a line each, and the remedy."""
+        several = len(self.figures["files"]) > 1
         head = f"{SIGNS[finding['severity']]} {finding['severity']} {finding['code']}: {finding['message']} " \
                f"({_count(finding['count'], 'row')})"
-        return "\n    ".join([head, *self._places(finding), f"→ {finding['remedy']}"])
-
-    def _places(self, finding: dict[str, Any]) -> list[str]:
-        """The first places, a line each."""
-        several = len(self.figures["files"]) > 1
-        lines = [_where(place, several) + (f": {place['detail'][:200]}" if place["detail"] else "")
-                 for place in finding["places"][:PLACES]]
-        more = finding["count"] - len(lines)
-        return [*lines, *([f"and {more:,} more"] if more > 0 else [])]
-
-    def save(self, path: Path) -> None:
-        """Write the page, whole or not at all."""
-        write_text(path, self.page())
+        places = [_where(place, several) + (f": {place['detail'][:200]}" if place["detail"] else "")
+                  for place in finding["places"][:PLACES]]
+        more = finding["count"] - len(places)
+        return "\n    ".join([head, *places, *([f"and {more:,} more"] if more > 0 else []), f"→ {finding['remedy']}"])
 
 
 def _about(file: dict[str, Any]) -> str:
@@ -143,8 +141,8 @@ def _where(place: dict[str, Any], with_file: bool) -> str:
 
 
 def _title(row: dict[str, Any]) -> str:
-    found = f" – {', '.join(row['findings'])}" if row["findings"] else ""
-    return f"{_where(row, False)}: {row['trained']:,} of {row['tokens']:,} tokens are trained{found}"
+    findings = f" – {', '.join(row['findings'])}" if row["findings"] else ""
+    return f"{_where(row, False)}: {row['trained']:,} of {row['tokens']:,} tokens are trained{findings}"
 
 
 def _count(number: int, what: str) -> str:

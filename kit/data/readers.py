@@ -15,53 +15,63 @@ from typing import Any
 
 from kit.common.errors import KitError, nearest, one_line
 from kit.data.encodings import not_utf8, refuse_utf16
-from kit.data.json_rows import _excerpt, _json, _jsonl
-from kit.data.records import Problem, Record, Rows, _lines, _Progress
+from kit.data.json_rows import read_json, read_jsonl
+from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines
 
-KINDS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".xlsx", ".parquet")
 # A quote that is never closed makes one cell of the rest of the file; larger than this is no row.
 LARGEST_CELL = 2**27
 LAST_SHEET_ROW = 2**20
 
 
-def read_rows(path: Path, on_bytes: Callable[[int], None] | None = None) -> Rows:
-    """The rows of a file of one of KINDS. Raises KitError where the file as a whole cannot be read."""
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise KitError(f"{path}: unknown kind of file {kind or '(no ending)'}{nearest(kind, KINDS)}",
-                       f"a file of rows ends in {', '.join(KINDS)}")
-    found = False
+def check_file(path: Path) -> None:
+    """KitError for what is no file of rows, as far as that shows without reading it."""
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        raise KitError(f"{path}: unknown kind of file {suffix or '(no ending)'}{nearest(suffix, SUFFIXES)}",
+                       f"a file of rows ends in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise KitError(f"{path} is {'a folder' if path.is_dir() else 'not there'}", "name a file of rows")
+    if not path.stat().st_size:
+        raise _empty(path)
+
+
+def read_rows(path: Path, on_bytes: Callable[[int], object] | None = None) -> Rows:
+    """The rows of a file of one of SUFFIXES. Raises KitError where the file as a whole cannot be read."""
+    empty = True
     try:
-        if not path.is_file():
-            raise KitError(f"{path} is {'a folder' if path.is_dir() else 'not there'}", "name a file of rows")
-        progress = _Progress(path.stat().st_size, on_bytes)
-        if kind not in (".xlsx", ".parquet"):
+        check_file(path)
+        progress = Progress(path.stat().st_size, on_bytes)
+        if path.suffix.lower() not in (".xlsx", ".parquet"):
             refuse_utf16(path)
-        for item in READERS[kind](path, progress) if progress.size else ():
-            found = True
+        for item in READERS[path.suffix.lower()](path, progress):
+            empty = False
             yield item
         progress.at(progress.size, step=1)
     except OSError as error:
         raise KitError(f"{path}: {error.strerror or error}", "look at the file's permissions and its disk") from None
-    if not found:
-        table = kind in (".csv", ".tsv", ".xlsx")
-        raise KitError(f"{path} is empty", f"it needs at least one row{' below the column names' if table else ''}")
+    if empty:
+        raise _empty(path)
 
 
-def _csv(path: Path, progress: _Progress) -> Rows:
+def _empty(path: Path) -> KitError:
+    table = path.suffix.lower() in (".csv", ".tsv", ".xlsx")
+    return KitError(f"{path} is empty", f"it needs at least one row{' below the column names' if table else ''}")
+
+
+def _csv(path: Path, progress: Progress) -> Rows:
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST_CELL))
     header: list[str] = []
     row, line = 0, 1
     try:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(path)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter_of(path)
         with path.open("rb") as file:
             reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
             for cells in reader:
                 if not header:
-                    header = _names(path, cells) if cells else []
+                    header = _column_names(path, cells) if cells else []
                 elif any(cells):
                     row += 1
-                    yield _fitted(cells, header, row, line)
+                    yield _row_of(cells, header, row, line)
                 line = reader.line_num + 1
                 progress.at(file.tell())
     except UnicodeDecodeError:
@@ -74,7 +84,7 @@ def _csv(path: Path, progress: _Progress) -> Rows:
         yield Problem("ragged_row", what, row + 1, line)
 
 
-def _delimiter(path: Path) -> str:
+def delimiter_of(path: Path) -> str:
     """What divides the header into most columns: where a comma is the decimal mark, Excel writes semicolons."""
 
     def columns(delimiter: str) -> int:
@@ -87,9 +97,9 @@ def _delimiter(path: Path) -> str:
     return max(",;\t", key=columns)
 
 
-def _txt(path: Path, progress: _Progress) -> Rows:
+def _txt(path: Path, progress: Progress) -> Rows:
     row = 0
-    for number, raw, _ in _lines(path, progress):
+    for number, raw, _ in lines(path, progress):
         try:
             line = raw.decode()
         except UnicodeDecodeError:
@@ -98,10 +108,10 @@ def _txt(path: Path, progress: _Progress) -> Rows:
         if tab or line.strip():
             row += 1
             yield (Record({"prompt": prompt, "completion": completion}, row, number) if tab else Problem(
-                "ragged_row", f"line {number}: no tab between prompt and answer: {_excerpt(line, 0)}", row, number))
+                "ragged_row", f"line {number}: no tab between prompt and answer: {excerpt(line, 0)}", row, number))
 
 
-def _xlsx(path: Path, progress: _Progress) -> Rows:
+def _xlsx(path: Path, progress: Progress) -> Rows:
     try:
         from openpyxl import load_workbook
     except ImportError:
@@ -121,10 +131,10 @@ def _xlsx(path: Path, progress: _Progress) -> Rows:
             while cells and cells[-1] in (None, ""):
                 cells.pop()
             if cells and not header:
-                header = _names(path, [cell or "" for cell in cells])
+                header = _column_names(path, [cell or "" for cell in cells])
             elif cells:
                 row += 1
-                yield _fitted(cells + [None] * (len(header) - len(cells)), header, row, number)
+                yield _row_of(cells + [None] * (len(header) - len(cells)), header, row, number)
 
 
 def _shown(value: Any) -> str | None:
@@ -141,12 +151,12 @@ def _shown(value: Any) -> str | None:
     return None if value is None else re.sub(r"_x00([01][0-9A-Fa-f])_", lambda m: chr(int(m[1], 16)), str(value))
 
 
-def _parquet(path: Path, progress: _Progress) -> Rows:
+def _parquet(path: Path, progress: Progress) -> Rows:
     import pyarrow.parquet
 
     row = 0
     with _library(path, "a Parquet file"), path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
-        _names(path, table.schema_arrow.names)
+        _column_names(path, table.schema_arrow.names)
         total = max(1, table.metadata.num_rows)
         for batch in table.iter_batches(batch_size=1000):
             for value in batch.to_pylist():
@@ -168,11 +178,13 @@ def _library(path: Path, what: str) -> Iterator[None]:
                        "open it with the program that wrote it and save it again") from None
 
 
-READERS: dict[str, Callable[[Path, _Progress], Rows]] = {
-    ".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".txt": _txt, ".xlsx": _xlsx, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path, Progress], Rows]] = {
+    ".json": read_json, ".jsonl": read_jsonl, ".csv": _csv, ".tsv": _csv, ".txt": _txt, ".xlsx": _xlsx,
+    ".parquet": _parquet}
+SUFFIXES = tuple(READERS)
 
 
-def _names(path: Path, cells: list[str]) -> list[str]:
+def _column_names(path: Path, cells: list[str]) -> list[str]:
     """The column names, each there and each only once."""
     wrong = next((f"column {number} has no name" for number, name in enumerate(cells, 1) if not name.strip()), "")
     wrong = wrong or next((f"two columns are named {name!r}" for name, n in Counter(cells).items() if n > 1), "")
@@ -181,7 +193,7 @@ def _names(path: Path, cells: list[str]) -> list[str]:
     return cells
 
 
-def _fitted(cells: list[Any], header: list[str], row: int, line: int) -> Record | Problem:
+def _row_of(cells: list[Any], header: list[str], row: int, line: int) -> Record | Problem:
     if len(cells) == len(header):
         return Record(dict(zip(header, cells, strict=True)), row, line)
     names = ", ".join(header[:8]) + (", …" if len(header) > 8 else "")

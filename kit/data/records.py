@@ -1,4 +1,4 @@
-"""What readers yield: records and problems, each with its place."""
+"""What readers yield: records and problems, each with its place; and what several readers need."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class Problem(NamedTuple):
 Rows = Iterator[Record | Problem]
 
 
-class _Progress:
+class Progress:
     """Turns positions in the file into numbers of further bytes, a megabyte or more at a time."""
 
-    def __init__(self, size: int, tell: Callable[[int], None] | None) -> None:
-        self.size, self.tell, self.told = size, tell, 0
+    def __init__(self, size: int, on_bytes: Callable[[int], object] | None) -> None:
+        self.size, self.on_bytes, self.reported = size, on_bytes, 0
 
     def at(self, position: int, step: int = MEGABYTE) -> None:
-        further = min(position, self.size) - self.told
-        if self.tell and further >= step:
-            self.tell(further)
-            self.told += further
+        further = min(position, self.size) - self.reported
+        if self.on_bytes and further >= step:
+            self.on_bytes(further)
+            self.reported += further
 
 
-def _lines(path: Path, progress: _Progress) -> Iterator[tuple[int, bytes, bool]]:
+def lines(path: Path, progress: Progress) -> Iterator[tuple[int, bytes, bool]]:
     """Number, bytes, and whether it is the last and has no line end. Only \\n divides: \\u2028 may stand in a text."""
     position = 0
     with path.open("rb") as file:
@@ -52,3 +52,11 @@ def _lines(path: Path, progress: _Progress) -> Iterator[tuple[int, bytes, bool]]
             progress.at(position)
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             yield number, text.removesuffix(b"\n").removesuffix(b"\r"), not line.endswith(b"\n")
+
+
+def excerpt(text: str, position: int) -> str:
+    """What stands around a place in its line, without characters that would move the terminal's cursor."""
+    first, last = text.rfind("\n", 0, position) + 1, text.find("\n", position) % (len(text) + 1)
+    start, end = max(first, position - 15), min(last, position + 25)
+    printable = "".join(character if character.isprintable() else "·" for character in text[start:end])
+    return "…" * (start > first) + printable + "…" * (end < last)

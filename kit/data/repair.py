@@ -12,14 +12,13 @@ from typing import Any
 
 from kit.common.errors import KitError
 from kit.common.files import writing
-from kit.data.shapes import ROLES, SENDERS, renamed, to_messages
-from kit.data.sources import Place, local_path, rows_of
-from kit.data.splits import progress
+from kit.data.rows import Place, progress, rows_of
+from kit.data.shapes import NAMES, TURNS, renamed, to_messages
+from kit.data.sources import local_path
 from kit.data.text_checks import CONTROL
 from kit.recipe.recipe import Recipe
 
-FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "prompt", "completion", "question",
-          "answer")
+ROW_NAMES = (*NAMES, "input", "system")
 SHOWN = 5  # places kept of each repair
 NEAR = 0.8  # how alike a name must be to be taken for a known one (difflib's ratio)
 
@@ -83,15 +82,14 @@ def repaired(row: Any) -> tuple[Any, list[str]]:
         return row, []
     changes: list[str] = []
     if any(fault.code == "misnamed_field" for fault in to_messages(row).faults):
-        row = _names(row, FIELDS, changes)
+        row = _names(row, ROW_NAMES, changes)
     row = dict(row)
-    for field in FIELDS:
+    for field in ROW_NAMES:
         if field in row and not isinstance(row[field], (list, dict)):
             row[field] = _text(row[field], changes)
-    for field, keys, roles in (("messages", ("role", "content"), ROLES), ("conversations", ("from", "value"), SENDERS),
-                               ("prompt", ("role", "content"), ROLES), ("completion", ("role", "content"), ROLES)):
+    for field in TURNS:
         if isinstance(row.get(field), list):
-            row[field] = [_turn(turn, keys, roles, changes) for turn in row[field]]
+            row[field] = [_turn(turn, *TURNS[field], changes) for turn in row[field]]
     if isinstance(row.get("history"), list):
         row["history"] = [[_text(text, changes) for text in pair] if isinstance(pair, list) else pair
                           for pair in row["history"]]
@@ -117,11 +115,10 @@ def _name(name: Any, known: Iterable[str], taken: Container[str] = ()) -> Any:
     return close[0] if close else name
 
 
-def _turn(turn: Any, keys: tuple[str, str], roles: dict[str, str], changes: list[str]) -> Any:
+def _turn(turn: Any, role: str, text: str, roles: dict[str, str], changes: list[str]) -> Any:
     if not isinstance(turn, dict):
         return turn
-    turn = _names(turn, keys, changes)
-    role, text = keys
+    turn = _names(turn, (role, text), changes)
     if (new := _name(turn.get(role), roles)) != turn.get(role):
         changes.append(f"renamed: role {turn[role]} to {new}")
         turn[role] = new

@@ -13,6 +13,7 @@ Field names of other files are given to these by the recipe's `columns`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,6 +28,23 @@ SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assi
 # The first field decides, or the second where the first is missing.
 SHAPES = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output"),
           "prompt": ("prompt", "completion"), "question": ("question", "answer")}
+NAMES = tuple(field for fields in SHAPES.values() for field in fields)
+# Fields that can hold a list of turns: a turn's role, its text, and the roles there are.
+TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", SENDERS),
+         "prompt": ("role", "content", ROLES), "completion": ("role", "content", ROLES)}
+
+
+def longest_user_turn(messages: list[Message]) -> tuple[str, Callable[[str, str], list[Message]]]:
+    """The text of the longest user turn, and what puts the two ends of it that are kept into the messages.
+
+    A long prompt is cut in its middle, because the task stands at the beginning or at the end of it.
+    """
+    longest = max((i for i, m in enumerate(messages) if m["role"] == "user"), key=lambda i: len(messages[i]["content"]))
+
+    def with_ends(head: str, tail: str) -> list[Message]:
+        return [{**m, "content": f"{head} … {tail}"} if i == longest else m for i, m in enumerate(messages)]
+
+    return messages[longest]["content"], with_ends
 
 
 class Fault(NamedTuple):
@@ -48,7 +66,7 @@ def renamed(row: Any, columns: dict[str, str]) -> Any:
         return {ours.get(key, key): value for key, value in fields.items() if key in ours or key not in given}
 
     row = under_our_names(row)
-    for key in ("messages", "conversations", "prompt", "completion"):
+    for key in TURNS:
         if isinstance(row.get(key), list):
             row[key] = [under_our_names(turn) if isinstance(turn, dict) else turn for turn in row[key]]
     return row
@@ -72,43 +90,36 @@ class Parsed(NamedTuple):
 
 
 def to_messages(row: Any) -> Parsed:
-    """The row's shape, and what it holds in that shape."""
+    """The row's shape, and its messages or its faults."""
     shape = shape_of(row)
     if not isinstance(row, dict):
         return Parsed(None, [], [Fault("not_an_object", f"a {type(row).__name__} where an object is needed")])
     if shape is None:
         return Parsed(None, [], [_unknown(row)])
     faults: list[Fault] = []
-    if shape == "messages":
-        messages = _turns(row["messages"], "role", "content", ROLES, faults)
-    elif shape == "sharegpt":
-        messages = _turns(row["conversations"], "from", "value", SENDERS, faults)
-    elif shape == "alpaca":
-        messages = _alpaca(row, faults)
-    elif shape == "prompt" and isinstance(row.get("prompt"), list):
-        messages = _turns(row["prompt"], "role", "content", ROLES, faults)
-        if isinstance(row.get("completion"), list):
-            messages += _turns(row["completion"], "role", "content", ROLES, faults)
-        else:
-            messages.append({"role": "assistant", "content": _text(row, "completion", faults)})
-    else:
-        messages = _pair(row, SHAPES[shape], faults)
     if shape in ("messages", "sharegpt"):
+        messages = _turns(row, SHAPES[shape][0], faults)
         system = _text(row, "system", faults, needed=False)
         if system and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
+    elif shape == "alpaca":
+        messages = _alpaca(row, faults)
+    elif shape == "prompt" and isinstance(row.get("prompt"), list):
+        messages = _turns(row, "prompt", faults)
+        messages += (_turns(row, "completion", faults) if isinstance(row.get("completion"), list) else
+                     [{"role": "assistant", "content": _text(row, "completion", faults)}])
+    else:
+        messages = _pair(row, SHAPES[shape], faults)
     faults = faults or _structure(messages)
     return Parsed(shape, [] if faults else messages, faults)
 
 
 def _unknown(row: dict[str, Any]) -> Fault:
-    known = [field for fields in SHAPES.values() for field in fields]
-    found = ", ".join(str(key) for key in list(row)[:8]) or "none"
     for key in row:
-        if near := nearest(str(key), known, cutoff=0.8):
+        if near := nearest(str(key), NAMES, cutoff=0.8):
             return Fault("misnamed_field", f"no known fields, but {key!r}{near}")
     return Fault("missing_field", f"no fields messages, conversations, instruction and output, prompt and completion, "
-                 f"or question and answer (found: {found})")
+                 f"or question and answer (found: {', '.join(map(str, list(row)[:8])) or 'none'})")
 
 
 def _text(row: dict[str, Any], field: str, faults: list[Fault], needed: bool = True) -> str:
@@ -146,7 +157,8 @@ def _alpaca(row: dict[str, Any], faults: list[Fault]) -> list[Message]:
     return [*messages[:-2], *earlier, *messages[-2:]]
 
 
-def _turns(turns: Any, role_key: str, text_key: str, roles: dict[str, str], faults: list[Fault]) -> list[Message]:
+def _turns(row: dict[str, Any], field: str, faults: list[Fault]) -> list[Message]:
+    turns, (role_key, text_key, roles) = row.get(field), TURNS[field]
     if not isinstance(turns, list):
         faults.append(Fault("not_text", f"a {type(turns).__name__} where a list of turns is needed"))
         return []

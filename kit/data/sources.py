@@ -1,24 +1,19 @@
-"""Where rows come from: files, folders, hubs. Every row keeps the place it was read from."""
+"""Which files a source means: a file, a folder, a data set of a hub, the bundled tickets."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import huggingface_hub.constants
 
 from kit.common.errors import KitError, nearest, one_line
-from kit.common.paths import PROJECT
-from kit.data.readers import KINDS, read_rows
-from kit.data.records import Problem
-from kit.data.shapes import Fault, renamed, to_messages
-from kit.models.fetch import hub_hint
-from kit.models.template import Message
-from kit.recipe.reading import MAX_ERRORS
+from kit.common.files import PROJECT
+from kit.data.readers import SUFFIXES
+from kit.models.fetch import HUB_HINT
 from kit.recipe.recipe import Recipe
 
 STARTER_TRAIN = PROJECT / "data" / "tickets-train.jsonl"
@@ -30,52 +25,6 @@ SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|de
 NOT_ROWS = re.compile(r"dataset_infos?|readme.*|licen[cs]e.*|requirements.*", re.IGNORECASE)
 
 
-class Place(NamedTuple):
-    """Where a row stands: `row` counts from 1; `line` is the file's, None where a file has no lines."""
-
-    file: str
-    row: int
-    line: int | None
-
-    def __str__(self) -> str:
-        return f"row {self.row}" if self.line in (None, self.row) else f"row {self.row} (line {self.line})"
-
-
-class Row(NamedTuple):
-    """A row as it was read, its shape, and its messages or its faults."""
-
-    place: Place
-    raw: Any
-    shape: str | None
-    messages: list[Message]
-    faults: list[Fault]
-
-
-def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
-    """Every row of a file, a folder, a hub's data set or `starter`, good and bad.
-
-    `on_bytes` is told how many further bytes of the files have been read. Raises KitError for what can't be read
-    at all.
-    """
-    there = _fetched(source, recipe) if _on_modelscope(source, recipe) else source
-    files = files_of(there, recipe)
-    for path in files or ():
-        name = str(source) if len(files or ()) == 1 else str(path)
-        for item in read_rows(path, on_bytes):
-            place = Place(name, item.row, item.line)
-            if isinstance(item, Problem):
-                yield Row(place, None, None, [], [Fault(item.code, item.message)])
-            else:
-                yield _row(place, item.value, recipe)
-    if files is None:
-        for number, value in enumerate(_from_hub(str(there), recipe), 1):
-            yield _row(Place(str(source), number, None), value, recipe)
-
-
-def _row(place: Place, raw: Any, recipe: Recipe) -> Row:
-    return Row(place, raw, *to_messages(renamed(raw, recipe.columns)))
-
-
 def files_of(source: str | Path, recipe: Recipe) -> list[Path] | None:
     """The files on this disk that a source means; None for a data set that the `datasets` library reads."""
     if source in ("starter", HELDOUT):
@@ -85,21 +34,24 @@ def files_of(source: str | Path, recipe: Recipe) -> list[Path] | None:
         return None
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()
-                   and not NOT_ROWS.fullmatch(p.stem)
-                   and not any(part.startswith(".") for part in p.relative_to(path).parts))
-    files = [p for p in found if p.suffix.lower() != ".txt"] or found
+    readable = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+                      and not NOT_ROWS.fullmatch(p.stem)
+                      and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    files = [p for p in readable if p.suffix.lower() != ".txt"] or readable
     if not files:
-        raise KitError(f"dataset: {source} holds no file of rows", f"known kinds are {', '.join(KINDS)}")
+        raise KitError(f"dataset: {source} holds no file of rows", f"known kinds are {', '.join(SUFFIXES)}")
     splits = {p: _split_of(p.relative_to(path)) for p in files}
     if not any(splits.values()):
         return files
-    wanted = [p for p in files if (splits[p] or "train") == recipe.dataset_split]
-    if not wanted:
-        known = sorted({split or "train" for split in splits.values()})
-        raise KitError(f"dataset: {source} has no split {recipe.dataset_split!r}; there are: {', '.join(known)}",
-                       "set dataset_split to one of them")
-    return wanted
+    of_split = [p for p in files if (splits[p] or "train") == recipe.dataset_split]
+    if not of_split:
+        raise _no_split(source, recipe, sorted({split or "train" for split in splits.values()}))
+    return of_split
+
+
+def _no_split(source: str | Path, recipe: Recipe, known: Iterable[str]) -> KitError:
+    return KitError(f"dataset: {source} has no split {recipe.dataset_split!r}; there are: {', '.join(known)}",
+                    "set dataset_split to one of them")
 
 
 def _split_of(path: Path) -> str | None:
@@ -130,7 +82,7 @@ def local_path(source: str | Path) -> Path | None:
         if path.exists():
             return path
     path = Path(source)
-    if path.suffix.lower() in KINDS or path.is_absolute() or str(source).startswith((".", "~")) \
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")) \
             or str(source).count("/") != 1:
         folder = path.parent if path.parent.is_dir() else PROJECT / "data"
         near = nearest(path.name, [p.name for p in folder.iterdir()])
@@ -140,32 +92,37 @@ def local_path(source: str | Path) -> Path | None:
 
 def data_files(recipe: Recipe) -> list[Path]:
     """The files on this disk that a recipe reads, for hashes and checks before a run."""
-    names = [*recipe.sources, *([recipe.eval_dataset] if recipe.eval_dataset else [])]
-    files = []
-    for name in names:
-        found, folder = files_of(name, recipe), local_path(name) if name != "starter" else None
-        if found is None and folder is not None:  # a data set's folder, whatever kinds of files it has
-            found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        files += found or []
-    return [*files, *([STARTER_HELDOUT] if held_out_of_starter(recipe) else [])]
+    files: list[Path] = []
+    for source in filter(None, (*recipe.sources, held_out_source(recipe))):
+        own = files_of(source, recipe)
+        if own is None and (folder := local_path(source)):  # a data set's folder, whatever kinds of files it has
+            own = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files += own or []
+    return files
 
 
-def held_out_of_starter(recipe: Recipe) -> bool:
-    """The bundled tickets bring held-out rows of their own; they count unless others are named."""
-    return "starter" in recipe.sources and not recipe.eval_dataset and not recipe.test_size
+def held_out_source(recipe: Recipe) -> str | None:
+    """What the held-out rows are read from, None without any or where test_size takes them from the training rows.
+
+    The bundled tickets bring held-out rows of their own; they count unless others are named.
+    """
+    bundled = HELDOUT if "starter" in recipe.sources and not recipe.test_size else None
+    return recipe.eval_dataset or bundled
 
 
-def _from_hub(name: str, recipe: Recipe) -> Iterable[Any]:
+def hub_rows(name: str, recipe: Recipe) -> Iterable[Any]:
+    """The rows of a hub's data set, or of a folder that only `datasets` can read."""
     import datasets
 
     folder = local_path(name)
     try:
         if folder is not None and _saved(folder):
             saved = datasets.load_from_disk(str(folder))
-            if isinstance(saved, datasets.DatasetDict) and recipe.dataset_split not in saved:
-                raise KitError(f"dataset: {name} has no split {recipe.dataset_split!r}; there are: {', '.join(saved)}",
-                               "set dataset_split to one of them")
-            return saved[recipe.dataset_split] if isinstance(saved, datasets.DatasetDict) else saved
+            if not isinstance(saved, datasets.DatasetDict):
+                return saved
+            if recipe.dataset_split not in saved:
+                raise _no_split(name, recipe, saved)
+            return saved[recipe.dataset_split]
         with _offline(recipe.local_files_only):
             return datasets.load_dataset(
                 str(folder or name), recipe.dataset_config, split=recipe.dataset_split,
@@ -174,11 +131,10 @@ def _from_hub(name: str, recipe: Recipe) -> Iterable[Any]:
     except KitError:
         raise
     except Exception as error:
-        reason = one_line(error)
-        about = reason.replace(name, "")
-        hint = "check dataset_config and dataset_split" if folder or "config" in about.lower() or "split" in about \
-            else hub_hint()
-        raise KitError(f"dataset: {name}: {type(error).__name__}: {reason}", hint) from None
+        reason = one_line(error).replace(name, "")
+        fields = folder or "config" in reason.lower() or "split" in reason
+        raise KitError(f"dataset: {name}: {type(error).__name__}: {one_line(error)}",
+                       "check dataset_config and dataset_split" if fields else HUB_HINT) from None
 
 
 @contextmanager
@@ -197,75 +153,21 @@ def _offline(wanted: bool) -> Iterator[None]:
             switch.HF_HUB_OFFLINE = value
 
 
-def _on_modelscope(source: str | Path, recipe: Recipe) -> bool:
-    return recipe.hub == "modelscope" and source not in ("starter", HELDOUT) and local_path(source) is None
+def fetched(source: str | Path, recipe: Recipe) -> str | Path:
+    """The source, or the folder that a data set of ModelScope was downloaded to.
 
-
-def _fetched(name: str | Path, recipe: Recipe) -> Path:
-    """A data set of ModelScope as a folder. Its own loader would need an older `datasets` and a dozen packages more."""
+    ModelScope's own loader would need an older `datasets` and a dozen packages more.
+    """
+    if recipe.hub != "modelscope" or source in ("starter", HELDOUT) or local_path(source):
+        return source
     if recipe.local_files_only:
-        raise KitError(f"dataset: {name}: ModelScope is not asked with local_files_only",
+        raise KitError(f"dataset: {source}: ModelScope is not asked with local_files_only",
                        "name the folder the data set was downloaded to")
     try:
         from modelscope import dataset_snapshot_download
     except ImportError:
         raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope") from None
     try:
-        return Path(dataset_snapshot_download(str(name), revision=recipe.dataset_revision))
+        return Path(dataset_snapshot_download(str(source), revision=recipe.dataset_revision))
     except Exception as error:  # of its own, of requests, of the disk
-        reason = one_line(error)
-        raise KitError(f"dataset: {name}: {type(error).__name__}: {reason}", hub_hint()) from None
-
-
-def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
-    """The rows of a source; KitError at the end with up to 20 bad ones, or when a file mixes shapes."""
-    problems: list[str] = []
-    bad = count = 0
-    shapes: dict[str, Counter[str]] = {}
-    first: dict[tuple[str, str], Place] = {}
-    for row in rows_of(source, recipe, on_bytes):
-        count += 1
-        if row.shape:
-            shapes.setdefault(row.place.file, Counter())[row.shape] += 1
-            first.setdefault((row.place.file, row.shape), row.place)
-        if row.faults:
-            bad += 1
-            if bad <= MAX_ERRORS:
-                file = "" if row.place.file == str(source) else f"{Path(row.place.file).name} "
-                problems.append(f"{file}{row.place}: {'; '.join(fault.message for fault in row.faults)}")
-        elif not bad:
-            yield row
-    for file, found in shapes.items():
-        if len(found) > 1:
-            raise KitError(mixed_shapes(file, found, {shape: first[file, shape] for shape in found}),
-                           "bring all rows of a file to one shape, or put each shape into a file of its own")
-    refuse(f"dataset: {source}: bad rows", problems, bad,
-           f"`kit lint {source}` shows all of them with remedies; known shapes: Alpaca (instruction, output), "
-           "messages, conversations, prompt and completion, question and answer, others through columns")
-    if not count:
-        raise KitError(f"dataset: {source} is empty", "it needs at least one row")
-
-
-def mixed_shapes(file: str, found: Counter[str], first: dict[str, Place]) -> str:
-    """Says that a file mixes shapes, with the count of each."""
-    parts = [f"{shape} {number:,} (first: {first[shape]})" for shape, number in found.most_common()]
-    return f"dataset: {file} mixes shapes: {', '.join(parts)}"
-
-
-def where(place: Place, recipe: Recipe) -> str:
-    """The place, with its file's name unless the recipe has only one file it can be in."""
-    only = [*recipe.sources] if len(recipe.sources) == 1 else []
-    clear = place.file in (*only, recipe.eval_dataset, HELDOUT)
-    return str(place) if clear else f"{Path(place.file).name} {place}"
-
-
-def refuse(what: str, problems: list[str], count: int, hint: str) -> None:
-    """KitError that lists `problems` and how many more there are; nothing when there is none."""
-    if count:
-        more = f"\n  … and {count - len(problems):,} more" if count > len(problems) else ""
-        raise KitError(f"{what} ({count:,}):\n  " + "\n  ".join(problems) + more, hint)
-
-
-def read_conversations(source: str | Path, recipe: Recipe | None = None) -> list[list[Message]]:
-    """The rows of a source as lists of messages. Raises KitError with up to 20 bad rows."""
-    return [row.messages for row in good_rows(source, recipe or Recipe.load({}))]
+        raise KitError(f"dataset: {source}: {type(error).__name__}: {one_line(error)}", HUB_HINT) from None

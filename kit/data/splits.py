@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kit.common.errors import KitError
-from kit.common.show import bar
 from kit.data.disk_rows import DiskRows, Example
-from kit.data.sources import HELDOUT, files_of, good_rows, held_out_of_starter, refuse, where
+from kit.data.rows import Problems, good_rows, progress, where
+from kit.data.sources import held_out_source
 from kit.models.template import Message
-from kit.recipe.reading import MAX_ERRORS
 from kit.recipe.recipe import Recipe
 
 
@@ -30,23 +29,16 @@ def read_splits(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
         apart = held_out_rows([prompt_key(row.messages) for rows in sources.values() for row in rows], recipe)
         start = 0
         for source, rows in sources.items():
-            chosen = apart[start:start + len(rows)]
+            of_source = apart[start:start + len(rows)]
             start += len(rows)
-            held_out = _joined(held_out, _picked(rows, chosen.nonzero()[0].tolist()))
-            sources[source] = _picked(rows, (~chosen).nonzero()[0].tolist())
+            held_out = _joined(held_out, _picked(rows, of_source.nonzero()[0].tolist()))
+            sources[source] = _picked(rows, (~of_source).nonzero()[0].tolist())
     for source, passes in recipe.sources.items():
         rows = sources[source]
-        if passes != 1:
-            rows = _picked(rows, repeated(len(rows), passes, recipe.seed))
-        if not len(rows) and len(sources[source]):
-            raise KitError(f"dataset: {source}: a weight of {passes:g} takes none of its {len(sources[source]):,} rows",
-                           "raise the weight, or leave the source out")
-        train = _joined(train, rows)
-    if held_out_of_starter(recipe):
-        held_out = _read(HELDOUT, recipe)
-    elif recipe.eval_dataset:
-        held_out = _read(recipe.eval_dataset, recipe)
-    return train[: recipe.max_train_samples], _apart(train, held_out, recipe)[: recipe.max_eval_samples]
+        train = _joined(train, rows if passes == 1 else _picked(rows, repeated(source, len(rows), recipe)))
+    if apart_source := held_out_source(recipe):
+        held_out = _without_overlap(train, _read(apart_source, recipe), recipe)
+    return train[: recipe.max_train_samples], held_out[: recipe.max_eval_samples]
 
 
 def _read(source: str, recipe: Recipe) -> Sequence[Example]:
@@ -70,43 +62,50 @@ def held_out_rows(prompts: Sequence[int], recipe: Recipe) -> np.ndarray[Any, Any
     wanted = int(recipe.test_size) if recipe.test_size > 1 else round(recipe.test_size * len(prompts))
     different, group = np.unique(np.array(prompts, dtype=np.uint64), return_inverse=True)
     sizes = np.bincount(group, minlength=len(different))
-    chosen, room = [], max(wanted, 1)
+    picked, room = [], max(wanted, 1)
     for number in np.random.default_rng(recipe.seed).permutation(len(different)).tolist():
         if sizes[number] <= room:  # rows with one prompt stay together: a prompt that has too many is passed over
-            chosen.append(number)
+            picked.append(number)
             room -= sizes[number]
         if not room:
             break
-    apart = np.isin(group, chosen or [int(sizes.argmin())])
+    apart = np.isin(group, picked or [int(sizes.argmin())])
     if len(prompts) < 2 or wanted >= len(prompts) or apart.all():
         raise KitError(f"test_size: {recipe.test_size:g} leaves nothing to train on: there are {len(prompts):,} rows "
                        f"with {len(different):,} different prompts", "lower test_size")
     return apart
 
 
-def repeated(count: int, passes: float, seed: int) -> list[int]:
-    """The places of `count` rows, each `passes` times; of a fraction, a seeded choice."""
-    extra = np.random.default_rng(seed).permutation(count)[: round(passes % 1 * count)]
-    return [*list(range(count)) * int(passes), *sorted(extra.tolist())]
+def repeated(source: str, count: int, recipe: Recipe) -> list[int]:
+    """The places of a source's rows, each as often as its weight says; of a fraction, a seeded choice.
+
+    Raises KitError for a weight that takes none of the rows.
+    """
+    passes = recipe.sources[source]
+    extra = np.random.default_rng(recipe.seed).permutation(count)[: round(passes % 1 * count)]
+    places = [*list(range(count)) * int(passes), *sorted(extra.tolist())]
+    if count and not places:
+        raise KitError(f"dataset: {source}: a weight of {passes:g} takes none of its {count:,} rows",
+                       "raise the weight, or leave the source out")
+    return places
 
 
-def _apart(train: Sequence[Example], held_out: Sequence[Example], recipe: Recipe) -> Sequence[Example]:
+def _without_overlap(train: Sequence[Example], held_out: Sequence[Example], recipe: Recipe) -> Sequence[Example]:
     """The held-out rows, after those that ask what is trained on have been refused, dropped or kept."""
-    if not held_out or recipe.eval_overlap == "keep" or recipe.test_size:
-        return held_out  # a split by test_size keeps equal prompts together
-    trained = {prompt_key(row.messages) for row in train}
-    new = [i for i, row in enumerate(held_out) if prompt_key(row.messages) not in trained]
-    if len(new) == len(held_out):
+    if recipe.eval_overlap == "keep":
         return held_out
-    if recipe.eval_overlap == "drop":
-        print(f"{len(held_out) - len(new):,} of {len(held_out):,} held-out rows ask what is trained on; left out")
+    trained, problems, new = {prompt_key(row.messages) for row in train}, Problems(), []
+    for number, row in enumerate(held_out):
+        if prompt_key(row.messages) in trained:
+            problems.add(f"{where(row.place, recipe)}: {_excerpt(row)}")
+        else:
+            new.append(number)
+    if problems and recipe.eval_overlap == "drop":
+        print(f"{problems.total:,} of {len(held_out):,} held-out rows ask what is trained on; left out")
         return _picked(held_out, new)
-    kept = set(new)
-    shared = [row for i, row in enumerate(held_out) if i not in kept]
-    refuse(f"{recipe.eval_dataset or 'the held-out rows'}: prompts that are also trained on, so the held-out score "
-           "would count what was learnt by heart",
-           [f"{where(row.place, recipe)}: {_excerpt(row)}" for row in shared[:MAX_ERRORS]], len(shared),
-           "take them out of one of the files, or set eval_overlap: drop (or keep)")
+    problems.refuse(f"{recipe.eval_dataset or 'the held-out rows'}: prompts that are also trained on, so the held-out "
+                    "score would count what was learnt by heart",
+                    "take them out of one of the files, or set eval_overlap: drop (or keep)")
     return held_out
 
 
@@ -123,18 +122,3 @@ def _joined(one: Sequence[Example], other: Sequence[Example]) -> Sequence[Exampl
 
 def _picked(rows: Sequence[Example], places: list[int]) -> Sequence[Example]:
     return rows.select(places) if isinstance(rows, DiskRows) else [rows[i] for i in places]
-
-
-class progress:
-    """A bar over the bytes of a source's files, shown when reading takes more than two seconds."""
-
-    def __init__(self, what: str, source: str, recipe: Recipe) -> None:
-        files = files_of(source, recipe) or []
-        self.bar = bar(sum(path.stat().st_size for path in files) or None, what, "B", unit_scale=True, leave=False,
-                       delay=2)
-
-    def __enter__(self) -> Callable[[int], None]:
-        return lambda count: self.bar.update(count) and None
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

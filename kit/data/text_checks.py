@@ -22,31 +22,24 @@ def control_characters(text: str) -> str | None:
     """The first control character, as U+001B."""
     if text.isprintable():
         return None
-    found = CONTROL.search(text)
-    return f"U+{ord(found[0]):04X}" if found else None
+    match = CONTROL.search(text)
+    return f"U+{ord(match[0]):04X}" if match else None
 
 
 def mojibake(text: str) -> str | None:
     """A piece of text that was decoded with the wrong encoding, and what it should have been."""
     if text.isascii():
         return None
-    if found := _TORN.search(text):
-        return f"{found[0]!r}, characters lost in a conversion"
-    for found in _MOJIBAKE.finditer(text):
+    if match := _TORN.search(text):
+        return f"{match[0]!r}, characters lost in a conversion"
+    for match in _MOJIBAKE.finditer(text):
         try:
-            meant = b"".join(_byte(c) for c in found[0]).decode("utf-8")
+            meant = bytes([ord(match[0][0]), *(0x80 + _CP1252.index(c) for c in match[0][1:])]).decode()
         except UnicodeDecodeError:
             continue
-        if _PLAUSIBLE.match(meant) and not (len(found[0]) > 2 and _TYPOGRAPHY.issuperset(found[0][1:])):
-            return f"{found[0]!r} should be {meant!r}"
+        if _PLAUSIBLE.match(meant) and not (len(match[0]) > 2 and _TYPOGRAPHY.issuperset(match[0][1:])):
+            return f"{match[0]!r} should be {meant!r}"
     return None
-
-
-def _byte(character: str) -> bytes:
-    try:
-        return character.encode("cp1252")
-    except UnicodeEncodeError:
-        return character.encode("latin-1")
 
 
 def not_normalised(text: str) -> bool:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from kit.common.files import hashes_of, whole_folder, write_json
+from kit.common.files import hashes_of, read_json, whole_folder, write_json
 from kit.common.show import bar
 from kit.common.weight_files import INDEX, weight_files
 from kit.export.merging import changes_of, check_mergeable, fitting, merge_file
 from kit.models.fetch import base_folder
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import read_manifest
-from kit.runs.run import Run
+from kit.runs.run import Run, read_manifest
 
 
 def save_adapter(model: Any, tokenizer: Any, run: Run) -> Path:
@@ -22,17 +20,12 @@ def save_adapter(model: Any, tokenizer: Any, run: Run) -> Path:
 
     A fully fine-tuned model has no adapter: its weights go to `merged/` in 16-bit.
     """
-    full = not hasattr(model, "peft_config")
-    target = run.merged if full else run.adapter
+    is_adapter = hasattr(model, "peft_config")
+    target = run.adapter if is_adapter else run.merged
     with whole_folder(target) as folder:
-        if full:
-            model.save_pretrained(folder)
-        else:
-            # "auto" would ask the hub for the base model's vocabulary size.
-            model.save_pretrained(folder, save_embedding_layers=False)
-        tokenizer.save_pretrained(folder)
-        if full:
-            _settle_stop(folder, tokenizer)
+        # "auto" would ask the hub for the base model's vocabulary size.
+        model.save_pretrained(folder, **({"save_embedding_layers": False} if is_adapter else {}))
+        _save_tokenizer(tokenizer, folder)
     return target
 
 
@@ -62,6 +55,8 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
     An adapter that was saved without a tokenizer gets the base's, and the base's stop tokens. Raises KitError, or
     GateError when the base is not the one it was trained on, before anything is written.
     """
+    from transformers import AutoTokenizer  # not at the top: unsloth, which must come before it, is not needed here
+
     check_mergeable(adapter, base)
     changes = fitting(changes_of(adapter), adapter, base)
     files = weight_files(base)
@@ -72,17 +67,10 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
         for name in (INDEX, "config.json", "generation_config.json"):
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
-        _give_tokenizer(folder, adapter, base)
-
-
-def _give_tokenizer(folder: Path, adapter: Path, base: Path) -> None:
-    from transformers import AutoTokenizer
-
-    trained = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if trained else base)
-    tokenizer.save_pretrained(folder)
-    if trained:
-        _settle_stop(folder, tokenizer)
+        if (adapter / "tokenizer_config.json").is_file():
+            _save_tokenizer(AutoTokenizer.from_pretrained(adapter), folder)
+        else:
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 def save_4bit(merged: Path, target: Path, recipe: Recipe) -> None:
@@ -92,24 +80,22 @@ def save_4bit(merged: Path, target: Path, recipe: Recipe) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kit.models.quantised import four_bit_config
+    from kit.models.load import four_bit_config  # imports unsloth, which only this export needs
 
-    kind = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("dtype") or "bfloat16"
+    dtype = read_json(merged / "config.json").get("dtype") or "bfloat16"
     # On the CPU on every machine: there is room for it, and the same weights come out.
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map="cpu",
-                                                 quantization_config=four_bit_config(recipe, kind),
+                                                 quantization_config=four_bit_config(recipe, dtype),
                                                  trust_remote_code=recipe.trust_remote_code)
     with whole_folder(target) as folder:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(merged).save_pretrained(folder)
 
 
-def _settle_stop(folder: Path, tokenizer: Any) -> None:
-    """The stop and pad tokens in the model's own files are the trained ones."""
-    for name in ("config.json", "generation_config.json"):
-        path = folder / name
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save the trained tokenizer; its stop and pad tokens become those of the model's own files, if any lie there."""
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    for path in (folder / "config.json", folder / "generation_config.json"):
         if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config["eos_token_id"] = tokenizer.eos_token_id
-            config["pad_token_id"] = tokenizer.pad_token_id
-            write_json(path, config)
+            write_json(path, {**read_json(path), **ends})

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from kit.common.errors import KitError
+from kit.common.files import write_text
 from kit.common.show import Table, size
 from kit.export.adapter import merge, merge_adapter, save_4bit
-from kit.export.modelfile import write_modelfile
+from kit.export.modelfile import modelfile_of
 from kit.gguf.convert import export_gguf
 from kit.gguf.formats import check_quantizations
-from kit.models.adapters import read_adapter_config
-from kit.models.fetch import base_folder, model_label
-from kit.models.template import template_kwargs
+from kit.models.fetch import base_folder, model_label, read_adapter_config
 from kit.recipe.recipe import Recipe
 from kit.runs.provenance import about, seal
 from kit.runs.run import Run
@@ -25,7 +24,9 @@ def export(what: str, base: str | None, gguf: list[str], save_merged: str | None
         folder, made = _export_adapter(Path(what).expanduser(), base, gguf, save_merged, out)
     else:
         folder, made = _export_run(Run.open(what), base, gguf, save_merged, out)
-    print(Table(["made", "size"], [[path.name, size(_bytes(path))] for path in made], str(folder)) if made else
+    rows = [[path.name, size(sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()))]
+            for path in made]
+    print(Table(["made", "size"], rows, str(folder)) if made else
           f"{folder} has it all already: delete what is to be made again")
     return 0
 
@@ -39,8 +40,8 @@ def _export_run(run: Run, base: str | None, gguf: list[str], save_merged: str | 
     if run.result.get("status") == "running":
         raise KitError(f"{run.folder} is in use by a run at work (process {run.result.get('pid')})", "wait for it")
     recipe = run.recipe
-    wish = "16bit" if recipe.save_merged == "none" else recipe.save_merged
-    recipe = Recipe.load(recipe, gguf=gguf or recipe.gguf, save_merged=save_merged or wish)
+    save_merged = save_merged or ("16bit" if recipe.save_merged == "none" else recipe.save_merged)
+    recipe = Recipe.load(recipe, gguf=gguf or recipe.gguf, save_merged=save_merged)
     adapter = run.adapter if (run.adapter / "adapter_config.json").is_file() else run.merged
     if not adapter.is_dir():
         raise KitError(f"{run.folder} holds no trained model yet", "finish the run first")
@@ -48,7 +49,7 @@ def _export_run(run: Run, base: str | None, gguf: list[str], save_merged: str | 
     if not run.merged.is_dir():
         merge(adapter, run, Recipe.load(recipe, save_merged="16bit"))
         made.append(run.merged)
-    made += _rest(run, recipe, model_label(recipe), about(run))
+    made += _make_missing(run, recipe, model_label(recipe), about(run))
     if made:
         seal(run)
     return run.folder, made
@@ -67,12 +68,15 @@ def _export_adapter(adapter: Path, base: str | None, gguf: list[str], save_merge
     recipe = Recipe.load({"model_name": name, "gguf": gguf, "save_merged": save_merged or "16bit"})
     run = Run(out)
     merge_adapter(base_folder(recipe), adapter, run.merged)
-    return out, [run.merged, *_rest(run, recipe, out.resolve().name, out.resolve().name)]
+    return out, [run.merged, *_make_missing(run, recipe, out.resolve().name, out.resolve().name)]
 
 
-def _rest(run: Run, recipe: Recipe, name: str, description: str) -> list[Path]:
-    """Make merged-4bit/, the GGUFs and their Modelfile where they are asked for and not there."""
-    from transformers import AutoTokenizer
+def _make_missing(run: Run, recipe: Recipe, name: str, description: str) -> list[Path]:
+    """Make merged-4bit/, the GGUFs and their Modelfile where they are asked for and not there; returns what was made.
+
+    `name` and `description` are those of the GGUFs.
+    """
+    from transformers import AutoTokenizer  # not at the top: unsloth, which must come before it, is not needed here
 
     made = []
     if recipe.save_merged == "4bit" and not run.merged_4bit.is_dir():
@@ -82,13 +86,9 @@ def _rest(run: Run, recipe: Recipe, name: str, description: str) -> list[Path]:
     files = export_gguf(run.merged, run.gguf, missing, name, description) if missing else []
     if files:
         try:
-            files.append(write_modelfile(
-                run.gguf / "Modelfile", files[-1].name, AutoTokenizer.from_pretrained(run.merged),
-                recipe.num_ctx or recipe.max_seq_length, template_kwargs(recipe), recipe.system_prompt or ""))
+            modelfile = modelfile_of(recipe, AutoTokenizer.from_pretrained(run.merged))
+            write_text(run.gguf / "Modelfile", modelfile.text(files[-1].name))
+            files.append(run.gguf / "Modelfile")
         except KitError as error:
             print(f"no Modelfile: {error}")
     return made + files
-
-
-def _bytes(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

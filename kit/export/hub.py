@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,22 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from kit.common.errors import GateError, KitError
-from kit.common.files import write_json, write_text
-from kit.common.paths import PROJECT, cache_dir
+from kit.common.files import PROJECT, cache_dir, read_json, unwritable, write_json, write_text
 from kit.common.show import size
-from kit.export.hub_card import base_of, read_told_id, write_card
-from kit.export.hub_sites import Site, login
-from kit.export.modelfile import go_template
-from kit.export.modelfile_reader import read_modelfile
-from kit.gguf.formats import quantization_of
-from kit.gguf.header import read_header
+from kit.export.hub_card import base_of, check_hub_id, write_card
+from kit.export.hub_sites import Site, hub_errors, login
+from kit.export.modelfile import go_template, modelfile_of
+from kit.gguf.formats import quantization_of, read_header
 from kit.recipe.recipe import Recipe
-from kit.runs.folder import read_manifest
 from kit.runs.gates import Gates
 from kit.runs.provenance import NOT_TEXT, check_hashes, check_secrets
-from kit.runs.run import Run
+from kit.runs.run import Run, read_manifest
 
 # The usual names on a hub: a merged model has the plain one.
 SUFFIX = {"adapter": "-lora", "merged": "", "gguf": "-GGUF"}
 WEIGHTS = (".safetensors", ".gguf")
-# Where configurations keep the place a model was loaded from.
-PLACES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
+# Where configurations keep the place a model was loaded from. Of an adapter's base the public name is written.
+BASE, PLACES = "base_model_name_or_path", {"_name_or_path", "name_or_path"}
 
 
 def push(run: Run | str | Path, what: Sequence[str] | None = None, repo_id: str | None = None,
@@ -57,18 +52,18 @@ def push(run: Run | str | Path, what: Sequence[str] | None = None, repo_id: str 
     kinds = _kinds(run, recipe.push_to_hub if what is None else what)
     if not kinds:
         return []
-    told = read_told_id(base_model)
+    check_hub_id(base_model)
     site = login(recipe.hub)
     ids = repositories(repo_id or recipe.hub_model_id or recipe.run_name, site.user, kinds)
-    wish = recipe.hub_private_repo if private is None else private
-    verdict = proven(run, kinds)
-    there = {kind: _look(site, name, wish) for kind, name in ids.items()}
-    with tempfile.TemporaryDirectory(prefix="kit-push-") as made:
-        folders = {kind: stage(run, kind, Path(made) / kind, recipe, told) for kind in kinds}
+    private = recipe.hub_private_repo if private is None else private
+    verdict = _verdict(run, kinds)
+    exists = {kind: _exists(site, name, private) for kind, name in ids.items()}
+    with tempfile.TemporaryDirectory(prefix="kit-push-") as staging:
+        folders = {kind: _stage(run, kind, Path(staging) / kind, recipe, base_model) for kind in kinds}
         for kind, folder in folders.items():
-            write_text(folder / "README.md", write_card(run, kind, ids, site.address, verdict, told))
+            write_text(folder / "README.md", write_card(run, kind, ids, site.address, verdict, base_model))
             _check_contents(run, kind, folder, recipe)
-        return [_send(site, ids[kind], folders[kind], wish, there[kind], recipe.run_name) for kind in kinds]
+        return [_send(site, ids[kind], folders[kind], private, exists[kind], recipe.run_name) for kind in kinds]
 
 
 def made_by(run: Run) -> list[str]:
@@ -80,9 +75,9 @@ def _kinds(run: Run, what: Sequence[str]) -> list[str]:
     for kind in what:
         if kind not in SUFFIX:
             raise KitError(f"push: no artefact {kind!r}", f"choose from {', '.join(SUFFIX)}")
-    held = made_by(run)
-    if missing := [kind for kind in what if kind not in held]:
-        raise KitError(f"push: {run.folder} holds no {', '.join(missing)}", f"it holds: {', '.join(held) or 'nothing'}")
+    made = made_by(run)
+    if missing := [kind for kind in what if kind not in made]:
+        raise KitError(f"push: {run.folder} holds no {', '.join(missing)}", f"it holds: {', '.join(made) or 'nothing'}")
     return [kind for kind in SUFFIX if kind in what]
 
 
@@ -102,13 +97,13 @@ def repositories(name: str, user: str, kinds: Sequence[str]) -> dict[str, str]:
     return ids
 
 
-def proven(run: Run, kinds: Sequence[str]) -> dict[str, Any]:
+def _verdict(run: Run, kinds: Sequence[str]) -> dict[str, Any]:
     """verify.json of a run that passed, covers each file of `kinds`, and has not changed since; else GateError."""
     gates = Gates(f"push {run.folder.name}")
+    verdict = read_json(run.folder / "verify.json")
     try:
-        verdict = dict(json.loads((run.folder / "verify.json").read_text(encoding="utf-8")))
         checked = Gates.from_json("verify", verdict["gates"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise GateError(f"push {run.folder.name}: verified: there is no verdict (verify.json)",
                         f"kit verify {run.folder}") from None
     # Of the verdict the gates count, not its summary: that is what the card shows.
@@ -117,9 +112,8 @@ def proven(run: Run, kinds: Sequence[str]) -> dict[str, Any]:
     gates.check("verdict", verdict.get("artefacts") == read_manifest(run.folder).get("artefacts"), "", "of these files",
                 "the files were sealed again after kit verify looked at them", f"kit verify {run.folder}")
     passed = {gate.name for gate in checked.gates if gate.passed}
-    names = {"adapter": ["adapter"], "merged": ["merged"],
-             "gguf": [quantization_of(path) for path in sorted(run.gguf.glob("*.gguf"))]}
-    for name in (name for kind in kinds for name in names[kind]):
+    names = {"gguf": [quantization_of(path) for path in sorted(run.gguf.glob("*.gguf"))]}
+    for name in (name for kind in kinds for name in names.get(kind, [kind])):
         gates.check(f"verified {name}", f"parity {name}" in passed, "", "its parity gate",
                     f"kit verify has not compared {name} with the trained model", f"kit verify {run.folder}")
     check_hashes(gates, run)
@@ -127,51 +121,40 @@ def proven(run: Run, kinds: Sequence[str]) -> dict[str, Any]:
     return verdict
 
 
-def _look(site: Site, repo_id: str, wish: bool) -> bool | None:
-    """Whether the repository is private, None for none; KitError when it is public and the wish is not."""
-    found = site.private(repo_id)
-    if found is False and wish:
+def _exists(site: Site, repo_id: str, private: bool) -> bool:
+    """Whether the hub has the repository; KitError when it is public and a private one is asked for."""
+    with hub_errors(repo_id):
+        is_private = site.private(repo_id)
+    if is_private is False and private:
         raise KitError(f"push: {site.url(repo_id)} is there already, and is public",
                        "to publish, say so: --public or hub_private_repo: false; else name another repository (--to)")
-    if found and not wish:
+    if is_private and not private:
         print(f"{repo_id} is private and stays so; on its page on the hub you can make it public", flush=True)
-    return found
+    return is_private is not None
 
 
-def stage(run: Run, kind: str, folder: Path, recipe: Recipe, base_model: str | None) -> Path:
+def _stage(run: Run, kind: str, folder: Path, recipe: Recipe, base_model: str | None) -> Path:
     """Lay out what is pushed: weights as links, configurations without the places models were loaded from."""
-    folder.mkdir()
-    try:
-        for path in sorted(p for p in (run.folder / kind).iterdir() if p.is_file()):
+    with unwritable(folder, "free room, or set TMPDIR to a folder on another disk"):
+        folder.mkdir()
+        for path in (p for p in (run.folder / kind).iterdir() if p.is_file()):
+            target = folder / path.name
             if path.suffix in WEIGHTS:
-                _link(path, folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
-                if path.suffix == ".json" and path.name not in NOT_TEXT:
-                    _without_places(folder / path.name, base_of(recipe, base_model)[1])
+                with suppress(OSError, NotImplementedError):  # Windows asks for a privilege, some mounts have no links
+                    target.symlink_to(path.resolve())
+            if not target.exists():
+                shutil.copyfile(path, target)
+            if path.suffix == ".json" and path.name not in NOT_TEXT:
+                _without_places(target, base_of(recipe, base_model)[1])
         if (folder / "Modelfile").is_file():
             _for_ollama(run, folder, recipe)
-    except OSError as error:
-        raise KitError(f"push: {folder} can't be written: {error.strerror or error}",
-                       "free room, or set TMPDIR to a folder on another disk") from None
     return folder
 
 
-def _link(path: Path, target: Path) -> None:
-    try:
-        os.symlink(path.resolve(), target)
-    except (OSError, NotImplementedError):  # Windows asks for a privilege, some mounts have no links
-        shutil.copyfile(path, target)
-
-
 def _without_places(path: Path, base: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict) or not set(PLACES) & set(config):
-        return
-    kept = {key: value for key, value in config.items() if key not in PLACES[1:]}
-    if PLACES[0] in kept:
-        kept[PLACES[0]] = base
-    write_json(path, kept)
+    config = read_json(path)
+    if {BASE, *PLACES} & set(config):
+        write_json(path, {key: base if key == BASE else value for key, value in config.items() if key not in PLACES})
 
 
 def _for_ollama(run: Run, folder: Path, recipe: Recipe) -> None:
@@ -179,11 +162,13 @@ def _for_ollama(run: Run, folder: Path, recipe: Recipe) -> None:
 
     See https://huggingface.co/docs/hub/ollama: without them a template that is none of the known ones is replaced.
     """
-    modelfile = read_modelfile(run.gguf / "Modelfile")
+    from transformers import AutoTokenizer  # not at the top: unsloth, which must come before it, is not needed here
+
+    modelfile = modelfile_of(recipe, AutoTokenizer.from_pretrained(run.merged))
     write_text(folder / "template", go_template(modelfile.joints))
     if modelfile.system:
         write_text(folder / "system", modelfile.system)
-    write_json(folder / "params", {"stop": modelfile.stops, "num_ctx": recipe.num_ctx or recipe.max_seq_length})
+    write_json(folder / "params", {"stop": modelfile.stops, "num_ctx": modelfile.num_ctx})
 
 
 def _check_contents(run: Run, kind: str, folder: Path, recipe: Recipe) -> None:
@@ -191,19 +176,19 @@ def _check_contents(run: Run, kind: str, folder: Path, recipe: Recipe) -> None:
     gates = Gates(f"push {run.folder.name} {kind}")
     check_secrets(gates, Run(folder))
     places = _places(run, recipe)
-    held = [f"{path.name} holds {found[0]}" for path in sorted(folder.iterdir())
-            if (found := places.search(_text(path)))]
-    gates.check("paths", not held, f"{len(held)} files", "none", "; ".join(held[:3]),
+    causes = [f"{path.name} holds {match[0]}" for path in sorted(folder.iterdir())
+              if (match := places.search(_text(path)))]
+    gates.check("paths", not causes, f"{len(causes)} files", "none", "; ".join(causes[:3]),
                 "take the path out of that file and run again, or report it: a path should never get there")
     gates.require()
 
 
 def _places(run: Run, recipe: Recipe) -> re.Pattern[str]:
     """Matches the folders and files of this machine that nothing pushed may name."""
-    named = [recipe.model_name, *recipe.sources, *filter(None, (recipe.eval_dataset, recipe.adapter_name_or_path))]
-    local = [Path(name) for name in named if Path(name).expanduser().exists()]
-    paths = [path.expanduser().resolve() for path in
-             (run.folder, Path.home(), Path.cwd(), PROJECT, cache_dir(), Path(tempfile.gettempdir()), *local)]
+    names = [recipe.model_name, *recipe.sources, *filter(None, (recipe.eval_dataset, recipe.adapter_name_or_path))]
+    local = [path for name in names if (path := Path(name).expanduser()).exists()]
+    folders = [run.folder, Path.home(), Path.cwd(), PROJECT, cache_dir(), Path(tempfile.gettempdir())]
+    paths = [path.resolve() for path in [*folders, *local]]
     # As a whole, so that /work is not found in a web address or in /workflow.
     every = "|".join(re.escape(str(path)) for path in paths if len(path.parts) > 1)
     return re.compile(rf"(?<![\w.])(?:{every})(?![\w.-])")
@@ -218,15 +203,17 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _send(site: Site, repo_id: str, folder: Path, private: bool, there: bool | None, name: str) -> str:
+def _send(site: Site, repo_id: str, folder: Path, private: bool, exists: bool, run_name: str) -> str:
+    """Send the folder to the repository, which is made if need be; returns its URL."""
     files = [path.stat().st_size for path in folder.iterdir()]
     print(f"{repo_id}: {len(files)} files, {size(sum(files))} …", flush=True)
-    if there is None:
-        site.create(repo_id, private)
-        # An organisation's settings can overrule the wish.
-        if private and not site.private(repo_id):
-            raise KitError(f"push: {site.url(repo_id)} was made, but not private; nothing has been sent",
-                           "remove it on the hub, look at the organisation's settings, and push to another account")
-    changed = site.upload(repo_id, folder, f"{name}, pushed by unsloth-kit")
+    with hub_errors(repo_id):
+        if not exists:
+            site.create(repo_id, private)
+            # An organisation's settings can overrule the wish.
+            if private and not site.private(repo_id):
+                raise KitError(f"push: {site.url(repo_id)} was made, but not private; nothing has been sent",
+                               "remove it on the hub, look at the organisation's settings, and push to another account")
+        changed = site.upload(repo_id, folder, f"{run_name}, pushed by unsloth-kit")
     print(f"{site.url(repo_id)}" + ("" if changed else ": already there, nothing sent"), flush=True)
     return site.url(repo_id)

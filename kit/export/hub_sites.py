@@ -1,7 +1,7 @@
-"""The hubs a run is pushed to, behind one small interface: who is logged in, is there such a repository, send a folder.
+"""The hubs a run is pushed to: Hugging Face through huggingface_hub, ModelScope through modelscope.
 
-Hugging Face through huggingface_hub, ModelScope through modelscope. Logins are theirs: the environment, or what their
-own login command stored. Every error of theirs becomes one KitError.
+Logins are theirs: the environment, or what their own login command stored. Their methods raise what the library
+raises, and `hub_errors` makes a KitError of that.
 """
 
 from __future__ import annotations
@@ -12,39 +12,22 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, one_line
 from kit.common.files import sha256
 
 QUOTA = (402, 413, 507)
 ENDPOINTS = "HF_ENDPOINT (MODELSCOPE_ENDPOINT) and HF_HUB_OFFLINE"
-
-
-class Site(Protocol):
-    """A hub with a login. All methods raise KitError for what the hub refuses and when it can't be reached."""
-
-    address: str  # its name in links and in `ollama run`
-    user: str
-
-    def private(self, repo_id: str) -> bool | None:
-        """Whether the repository is private; None when there is none."""
-
-    def create(self, repo_id: str, private: bool) -> None:
-        """Make the repository, which is not there yet."""
-
-    def upload(self, repo_id: str, folder: Path, message: str) -> bool:
-        """Send the files of `folder`; False when the repository holds exactly these already."""
-
-    def url(self, repo_id: str) -> str:
-        """The page of the repository."""
+# By name: those of Python, of httpx and of requests.
+UNREACHABLE = {"ConnectionError", "TimeoutError", "TransportError", "RequestException"}
+AGAIN = "then push again: what has arrived is not sent twice"
 
 
 class HuggingFace:
-    """huggingface.co, or the hub at HF_ENDPOINT."""
+    """huggingface.co, or the hub at HF_ENDPOINT; `address` is its name in links and in `ollama run`."""
 
     address = "hf.co"
 
@@ -53,38 +36,38 @@ class HuggingFace:
             raise KitError("no login at Hugging Face", "set HF_TOKEN in the environment to a token with write access "
                            "(https://huggingface.co/settings/tokens), or log in once with `hf auth login`")
         self.api = HfApi(library_name="unsloth-kit")
-        with told("Hugging Face"):
-            self.user = str(self.api.whoami()["name"])
+        self.user = str(self.api.whoami()["name"])
 
     def private(self, repo_id: str) -> bool | None:
-        with told(repo_id):
-            try:
-                return bool(self.api.repo_info(repo_id).private)
-            except RepositoryNotFoundError:
-                return None
+        """Whether the repository is private; None when there is none."""
+        try:
+            return bool(self.api.repo_info(repo_id).private)
+        except RepositoryNotFoundError:
+            return None
 
     def create(self, repo_id: str, private: bool) -> None:
-        with told(repo_id):
-            self.api.create_repo(repo_id, private=private, exist_ok=True)
+        """Make the repository, which is not there yet."""
+        self.api.create_repo(repo_id, private=private, exist_ok=True)
 
     def upload(self, repo_id: str, folder: Path, message: str) -> bool:
-        with told(repo_id):
-            before = self.api.repo_info(repo_id).sha
-            commit = self.api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        """Send the files of `folder`; False when the repository holds exactly these already."""
+        before = self.api.repo_info(repo_id).sha
+        commit = self.api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         return bool(commit.oid != before)
 
     def url(self, repo_id: str) -> str:
+        """The page of the repository."""
         return f"{self.api.endpoint}/{repo_id}"
 
 
 class ModelScope:
-    """modelscope.cn, or the hub at MODELSCOPE_ENDPOINT."""
+    """modelscope.cn, or the hub at MODELSCOPE_ENDPOINT; the methods are those of HuggingFace."""
 
     address = "modelscope.cn"
 
     def __init__(self) -> None:
         try:
-            from modelscope_hub import HubApi, HubConfig
+            from modelscope_hub import HubApi, HubConfig  # an optional package
         except ImportError:
             raise KitError("hub: modelscope needs the package modelscope", "pip install -U modelscope") from None
         self.config = HubConfig()
@@ -92,50 +75,49 @@ class ModelScope:
             raise KitError("no login at ModelScope", "set MODELSCOPE_API_TOKEN in the environment "
                            "(https://modelscope.cn/my/myaccesstoken), or log in once with `modelscope login`")
         self.api = HubApi(self.config)
-        with told("ModelScope"):
-            self.user = str(self.api.whoami().username)
+        self.user = str(self.api.whoami().username)
 
     def private(self, repo_id: str) -> bool | None:
         from modelscope_hub import NotExistError, Visibility
 
-        with told(repo_id):
-            try:
-                return self.api.get_repo(repo_id, "model").visibility == Visibility.PRIVATE
-            except NotExistError:
-                return None
+        try:
+            return self.api.get_repo(repo_id, "model").visibility == Visibility.PRIVATE
+        except NotExistError:
+            return None
 
     def create(self, repo_id: str, private: bool) -> None:
-        with told(repo_id):
-            # Without a licence the library would claim Apache-2.0.
-            self.api.create_repo(repo_id, "model", visibility="private" if private else "public", license="other")
+        # Without a licence the library would claim Apache-2.0.
+        self.api.create_repo(repo_id, "model", visibility="private" if private else "public", license="other")
 
     def upload(self, repo_id: str, folder: Path, message: str) -> bool:
-        with told(repo_id):
-            there = {file.path: file.sha256 for file in self.api.list_repo_files(repo_id, "model")}
-            if all(there.get(path.name) == sha256(path) for path in folder.iterdir()):
-                return False
-            self.api.upload_folder(repo_id, "model", folder_path=folder, commit_message=message, use_cache=False)
+        hashes = {file.path: file.sha256 for file in self.api.list_repo_files(repo_id, "model")}
+        if all(hashes.get(path.name) == sha256(path) for path in folder.iterdir()):
+            return False
+        self.api.upload_folder(repo_id, "model", folder_path=folder, commit_message=message, use_cache=False)
         return True
 
     def url(self, repo_id: str) -> str:
         return f"{self.config.endpoint}/models/{repo_id}"
 
 
+Site = HuggingFace | ModelScope
+
+
 def login(hub: str) -> Site:
-    """The hub of the recipe's name (huggingface, modelscope), logged in."""
-    return ModelScope() if hub == "modelscope" else HuggingFace()
+    """The hub of the recipe's name (huggingface, modelscope), logged in; KitError without a login."""
+    with hub_errors("ModelScope" if hub == "modelscope" else "Hugging Face"):
+        return ModelScope() if hub == "modelscope" else HuggingFace()
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
+def hub_errors(where: str) -> Iterator[None]:
     """Whatever a hub's library raises becomes a KitError that says what happened at `where`, and what to do."""
     try:
         yield
     except KitError:
         raise
     except Exception as error:  # two libraries, two HTTP clients and a native one, each with types of its own
-        chain = list(_causes(error))
-        message, hint = _explained(chain)
+        message, hint = _explained(list(_causes(error)))
         raise KitError(f"push: {where}: {message}", hint) from None
 
 
@@ -145,43 +127,36 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status_code", None)
-    return int(status) if status else None
+def _status(error: BaseException) -> int:
+    """The HTTP status of the hub's answer; 0 for an error without one."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or getattr(error, "status_code", 0) or 0)
 
 
 def _explained(chain: list[BaseException]) -> tuple[str, str]:
-    answer = next((one for one in chain if _status(one)), None)
-    status = _status(answer) if answer else None
-    said = _said(*([answer] if answer else [chain[0], chain[-1]]))
-    again = "then push again: what has arrived is not sent twice"
-    if status == 401:
-        return f"the hub does not take this login (401): {said}", \
-            "make a new token with write access and set it in the environment, or log in again"
-    if status in QUOTA or "storage limit" in said.lower() or "quota" in said.lower():
-        return f"the account has no room for it: {said}", f"free room on the hub or push less (--what), {again}"
-    if status == 403:
-        return f"this login may not write there (403): {said}", \
-            "use a token with write access to that user or organisation, or another hub_model_id"
-    if status is not None:
-        return f"the hub refused ({status}): {said}", f"wait a little, {again}" if status >= 429 else \
-            "mend what it names; the run's own files are as they were"
-    if any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in chain):
-        return f"the disk is full: {said}", f"free room, {again}"
-    if any(_unreachable(one) for one in chain):
-        return f"the hub can't be reached: {said}", f"look at the network, a proxy, {ENDPOINTS}, {again}"
-    return f"{type(chain[0]).__name__}: {said}", f"mend that, {again}"
+    """(what happened, what to do) of an error and its causes."""
+    answers = [error for error in chain if _status(error)][:1]
+    status = _status(answers[0]) if answers else 0
+    reason = _reason(answers or [chain[0], chain[-1]])
+    disk_full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in chain)
+    types = {kind.__name__ for error in chain for kind in type(error).__mro__}
+    cases = [
+        (status == 401, "the hub does not take this login (401)",
+         "make a new token with write access and set it in the environment, or log in again"),
+        (status in QUOTA or re.search("storage limit|quota", reason, re.IGNORECASE), "the account has no room for it",
+         f"free room on the hub or push less (--what), {AGAIN}"),
+        (status == 403, "this login may not write there (403)",
+         "use a token with write access to that user or organisation, or another hub_model_id"),
+        (status >= 429, f"the hub refused ({status})", f"wait a little, {AGAIN}"),
+        (status, f"the hub refused ({status})", "mend what it names; the run's own files are as they were"),
+        (disk_full, "the disk is full", f"free room, {AGAIN}"),
+        (types & UNREACHABLE, "the hub can't be reached", f"look at the network, a proxy, {ENDPOINTS}, {AGAIN}"),
+        (True, type(chain[0]).__name__, f"mend that, {AGAIN}")]
+    return next((f"{what}: {reason}", hint) for applies, what, hint in cases if applies)
 
 
-def _unreachable(error: BaseException) -> bool:
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, (ConnectionError, TimeoutError)) or bool(names & {"TransportError", "RequestException"})
-
-
-def _said(*errors: BaseException) -> str:
+def _reason(errors: list[BaseException]) -> str:
     """One line of some errors, without the signatures that addresses of an upload carry, and without tokens."""
-    told = dict.fromkeys(" ".join(str(error).split()) or type(error).__name__ for error in errors)
-    text = re.sub(r"\?\S+", "?…", ": ".join(told))
+    text = re.sub(r"\?\S+", "?…", ": ".join(dict.fromkeys(one_line(error, 10_000) for error in errors)))
     for name, value in os.environ.items():
         if name.endswith("_TOKEN") and len(value) >= 8:
             text = text.replace(value, f"${name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -13,11 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kit.common.errors import GateError, KitError
+from kit.common.files import read_json
 from kit.common.weight_files import read_weights_header, weight_files
-from kit.models.adapters import PREFIX, changed_base, read_adapter_config
+from kit.models.fetch import PREFIX, changed_base, read_adapter_config
 from kit.models.precision import rounded_by_chance
 
 PIECE = 16 << 20  # bytes copied at once
+HEAD = "lm_head.weight"
 LEFT_OUT = "set save_merged: none and gguf: [], and load the adapter with PEFT"
 # Settings of PEFT's LoraConfig that make another update than W + s B A, or write it to other weights.
 UNKNOWN = ("fan_in_fan_out", "target_parameters", "lora_bias", "use_qalora", "use_bdlora", "arrow_config",
@@ -56,8 +57,7 @@ def check_mergeable(adapter: Path, base: Path) -> None:
     if start := changed_base(config):
         raise KitError(f"the adapter began with init_lora_weights: {start}, which changes the base model's weights "
                        "too: merged into the original ones it would be another model", LEFT_OUT)
-    model = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if model.get("quantization_config"):
+    if read_json(base / "config.json").get("quantization_config"):
         raise KitError(f"{base} holds quantised weights, an adapter is merged into 16-bit ones",
                        "set model_name (or --base) to the 16-bit original; load_in_4bit quantises it while loading")
 
@@ -77,16 +77,16 @@ def changes_of(adapter: Path) -> dict[str, Any]:
                for key, tensor in load_file(adapter / "adapter_model.safetensors").items()}
     changes: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        stem, found, rest = name.partition(".lora_")
-        if not found:
+        stem, is_lora, part = name.partition(".lora_")
+        if not is_lora:
             changes[re.sub(r"\.(base_layer|modules_to_save)(?=\.)", "", name)] = tensor
-        elif rest == "A.weight":
+        elif part == "A.weight":
             alpha, r = alphas.get(get_pattern_key(list(alphas), stem), config["lora_alpha"]), tensor.shape[0]
             lengths = f"{stem}.lora_magnitude_vector"
             magnitude = tensors.get(lengths, tensors.get(f"{lengths}.weight"))
             changes[f"{stem}.weight"] = LowRank(tensor, tensors[f"{stem}.lora_B.weight"],
                                                 alpha / (math.sqrt(r) if config.get("use_rslora") else r), magnitude)
-        elif not rest.startswith(("B.weight", "magnitude_vector")):
+        elif not part.startswith(("B.weight", "magnitude_vector")):
             raise KitError(f"the adapter holds {name}, which can't be merged yet", LEFT_OUT)
     return changes
 
@@ -98,16 +98,14 @@ def fitting(changes: dict[str, Any], adapter: Path, base: Path) -> dict[str, Any
     """
     shapes = {name: tensor.shape for file in weight_files(base)
               for name, tensor in read_weights_header(file).tensors.items()}
-    heads = {name for name in shapes if name.endswith("lm_head.weight")}
-    words = {name: change for name, change in changes.items() if name.endswith("embed_tokens.weight")}
-    head = {name: change for name, change in changes.items() if name.endswith("lm_head.weight")}
-    if not heads and (words or head):
-        pair = [*words.values(), *head.values()]
-        if len(pair) < 2 or not all(isinstance(one, torch.Tensor) for one in pair) or not torch.equal(*pair):
-            trained = ", ".join(sorted([*words, *head]))
-            raise KitError(f"the adapter {adapter} trained {trained}, but {base} ties its head to its embedding: "
-                           "merged, the other would change too", "train both alike (ensure_weight_tying), or neither")
-        changes = {name: change for name, change in changes.items() if name not in head}
+    tied = {name: change for name, change in changes.items() if name.endswith(("embed_tokens.weight", HEAD))}
+    if tied and not any(name.endswith(HEAD) for name in shapes):
+        pair = list(tied.values())
+        if len(pair) < 2 or not all(isinstance(change, torch.Tensor) for change in pair) or not torch.equal(*pair):
+            raise KitError(f"the adapter {adapter} trained {', '.join(sorted(tied))}, but {base} ties its head to its "
+                           "embedding: merged, the other would change too",
+                           "train both alike (ensure_weight_tying), or neither")
+        changes = {name: change for name, change in changes.items() if not name.endswith(HEAD)}
     if missing := sorted(set(changes) - set(shapes)):
         raise GateError(f"the adapter changes {missing[0]}, which the base model {base} does not have "
                         f"({len(missing)} of {len(changes)} tensors)", "merge into the base it was trained on")
@@ -138,21 +136,15 @@ def merge_file(source: Path, target: Path, changes: dict[str, Any], progress: An
         for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].begin):
             if name in changes:
                 with safe_open(source, framework="pt") as tensors:  # anew each time: what it has read stays mapped
-                    _write(new, merged_tensor(name, tensors.get_tensor(name), changes[name]))
+                    merged = merged_tensor(name, tensors.get_tensor(name), changes[name])
+                new.write(memoryview(merged.contiguous().flatten().view(torch.uint8).numpy()))
                 old.seek(header.start + tensor.end)
             else:
                 _copy(old, new, tensor.end - tensor.begin)
             progress.update(tensor.end - tensor.begin)
 
 
-def _write(file: BinaryIO, tensor: Any) -> None:
-    file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
-
-
 def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
-    while count:
-        piece = old.read(min(count, PIECE))
-        if not piece:
-            raise KitError(f"{old.name} is cut short", "fetch the model again")
-        new.write(piece)
-        count -= len(piece)
+    """Copy `count` bytes, which the header's check has seen to be there."""
+    for size in [PIECE] * (count // PIECE) + [count % PIECE]:
+        new.write(old.read(size))

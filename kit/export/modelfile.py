@@ -9,23 +9,27 @@ either side, and the Modelfile's template is that table of texts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from kit.common.errors import KitError
 from kit.common.files import write_text
+from kit.models import template
+from kit.models.template import Message
+from kit.recipe.recipe import Recipe
 
-Message = dict[str, str]
 # What the template writes between two neighbours: {(role before, role after): text}.
 Joints = dict[tuple[str, str], str]
+Render = Callable[[list[Message]], str]
 START, END = "", "end"
 
 TURN, TURNS = ("user",), ("user", "assistant", "user")
-LONG = ("user", "assistant", "user", "assistant", "user")
+SHAPES = [TURN, TURNS, ("user", "assistant", "user", "assistant", "user")]
 SYSTEM_SHAPES = [("system", *TURN), ("system", *TURNS)]
 # Taken over where the trained template has them in the same form; a message that fits nowhere is left out.
 RARE_SHAPES = [("user", "assistant", "system", "user"), ("user", "system", "user"), ("assistant", "user"),
@@ -40,6 +44,30 @@ PROOF = [
 ]
 
 
+class Modelfile(NamedTuple):
+    """What a Modelfile consists of, but for the GGUF that it names; `notes` are the comments on top."""
+
+    joints: Joints
+    stops: list[str]
+    num_ctx: int
+    system: str
+    notes: list[str]
+
+    def text(self, gguf_name: str) -> str:
+        """The file for the GGUF of that name beside it."""
+        system = [f'SYSTEM """{self.system}"""'] if self.system else []
+        stops = [f'PARAMETER stop "{token}"' for token in self.stops]
+        return "\n".join([*(f"# {note}" for note in self.notes), f"FROM ./{gguf_name}",
+                          f'TEMPLATE """{go_template(self.joints)}"""', *system, *stops,
+                          f"PARAMETER num_ctx {self.num_ctx}", ""])
+
+    def prompt(self, messages: list[Message]) -> str:
+        """What Ollama sends to the model for these messages, without the BOS it may add."""
+        if self.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return fill(self.joints, messages)
+
+
 def write_modelfile(path: Path, gguf_name: str, tokenizer: Any, num_ctx: int,
                     template_kwargs: dict[str, Any] | None = None, system: str = "") -> Path:
     """Write the Modelfile at `path` for the file `gguf_name` beside it; return `path`.
@@ -48,6 +76,17 @@ def write_modelfile(path: Path, gguf_name: str, tokenizer: Any, num_ctx: int,
     its answers, `num_ctx` is in tokens. `system` is the system prompt that every trained conversation had, if
     any; none is invented. Raises KitError when Ollama's template language cannot express the chat template.
     """
+    write_text(path, _modelfile(tokenizer, num_ctx, template_kwargs or {}, system).text(gguf_name))
+    return path
+
+
+def modelfile_of(recipe: Recipe, tokenizer: Any) -> Modelfile:
+    """The Modelfile that a run of this recipe writes; errors as of `write_modelfile`."""
+    return _modelfile(tokenizer, recipe.num_ctx or recipe.max_seq_length, template.template_kwargs(recipe),
+                      recipe.system_prompt or "")
+
+
+def _modelfile(tokenizer: Any, num_ctx: int, options: dict[str, Any], system: str) -> Modelfile:
     if not tokenizer.chat_template:
         raise KitError("the tokenizer holds no chat template to write a Modelfile from",
                        "export from the run's adapter or merged folder: its tokenizer holds the trained one")
@@ -56,55 +95,53 @@ def write_modelfile(path: Path, gguf_name: str, tokenizer: Any, num_ctx: int,
                        "write it with other quotes")
 
     def render(messages: list[Message]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                                 **(template_kwargs or {})))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     joints = derive(render)
-    prove(joints, render)
     notes = limits(joints, render, tokenizer)
-    joints = without_bos(joints, tokenizer)
-    lines = [*(f"# {note}" for note in notes), f"FROM ./{gguf_name}", f'TEMPLATE """{go_template(joints)}"""']
-    if system:
-        lines.append(f'SYSTEM """{system}"""')
-    lines += [f'PARAMETER stop "{token}"' for token in stop_tokens(joints, tokenizer)]
-    lines.append(f"PARAMETER num_ctx {num_ctx}")
-
-    write_text(path, "\n".join(lines) + "\n")
-    return path
+    bos = added_bos(tokenizer)
+    joints = {pair: text.removeprefix(bos) if pair[0] == START else text for pair, text in joints.items()}
+    return Modelfile(joints, stop_tokens(joints, tokenizer), num_ctx, system, notes)
 
 
-def derive(render: Callable[[list[Message]], str]) -> Joints:
-    """The texts between neighbours, read off renderings whose contents are marks.
+def derive(render: Render) -> Joints:
+    """The texts between neighbours, read off renderings whose contents are marks, and proven on PROOF's.
 
-    Raises KitError when a text depends on more than its two neighbours, or a message is lost or moved.
+    Raises KitError when a text depends on more than its two neighbours, or a message is lost, moved or changed.
     """
     joints: Joints = {}
-    for shape in (TURN, TURNS, LONG, *SYSTEM_SHAPES, *RARE_SHAPES):
+    for shape in (*SHAPES, *SYSTEM_SHAPES, *RARE_SHAPES):
         marks = [f"\ue020{number}\ue021" for number in range(len(shape))]
         text = _try(render, _conversation(shape, marks))
         if shape in RARE_SHAPES and "system" in shape and (START, "system") not in joints:
             continue  # a template that refuses a first system message may take a later one for an answer
         if text is None or ("system" in shape and marks[shape.index("system")] not in text):
-            if shape in (TURN, TURNS, LONG):
+            if shape in SHAPES:
                 raise _inexpressible(f"it refuses a conversation of {' → '.join(shape)}")
             continue  # a template without a system role, or without this order of roles
         try:
-            joints = _with(joints, shape, _between(text, marks))
+            joints = _with(joints, shape, text, marks)
         except KitError:
             if shape not in RARE_SHAPES:
                 raise
+    for messages in proof_conversations((START, "system") in joints):
+        trained, written = render(messages), fill(joints, messages)
+        if trained != written:
+            raise _inexpressible("it writes {!r}, where Ollama would write {!r}".format(
+                *around_difference(trained, written)))
     return joints
 
 
-def _with(joints: Joints, shape: tuple[str, ...], texts: list[str] | None) -> Joints:
+def _with(joints: Joints, shape: tuple[str, ...], text: str, marks: list[str]) -> Joints:
     """`joints` and those of one rendering; KitError if a message is not in its place or two texts differ."""
-    if texts is None:
+    mark = "\ue020\\d+\ue021"
+    if re.findall(mark, text) != marks:
         raise _inexpressible(f"in {' → '.join(shape)} it repeats, drops or moves a message")
     joints = dict(joints)
-    for pair, text in zip(pairwise([START, *shape, END]), texts, strict=True):
-        if joints.setdefault(pair, text) != text:
+    for pair, joint in zip(pairwise([START, *shape, END]), re.split(mark, text), strict=True):
+        if joints.setdefault(pair, joint) != joint:
             raise _inexpressible(f"between {pair[0] or 'the start'} and {pair[1]} it writes {joints[pair]!r}, "
-                                 f"but also {text!r} (in {' → '.join(shape)})")
+                                 f"but also {joint!r} (in {' → '.join(shape)})")
     return joints
 
 
@@ -141,74 +178,46 @@ def go_template(joints: Joints) -> str:
     return "\n".join(lines)
 
 
-def prove(joints: Joints, render: Callable[[list[Message]], str]) -> None:
-    """Raise KitError with the first difference if `fill` and the trained template render differently."""
-    for messages in proof_conversations((START, "system") in joints):
-        trained, ours = render(messages), fill(joints, messages)
-        if trained != ours:
-            raise _inexpressible("it writes {!r}, where Ollama would write {!r}".format(
-                *around_difference(trained, ours)))
-
-
 def proof_conversations(system: bool) -> list[list[Message]]:
     """One turn and several, each text of PROOF in each place; `system` adds those that begin with one."""
-    shapes = [TURN, TURNS, LONG, *(SYSTEM_SHAPES if system else [])]
     return [_conversation(shape, (PROOF * 2)[first:first + len(shape)])
-            for shape in shapes for first in range(len(PROOF))]
+            for shape in SHAPES + (SYSTEM_SHAPES if system else []) for first in range(len(PROOF))]
 
 
-def limits(joints: Joints, render: Callable[[list[Message]], str], tokenizer: Any) -> list[str]:
+def limits(joints: Joints, render: Render, tokenizer: Any) -> list[str]:
     """What the trained template does and Ollama's cannot: one line each, for the top of the Modelfile."""
-    notes = []
+    bos = added_bos(tokenizer)
     spaced = [{"role": "user", "content": " a \n"}]
-    if _try(render, spaced) != fill(joints, spaced):
-        notes.append("The trained template strips the space around a message; Ollama's cannot.")
     thought = _conversation(TURNS, ["a", "<think>\nb\n</think>\n\nc", "d"])
-    if _try(render, thought) != fill(joints, thought):
-        notes.append("The trained template rewrites <think> in earlier answers; Ollama's cannot.")
-    if (START, "system") not in joints:
-        notes.append("The trained template has no system message: one that is sent is left out.")
-    if "strftime_now" in str(tokenizer.chat_template):
-        notes.append("The trained template writes today's date; here it is the date of the export.")
-    if _adds_bos(tokenizer) and not joints[START, "user"].startswith(tokenizer.bos_token):
-        notes.append(f"Ollama puts {tokenizer.bos_token} before every prompt; the trained template does not.")
-    return notes
-
-
-def without_bos(joints: Joints, tokenizer: Any) -> Joints:
-    """Leave the template's own BOS out where Ollama adds one by itself (the GGUF's add_bos_token)."""
-    if not _adds_bos(tokenizer):
-        return joints
-    return {pair: text.removeprefix(tokenizer.bos_token) if pair[0] == START else text
-            for pair, text in joints.items()}
+    notes = {
+        "The trained template strips the space around a message; Ollama's cannot.":
+            _try(render, spaced) != fill(joints, spaced),
+        "The trained template rewrites <think> in earlier answers; Ollama's cannot.":
+            _try(render, thought) != fill(joints, thought),
+        "The trained template has no system message: one that is sent is left out.": (START, "system") not in joints,
+        "The trained template writes today's date; here it is the date of the export.":
+            "strftime_now" in str(tokenizer.chat_template),
+        f"Ollama puts {bos} before every prompt; the trained template does not.":
+            not joints[START, "user"].startswith(bos)}
+    return [note for note, applies in notes.items() if applies]
 
 
 def stop_tokens(joints: Joints, tokenizer: Any) -> list[str]:
     """The tokenizer's EOS and the token right after an assistant's content."""
-    known = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     ending = joints["assistant", "user"]
-    return list(dict.fromkeys([*filter(None, [tokenizer.eos_token]),
-                               *[token for token in known if ending.startswith(token)][:1]]))
+    after = [token for token in map(str, tokenizer.added_tokens_decoder.values()) if ending.startswith(token)]
+    return list(dict.fromkeys(filter(None, [tokenizer.eos_token, max(after, key=len, default=None)])))
 
 
-def _adds_bos(tokenizer: Any) -> bool:
-    return bool(tokenizer.bos_token) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+def added_bos(tokenizer: Any) -> str:
+    """The BOS that Ollama puts before a prompt by itself (the GGUF's add_bos_token), '' for none."""
+    adds = tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if adds else ""
 
 
 def _opening(joints: Joints, pair: tuple[str, str], last: bool) -> str:
     """The text before a message; a last assistant message is a started answer and opens as one."""
     return joints["user", END] if last and pair == ("user", "assistant") else joints[pair]
-
-
-def _between(text: str, marks: list[str]) -> list[str] | None:
-    """The texts before, between and after the marks; None unless each mark is there once and in order."""
-    parts = []
-    for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found or mark in text:
-            return None
-        parts.append(before)
-    return [*parts, text]
 
 
 def around_difference(first: str, second: str) -> tuple[str, str]:
@@ -218,7 +227,7 @@ def around_difference(first: str, second: str) -> tuple[str, str]:
     return first[max(0, at - 30):at + 30], second[max(0, at - 30):at + 30]
 
 
-def _try(render: Callable[[list[Message]], str], messages: list[Message]) -> str | None:
+def _try(render: Render, messages: list[Message]) -> str | None:
     """The rendering, or None when the template refuses the conversation, or fails for want of `tools`."""
     try:
         return render(messages)

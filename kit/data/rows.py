@@ -1,0 +1,144 @@
+"""Rows of a source, good and bad: each with its place, its shape, and its messages or its faults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kit.common.errors import KitError
+from kit.common.show import bar
+from kit.data.readers import read_rows
+from kit.data.records import Problem
+from kit.data.shapes import Fault, renamed, to_messages
+from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
+from kit.models.template import Message
+from kit.recipe.reading import MAX_ERRORS
+from kit.recipe.recipe import Recipe
+
+
+class Place(NamedTuple):
+    """Where a row stands: `row` counts from 1; `line` is the file's, None where a file has no lines."""
+
+    file: str
+    row: int
+    line: int | None
+
+    def __str__(self) -> str:
+        return f"row {self.row}" if self.line in (None, self.row) else f"row {self.row} (line {self.line})"
+
+
+class Row(NamedTuple):
+    """A row as it was read, its shape, and its messages or its faults."""
+
+    place: Place
+    raw: Any
+    shape: str | None
+    messages: list[Message]
+    faults: list[Fault]
+
+
+def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None) -> Iterator[Row]:
+    """Every row of a file, a folder, a hub's data set or `starter`, good and bad.
+
+    `on_bytes` is called with how many further bytes of the files have been read. Raises KitError for what can't be
+    read at all.
+    """
+    local = fetched(source, recipe)
+    files = files_of(local, recipe)
+    if files is None:
+        for number, value in enumerate(hub_rows(str(local), recipe), 1):
+            yield _row(Place(str(source), number, None), value, recipe)
+    for path in files or ():
+        name = str(source) if len(files or ()) == 1 else str(path)
+        for item in read_rows(path, on_bytes):
+            place = Place(name, item.row, item.line)
+            if isinstance(item, Problem):
+                yield Row(place, None, None, [], [Fault(item.code, item.message)])
+            else:
+                yield _row(place, item.value, recipe)
+
+
+@contextmanager
+def progress(what: str, source: str | Path, recipe: Recipe) -> Iterator[Callable[[int], object]]:
+    """A bar over the bytes of a source's files, shown when reading takes more than two seconds; yields `on_bytes`.
+
+    Around the loop over the rows, so that the bar is gone before an error is printed.
+    """
+    total = sum(path.stat().st_size for path in files_of(source, recipe) or ())
+    with bar(total or None, what, "B", unit_scale=True, leave=False, delay=2) as shown:
+        yield shown.update
+
+
+def _row(place: Place, raw: Any, recipe: Recipe) -> Row:
+    return Row(place, raw, *to_messages(renamed(raw, recipe.columns)))
+
+
+class Shapes:
+    """How many rows of each file have which shape, and where each shape is first seen."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter[str]] = {}
+        self._first: dict[tuple[str, str], Place] = {}
+
+    def add(self, row: Row) -> None:
+        shape = row.shape or "unknown"
+        self.counts.setdefault(row.place.file, Counter())[shape] += 1
+        self._first.setdefault((row.place.file, shape), row.place)
+
+    def mixed(self) -> Iterator[tuple[Place, str]]:
+        """For each file that mixes shapes, the first row of the rarest and a message with the count of each."""
+        for file, counts in self.counts.items():
+            known = [(shape, count) for shape, count in counts.most_common() if shape != "unknown"]
+            if len(known) > 1:
+                parts = [f"{shape} {count:,} (first: {self._first[file, shape]})" for shape, count in known]
+                rarest = min(known, key=lambda item: item[1])[0]
+                yield self._first[file, rarest], f"dataset: {file} mixes shapes: {', '.join(parts)}"
+
+
+class Problems(list[str]):
+    """The first 20 things that are wrong with rows, and how many there are."""
+
+    total = 0
+
+    def add(self, problem: str) -> None:
+        self.total += 1
+        if len(self) < MAX_ERRORS:
+            self.append(problem)
+
+    def refuse(self, what: str, hint: str) -> None:
+        """KitError that lists them; nothing when there is none."""
+        if self:
+            more = f"\n  … and {self.total - len(self):,} more" if self.total > len(self) else ""
+            raise KitError(f"{what} ({self.total:,}):\n  " + "\n  ".join(self) + more, hint)
+
+
+def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None) -> Iterator[Row]:
+    """The rows of a source; KitError at the end with up to 20 bad ones, or when a file mixes shapes."""
+    problems, shapes = Problems(), Shapes()
+    for row in rows_of(source, recipe, on_bytes):
+        shapes.add(row)
+        if row.faults:
+            file = "" if row.place.file == str(source) else f"{Path(row.place.file).name} "
+            problems.add(f"{file}{row.place}: {'; '.join(fault.message for fault in row.faults)}")
+        elif not problems:
+            yield row
+    for _, message in shapes.mixed():
+        raise KitError(message, "bring all rows of a file to one shape, or put each shape into a file of its own")
+    problems.refuse(f"dataset: {source}: bad rows",
+                    f"`kit lint {source}` shows all of them with remedies; known shapes: Alpaca (instruction, output), "
+                    "messages, conversations, prompt and completion, question and answer, others through columns")
+    if not shapes.counts:
+        raise empty(source)
+
+
+def empty(source: str | Path) -> KitError:
+    return KitError(f"dataset: {source} is empty", "it needs at least one row")
+
+
+def where(place: Place, recipe: Recipe) -> str:
+    """The place, with its file's name unless the recipe has only one file it can be in."""
+    unmistakable = place.file in (recipe.eval_dataset, HELDOUT) or [place.file] == list(recipe.sources)
+    return str(place) if unmistakable else f"{Path(place.file).name} {place}"
