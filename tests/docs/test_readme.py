@@ -71,3 +71,11 @@ def test_fields_it_names_exist() -> None:
 
     for name in re.findall(r"`(\w+): ", README):
         assert name in Recipe.model_fields, name
+
+
+@pytest.mark.parametrize("page", ["changing.md", "tests.md"])
+def test_every_file_these_pages_name_exists(page: str) -> None:
+    names = re.findall(r"`((?:kit|tests)/[\w./*]+)`", (PROJECT / "docs" / page).read_text(encoding="utf-8"))
+    assert len(names) > 20
+    for name in names:
+        assert (PROJECT / name).exists(), name
