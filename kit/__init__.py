@@ -44,7 +44,7 @@ _HOMES = {
     "resolved": "recipe.settings",
     "rows_of": "data.rows",
     "save_adapter": "export.adapter",
-    "score": "answering.score",
+    "score": "answering.replies",
     "scores": "common.show",
     "seal": "runs.provenance",
     "show": "common.show",

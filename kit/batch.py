@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -42,7 +41,7 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     run = Run.of(_validated(source, overrides, overwrite))
     run.folder.mkdir(parents=True, exist_ok=True)
     _pass_on_signals(run)
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of every field not named in the notebook
+    logger.setLevel("ERROR")  # it warns of every field not named in the notebook
     papermill_engines.register("kit", SpeakingEngine)
     reason = "the kernel ended before the last cell"
     try:
@@ -54,7 +53,7 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
         return _ended(run, "interrupted", 130)
     except PapermillException as error:
         codes = {"Stopped": Stopped.exit_code, "KeyboardInterrupt": 130}
-        if code := codes.get(str(getattr(error, "ename", ""))):
+        if code := codes.get(getattr(error, "ename", "")):
             return _ended(run, "interrupted", code)
         reason = str(getattr(error, "evalue", "")) or str(error).strip().splitlines()[-1]
     except Exception as error:  # a dead kernel surfaces as one of several types
@@ -70,20 +69,20 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     recipe = _validated(source, overrides, overwrite)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     join(recipe)
-    run, namespace = Run.of(recipe), {"__name__": "__main__"}
-    reason = "the notebook ended early"
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    reason, status, code = "the notebook ended early", "failed", 1
     try:
         _execute(source, overrides, namespace)
     except KeyboardInterrupt:
-        return _ended(run, "interrupted", 130)
+        return _ended(Run.of(recipe), "interrupted", 130)
     except KitError as error:
         if not is_main():
             time.sleep(SECONDS_BEHIND_MAIN)
             print(f"kit: process {rank()}: {error.message}", file=sys.stderr)
             return 0 if isinstance(error, Stopped) else error.exit_code
         print(f"kit: {error}", file=sys.stderr)
-        _fail(namespace, f"{type(error).__name__}: {error}", "stopped" if isinstance(error, Stopped) else "failed")
-        return _ended(run, str(error), error.exit_code)
+        reason, code = f"{type(error).__name__}: {error}", error.exit_code
+        status = "stopped" if isinstance(error, Stopped) else "failed"
     except SystemExit as stop:
         reason = f"a cell called exit({stop.code})"
     except Exception as error:
@@ -91,8 +90,10 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
         reason = f"{type(error).__name__}: {error}"
     if not is_main():
         return 0
-    _fail(namespace, reason)
-    return _ended(run, reason, 1)
+    run = namespace.get("run")
+    if isinstance(run, Run) and run.result.get("status") == "running":
+        run.fail(reason, status)
+    return _ended(Run.of(recipe), reason, code)
 
 
 def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Recipe:
@@ -105,12 +106,6 @@ def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Recip
         clear(run.folder, run.checkpoints)
     preflight(recipe)
     return recipe
-
-
-def _fail(namespace: dict[str, Any], reason: str, status: str = "failed") -> None:
-    run = namespace.get("run")
-    if isinstance(run, Run) and run.result.get("status") == "running":
-        run.fail(reason, status)
 
 
 def _ended(run: Run, reason: str, code: int) -> int:
@@ -166,16 +161,14 @@ class SpeakingClient(PapermillNotebookClient):
 
     def execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
         if cell.cell_type == "markdown" and (title := heading(cell.source)):
-            self.stdout_file.write(f"\n── {title} ── cell {cell_index + 1} of {len(self.nb.cells)}\n")
-            self.stdout_file.flush()
+            print(f"\n── {title} ── cell {cell_index + 1} of {len(self.nb.cells)}", file=self.stdout_file, flush=True)
         return super().execute_cell(cell, cell_index, **options)
 
     def log_output_message(self, output: Any) -> None:
         super().log_output_message(output)
         data = output.get("data", {})
         if "text/plain" in data and "image/png" not in data:
-            self.stdout_file.write("".join(data["text/plain"]) + "\n")
-            self.stdout_file.flush()
+            print("".join(data["text/plain"]), file=self.stdout_file, flush=True)
 
 
 class SpeakingEngine(NBClientEngine):

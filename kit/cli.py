@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from kit.common.errors import KitError
 
@@ -18,11 +19,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Fine-tune, export and check: what you ship is what you trained.")
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/quickstart.yaml")]
-Fields = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Recipe fields set on top")]
-Overwrite = Annotated[bool, typer.Option(help="Replace a finished run of that name")]
-Engine = Annotated[str | None, typer.Option(
-    help="gguf, merged, adapter or base; by default the lightest that is there")]
+RecipePath = Annotated[str, Argument(metavar="RECIPE", help="A recipe, for example recipes/quickstart.yaml")]
+Fields = Annotated[list[str] | None, Argument(metavar="[FIELD=VALUE]...", help="Recipe fields set on top")]
+Overwrite = Annotated[bool, Option(help="Replace a finished run of that name")]
+Engine = Annotated[str | None, Option(help="gguf, merged, adapter or base; by default the lightest that is there")]
 
 
 def parsed(fields: list[str] | None) -> dict[str, Any]:
@@ -56,14 +56,14 @@ def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = Fals
 
 @app.command()
 def lint(
-    data: Annotated[str | None, typer.Argument(
+    data: Annotated[str | None, Argument(
         metavar="DATA", help="A file, a folder, a hub id or `starter`; without it, the recipe's data")] = None,
     fields: Fields = None,
-    recipe: Annotated[str | None, typer.Option(help="Check as this recipe trains: model, template, length")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page that shows rows token by token")] = None,
-    fix: Annotated[Path | None, typer.Option(help="Write a repaired copy (.jsonl) with the safe repairs only")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures and findings as JSON")] = False,
-    rows: Annotated[int, typer.Option(help="How many rows to show token by token", min=0)] = 2,
+    recipe: Annotated[str | None, Option(help="Check as this recipe trains: model, template, length")] = None,
+    html: Annotated[Path | None, Option(help="Write a page that shows rows token by token")] = None,
+    fix: Annotated[Path | None, Option(help="Write a repaired copy (.jsonl) with the safe repairs only")] = None,
+    json: Annotated[bool, Option("--json", help="Print the figures and findings as JSON")] = False,
+    rows: Annotated[int, Option(help="How many rows to show token by token", min=0)] = 2,
 ) -> int:
     """Check data before training: shapes, lengths, masks, duplicates, what is wrong and where."""
     from kit.data.lint_command import check, recipe_of
@@ -73,7 +73,7 @@ def lint(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str | None, typer.Argument(
+    recipe: Annotated[str | None, Argument(
         metavar="[RECIPE]", help="Also what this recipe needs: memory, disk, model, data")] = None,
     fields: Fields = None,
 ) -> int:
@@ -84,7 +84,7 @@ def doctor(
 
 
 @app.command()
-def verify(what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder")]) -> int:
+def verify(what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder")]) -> int:
     """Check that what a run ships is what it trained: every gate, with its figure; writes verify.json, report.html."""
     from kit.verifying.verify import verify as check
 
@@ -95,32 +95,31 @@ def verify(what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name
 
 @app.command()
 def push(
-    what: Annotated[str, typer.Argument(metavar="RUN", help="A verified run's name or folder")],
-    kinds: Annotated[str | None, typer.Option(
+    what: Annotated[str, Argument(metavar="RUN", help="A verified run's name or folder")],
+    kinds: Annotated[str | None, Option(
         "--what", help="adapter, merged, gguf, several with commas; by default push_to_hub, or all there is")] = None,
-    to: Annotated[str | None, typer.Option(help="user/name, or a name in your own account")] = None,
-    public: Annotated[bool, typer.Option("--public", help="New repositories are public, not private")] = False,
-    base_model: Annotated[str | None, typer.Option(help="Hub id of a base model that came from a folder")] = None,
+    to: Annotated[str | None, Option(help="user/name, or a name in your own account")] = None,
+    public: Annotated[bool, Option("--public", help="New repositories are public, not private")] = False,
+    base_model: Annotated[str | None, Option(help="Hub id of a base model that came from a folder")] = None,
 ) -> None:
     """Push what kit verify passed to the recipe's hub, each kind with a card. Logins: HF_TOKEN or `hf auth login`."""
-    from kit.export.hub import made_by
-    from kit.export.hub import push as send
+    from kit.export import hub
     from kit.runs.run import Run
 
     pushed = Run.open(what)
-    send(pushed, names(kinds) or pushed.recipe.push_to_hub or made_by(pushed), to, False if public else None,
-         base_model)
+    hub.push(pushed, names(kinds) or pushed.recipe.push_to_hub or hub.made_by(pushed), to, False if public else None,
+             base_model)
 
 
 @app.command()
 def export(
-    what: Annotated[str, typer.Argument(
+    what: Annotated[str, Argument(
         metavar="WHAT", help="A run's name or folder, or the folder of an adapter trained elsewhere")],
-    base: Annotated[str | None, typer.Option(
+    base: Annotated[str | None, Option(
         help="The adapter's base model: a folder or hub id; by default the one it names")] = None,
-    gguf: Annotated[str | None, typer.Option(help="GGUFs to write, several with commas: q8_0,f16")] = None,
-    save_merged: Annotated[str | None, typer.Option(help="16bit, or 4bit for merged-4bit/ besides")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for what is made of an adapter")] = None,
+    gguf: Annotated[str | None, Option(help="GGUFs to write, several with commas: q8_0,f16")] = None,
+    save_merged: Annotated[str | None, Option(help="16bit, or 4bit for merged-4bit/ besides")] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="Folder for what is made of an adapter")] = None,
 ) -> int:
     """Make what a run does not have yet, or of an adapter: merged model, 4-bit copy, GGUFs with their Modelfile."""
     from kit.export.command import export as make
@@ -130,8 +129,8 @@ def export(
 
 @app.command()
 def ask(
-    what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
-    prompt: Annotated[str | None, typer.Argument(help="The question; without it, a conversation")] = None,
+    what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
+    prompt: Annotated[str | None, Argument(help="The question; without it, a conversation")] = None,
     engine: Engine = None,
 ) -> None:
     """Ask a run's model a question; the answer is streamed."""
@@ -149,19 +148,18 @@ def ask(
 
 @app.command()
 def answer(
-    what: Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder, a .gguf file, or a recipe (its "
+    what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder, a .gguf file, or a recipe (its "
                                         "base model)")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Questions: .txt (a line each), .csv, .tsv, .jsonl, "
+    file: Annotated[Path, Argument(metavar="FILE", help="Questions: .txt (a line each), .csv, .tsv, .jsonl, "
                                          ".json or .xlsx")],
     fields: Fields = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="By default beside FILE: <stem>.answers<suffix>")]
-    = None,
+    out: Annotated[Path | None, Option("-o", "--out", help="By default beside FILE: <stem>.answers<suffix>")] = None,
     engine: Engine = None,
-    column: Annotated[str | None, typer.Option(
+    column: Annotated[str | None, Option(
         help="The questions' column; by default prompt or question, else the first")] = None,
-    answer_column: Annotated[str, typer.Option(help="The column that answers come into")] = "answer",
-    batch_size: Annotated[int, typer.Option(help="Rows answered at once", min=1)] = 20,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT, and answers kept of another request")] = False,
+    answer_column: Annotated[str, Option(help="The column that answers come into")] = "answer",
+    batch_size: Annotated[int, Option(help="Rows answered at once", min=1)] = 20,
+    overwrite: Annotated[bool, Option(help="Replace OUT, and answers kept of another request")] = False,
 ) -> int:
     """Answer a whole file, the other columns kept; after a kill the same command resumes. Exit code 1: rows failed."""
     from kit.answering.answer_file import answer_file
@@ -205,7 +203,3 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,17 +6,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+
 if TYPE_CHECKING:
     from datasets import Dataset
-    from matplotlib.figure import Figure
 
     from kit.training.train import TrainResult
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
     """A figure of its own (not pyplot's), so that nothing is shown twice and no window is needed."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)

@@ -8,12 +8,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.answering.engines import Engine, choose
+from kit.answering.engines import Engine, InMemory, LlamaCpp, Prompt, choose, fitted
 from kit.answering.journal import Answer, Journal
 from kit.answering.question_files import LONGEST_CELL, Questions, known_suffix, read_questions, write_answers
 from kit.answering.replies import by_length
-from kit.answering.row_engines import InMemory, LlamaCpp, Prompt, fitted
-from kit.common.errors import GateError, KitError
+from kit.common.errors import GateError, KitError, one_line
 from kit.common.files import sha256
 from kit.common.show import bar, duration
 from kit.recipe.fields import fields_affecting
@@ -43,8 +42,9 @@ class Answered(NamedTuple):
         if self.cut_off:
             lines.append(f"cut off at max_new_tokens: {self.cut_off:,} answers")
         if self.shortened:
+            rows = ", ".join(map(str, list(self.shortened)[:SHOWN])) + ", …" * (len(self.shortened) > SHOWN)
             lines.append(f"longer than max_input_length: {len(self.shortened):,} prompts, which lost "
-                         f"{sum(self.shortened.values()):,} tokens from their middle (row {_first(self.shortened)})")
+                         f"{sum(self.shortened.values()):,} tokens from their middle (row {rows})")
         if self.failed:
             lines.append(f"failed: {len(self.failed):,} of {self.rows:,} rows")
             lines += [f"  row {row}: {why}" for row, why in list(self.failed.items())[:SHOWN]]
@@ -67,9 +67,7 @@ def answer_file(run: str | Path, file: str | Path, out: str | Path | None = None
     questions = read_questions(Path(file), column, selected.recipe.columns)
     target = Path(out) if out else Path(file).with_name(f"{Path(file).stem}.answers{Path(file).suffix}")
     columns = [answer_column, f"{answer_column}_error", f"{answer_column}_note"]
-    _check_target(target, questions, columns, overwrite)
-    if batch_size < 1:
-        raise KitError(f"batch size {batch_size}: at least one row is answered at a time", "--batch-size 20")
+    _check_request(target, questions, columns, overwrite, batch_size)
     began = time.perf_counter()
     with Journal(target, _request(selected, questions), overwrite) as journal:
         tokens_before = sum(answer.tokens for answer in journal.done.values())
@@ -158,23 +156,25 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, KitError):
-        return error.message
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return error.message if isinstance(error, KitError) else f"{type(error).__name__}: {one_line(error, 200)}"
 
 
-def _check_target(target: Path, questions: Questions, columns: list[str], overwrite: bool) -> None:
+def _check_request(target: Path, questions: Questions, columns: list[str], overwrite: bool, batch_size: int) -> None:
     known_suffix(target)
-    if target.is_dir():
-        raise KitError(f"{target} is a folder", "name a file with -o")
-    if not target.parent.is_dir():
-        raise KitError(f"{target}: there is no folder {target.parent}", "make it first")
-    if target.resolve() == questions.path.resolve():
-        raise KitError(f"{target} is the file of questions", "name another one with -o")
-    if target.exists() and not overwrite:
-        raise KitError(f"{target} is there already", "name another one with -o, or --overwrite to replace it")
-    if taken := [name for name in columns if name in questions.columns]:
-        raise KitError(f"{questions.path} has a column {taken[0]!r} already", "--answer-column NAME for another name")
+    taken = next((name for name in columns if name in questions.columns), None)
+    for wrong, message, hint in (
+        (target.is_dir(), f"{target} is a folder", "name a file with -o"),
+        (not target.parent.is_dir(), f"{target}: there is no folder {target.parent}", "make it first"),
+        (target.resolve() == questions.path.resolve(), f"{target} is the file of questions",
+         "name another one with -o"),
+        (target.exists() and not overwrite, f"{target} is there already",
+         "name another one with -o, or --overwrite to replace it"),
+        (taken is not None, f"{questions.path} has a column {taken!r} already",
+         "--answer-column NAME for another name"),
+        (batch_size < 1, f"batch size {batch_size}: at least one row is answered at a time", "--batch-size 20"),
+    ):
+        if wrong:
+            raise KitError(message, hint)
 
 
 def _request(engine: Engine, questions: Questions) -> dict[str, Any]:
@@ -203,7 +203,3 @@ def _write(target: Path, questions: Questions, columns: list[str], done: dict[in
     write_answers(target, questions, {name: [values.get(place) for place in range(len(questions.rows))]
                                       for name, values in zip(columns, (texts, failed, notes), strict=True)
                                       if values or name == columns[0]})
-
-
-def _first(rows: dict[int, int]) -> str:
-    return ", ".join(str(row) for row in list(rows)[:SHOWN]) + (", …" if len(rows) > SHOWN else "")

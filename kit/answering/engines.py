@@ -1,15 +1,25 @@
-"""Which model answers `kit ask` and `kit answer`: a run's GGUF, merged folder, adapter or base, or a GGUF file."""
+"""Which model answers `kit ask` and `kit answer`, and how it answers the rows of a file.
+
+It is a run's GGUF, merged folder, adapter or base, or a GGUF file. torch is imported only where a model in memory
+answers.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kit.answering.infer import stream
-from kit.common.errors import KitError, nearest
+from kit.answering.journal import Answer
+from kit.answering.replies import gguf_sampling
+from kit.common.errors import GateError, KitError, nearest
+from kit.data.shapes import longest_user_turn
+from kit.gguf.child import LlamaChild
 from kit.gguf.formats import check_gguf
-from kit.models.template import Message
+from kit.models.template import Message, prompt_ids, template_kwargs, with_system
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 
@@ -81,3 +91,121 @@ def _paths(run: Run) -> dict[str, Path | None]:
              "merged": run.merged if (run.merged / "config.json").is_file() else None,
              "adapter": run.adapter if (run.adapter / "adapter_config.json").is_file() else None}
     return {**{name: path for name, path in paths.items() if path}, "base": None}
+
+
+class Prompt(NamedTuple):
+    """A question as the model gets it; `cut` is how many tokens of it were left out."""
+
+    messages: list[Message]
+    ids: list[int]
+    cut: int
+
+
+class InMemory:
+    """A model in memory; answers a batch at once."""
+
+    together = True
+
+    def __init__(self, engine: Engine) -> None:
+        self.recipe = engine.recipe
+        self.model, self.tokenizer = engine.load()
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.room = _room(self.recipe, positions, f"{self.recipe.model_name} has")
+
+    def ids(self, messages: list[Message]) -> list[int]:
+        return prompt_ids(self.tokenizer, messages, self.recipe)
+
+    def answer(self, prompts: list[Prompt], seed: int) -> list[Answer]:
+        import torch
+
+        from kit.answering.in_memory import answer_batch
+
+        torch.manual_seed(seed)
+        replies = answer_batch(self.model, self.tokenizer, [prompt.ids for prompt in prompts], self.recipe)
+        return [Answer(reply.text, reply.stopped, len(reply.ids)) for reply in replies]
+
+    def prove(self, prompts: list[Prompt]) -> str:
+        from kit.answering.in_memory import check_batching
+
+        return check_batching(self.model, self.tokenizer, [prompt.ids for prompt in prompts])
+
+    def close(self) -> None:
+        from kit.models.load import free_memory
+
+        del self.model
+        free_memory()
+
+
+class LlamaCpp:
+    """A GGUF in llama.cpp; answers one row at a time."""
+
+    together = False
+
+    def __init__(self, engine: Engine) -> None:
+        assert engine.path is not None
+        self.path, self.recipe = engine.path, engine.recipe
+        self.room = _room(self.recipe, self.recipe.num_ctx, "num_ctx is")
+        self._open()
+
+    def _open(self) -> None:
+        self.child = LlamaChild(self.path, n_ctx=self.recipe.num_ctx or self.room + self.recipe.max_new_tokens,
+                                template_kwargs=template_kwargs(self.recipe)).__enter__()
+
+    def ids(self, messages: list[Message]) -> list[int]:
+        with self._reopened():
+            return self.child.prompt_ids(with_system(messages, self.recipe))
+
+    def answer(self, prompts: list[Prompt], seed: int) -> list[Answer]:
+        [prompt] = prompts
+        with self._reopened():
+            text = "".join(self.child.stream(with_system(prompt.messages, self.recipe), seed=seed,
+                                             **gguf_sampling(self.recipe)))
+            return [Answer(text, self.child.finish_reason == "stop", len(self.child.tokenize(text, special=False)))]
+
+    @contextmanager
+    def _reopened(self) -> Iterator[None]:
+        """An error ends the child; the next row needs a new one."""
+        try:
+            yield
+        except GateError:
+            self._open()
+            raise
+
+    def prove(self, prompts: list[Prompt]) -> str:
+        return ""
+
+    def close(self) -> None:
+        self.child.close()
+
+
+def _room(recipe: Recipe, positions: int | None, whose: str) -> int:
+    """Tokens a prompt may have: max_input_length, or what the answer leaves of the model's positions."""
+    wanted = recipe.max_input_length or recipe.max_seq_length
+    left = wanted if positions is None else positions - recipe.max_new_tokens
+    if left < 8:
+        raise KitError(f"max_new_tokens: {recipe.max_new_tokens} leaves no room for a question: {whose} {positions}",
+                       "lower max_new_tokens")
+    if left < wanted:
+        print(f"prompts may have {left:,} tokens, not {wanted:,}: {whose} {positions:,} positions, of which "
+              f"max_new_tokens takes {recipe.max_new_tokens:,}")
+    return min(wanted, left)
+
+
+def fitted(model: InMemory | LlamaCpp, messages: list[Message]) -> Prompt:
+    """The prompt, with the middle of its longest user turn left out where it has more tokens than `model.room`.
+
+    Raises KitError where it does not fit with two letters of that turn either.
+    """
+    ids = model.ids(messages)
+    if len(ids) <= model.room:
+        return Prompt(messages, ids, 0)
+    text, with_ends = longest_user_turn(messages)
+    # Characters kept on each side; llama.cpp's tokens can't be put together here.
+    keep = bisect_right(range(1, len(text) // 2), model.room,
+                        key=lambda kept: len(model.ids(with_ends(text[:kept], text[-kept:]))))
+    if not keep:
+        raise KitError(f"the prompt has {len(ids):,} tokens where {model.room:,} fit, and no user turn long enough to "
+                       "be shortened")
+    shorter = with_ends(text[:keep], text[-keep:])
+    shorter_ids = model.ids(shorter)
+    return Prompt(shorter, shorter_ids, len(ids) - len(shorter_ids))

@@ -143,10 +143,8 @@ def write_answers(path: Path, questions: Questions, added: dict[str, list[str | 
             file.write(json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
         elif suffix in TABLES:
             _write_table(file, suffix, questions.path, [names, *([row.get(name) for name in names] for row in rows)])
-        elif questions.path.suffix.lower() == ".xlsx":
-            _add_to_workbook(file, questions, added)
         else:
-            _write_workbook(file, [names, *([row.get(name) for name in names] for row in rows)])
+            _write_workbook(file, questions, added, {name: [row.get(name) for row in rows] for name in names})
 
 
 def _write_table(file: TextIO, suffix: str, source: Path, rows: list[list[Any]]) -> None:
@@ -169,34 +167,32 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _add_to_workbook(file: TextIO, questions: Questions, added: dict[str, list[str | None]]) -> None:
-    """Into the workbook that was read, behind its last column, so that numbers, formulas and formats stay."""
-    from openpyxl import load_workbook
+def _write_workbook(file: TextIO, questions: Questions, added: dict[str, list[str | None]],
+                    columns: dict[str, list[Any]]) -> None:
+    """Into the workbook that was read, behind its last column, so that numbers, formulas and formats stay.
 
-    book = load_workbook(questions.path)
-    sheet = book.worksheets[0]
-    filled = [(cell.row, cell.column) for cells in sheet.iter_rows() for cell in cells if cell.value not in (None, "")]
-    header, last = min(row for row, _ in filled), max(column for _, column in filled)
-    for column, (name, values) in enumerate(added.items(), last + 1):
-        for line, value in zip([header, *questions.lines], [name, *values], strict=True):
-            _put(sheet.cell(line, column), value)
-    book.save(file.buffer)  # type: ignore[attr-defined]
+    Questions of another kind of file get a new workbook with all `columns`.
+    """
+    from openpyxl import Workbook, load_workbook
 
-
-def _write_workbook(file: TextIO, rows: list[list[Any]]) -> None:
-    from openpyxl import Workbook
-
-    book = Workbook()
-    for line, values in enumerate(rows, 1):
-        for column, value in enumerate(values, 1):
-            _put(book.worksheets[0].cell(line, column), value if isinstance(value, int | float) else _cell(value))
+    if questions.path.suffix.lower() == ".xlsx":
+        book = load_workbook(questions.path)
+        filled = [(cell.row, cell.column) for cells in book.worksheets[0].iter_rows() for cell in cells
+                  if cell.value not in (None, "")]
+        lines = [min(row for row, _ in filled), *questions.lines]
+        first, columns = max(column for _, column in filled) + 1, added
+    else:
+        book, lines, first = Workbook(), list(range(1, len(questions.rows) + 2)), 1
+    for column, (name, values) in enumerate(columns.items(), first):
+        for line, value in zip(lines, [name, *values], strict=True):
+            _put(book.worksheets[0].cell(line, column), value)
     book.save(file.buffer)  # type: ignore[attr-defined]
 
 
 def _put(cell: Any, value: Any) -> None:
     """A text stays one, also where it begins like a formula; what XML has no place for is written as Excel does."""
-    if not isinstance(value, str):
+    if isinstance(value, int | float):
         cell.value = value
-    elif value:
-        cell.value = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: f"_x{ord(m[0]):04X}_", value)[:LONGEST_CELL]
+    elif text := _cell(value):
+        cell.value = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda m: f"_x{ord(m[0]):04X}_", text)[:LONGEST_CELL]
         cell.data_type = "s"

@@ -33,8 +33,7 @@ from kit.readiness.shrink import random_model, shrunk
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.run import Run
-from kit.verifying.gguf_file import check_contents
-from kit.verifying.merge import check_merge
+from kit.verifying.contents import check_contents, check_merge
 from kit.verifying.parity import kl_divergence
 from kit.verifying.template import cases, check_gguf_template
 

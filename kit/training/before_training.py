@@ -45,7 +45,9 @@ def _check_precision(gates: Gates, model: Any, recipe: Recipe) -> None:
     asked = "4-bit" if recipe.load_in_4bit else "8-bit" if recipe.load_in_8bit else \
         "32-bit" if resolved(recipe).dtype == "float32" else "16-bit"
     allowed = {"16-bit", "32-bit"} if asked == "16-bit" else {asked}
-    skipped = _unquantised_parts(model) if asked in ("4-bit", "8-bit") else []
+    config = getattr(model.config, "quantization_config", None) or {}
+    config = config if isinstance(config, dict) else vars(config)
+    skipped = (config.get("llm_int8_skip_modules") or []) if asked in ("4-bit", "8-bit") else []
     others = sorted(name for name, precision in precisions.items() if precision not in allowed)
     wrong = [name for name in others if not any(f".{part}." in f".{name}." for part in skipped)]
     excused = len(others) - len(wrong)
@@ -61,17 +63,9 @@ def _check_precision(gates: Gates, model: Any, recipe: Recipe) -> None:
 
 def _precision(layer: Any) -> str:
     kind = type(layer).__name__
-    for bits in ("4", "8"):  # of bitsandbytes
-        if kind.startswith(f"Linear{bits}bit"):
-            return f"{bits}-bit"
+    if kind.startswith(("Linear4bit", "Linear8bit")):  # of bitsandbytes
+        return f"{kind[6]}-bit"
     return {2: "16-bit", 4: "32-bit"}.get(layer.weight.element_size(), kind)
-
-
-def _unquantised_parts(model: Any) -> list[str]:
-    """Names or parts of names of layers that the model's quantization_config does not quantise."""
-    config = getattr(model.config, "quantization_config", None) or {}
-    config = config if isinstance(config, dict) else vars(config)
-    return list(config.get("llm_int8_skip_modules") or [])
 
 
 def _check_all_trained(gates: Gates, model: Any) -> None:
@@ -134,8 +128,8 @@ def _check_labels(gates: Gates, trainer: SFTTrainer, tokenizer: Any) -> None:
                  f"{tokenizer.eos_token!r}, the first is row {cut[0]}: the model would not learn to stop")
         hint = "check the chat template and max_seq_length"
     elif stops < ends:
-        cause, hint = f"the data collator masks {ends - stops} of {ends} stop tokens ({tokenizer.eos_token!r})", \
-            OWN_COLLATOR
+        cause = f"the data collator masks {ends - stops} of {ends} stop tokens ({tokenizer.eos_token!r})"
+        hint = OWN_COLLATOR
         if tokenizer.pad_token_id == stop:
             cause += ": it is the pad token too, and padding is not trained"
             hint = "give the tokenizer another pad token (kit.load_model does)"
@@ -160,8 +154,7 @@ def _check_settings(gates: Gates, trainer: SFTTrainer, recipe: Recipe) -> None:
     """Reports each setting that a library made different from the recipe's; no failure."""
     asked = {"optim": recipe.optim, "packing": recipe.packing, "max_length": recipe.max_seq_length,
              "gradient_checkpointing": bool(recipe.use_gradient_checkpointing), "learning_rate": recipe.learning_rate}
-    actual = {name: getattr(trainer.args, name) for name in asked}
-    actual = {name: getattr(value, "value", value) for name, value in actual.items()}
+    actual = {name: getattr(value := getattr(trainer.args, name), "value", value) for name in asked}
     changes = [f"{name}: {actual[name]} (asked: {value})" for name, value in asked.items() if actual[name] != value]
     gates.check("settings", None if changes else True, f"{len(changes)} changed" if changes else "as asked", "",
                 "; ".join(changes))

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import pyarrow.compute as pc
 
 from kit.common.errors import KitError
-from kit.common.files import sha256, unwritable, write_json
+from kit.common.files import read_json, sha256, unwritable, write_json
 from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import resolved
-from kit.runs.run import Run, read_manifest
+from kit.runs.run import Run
 
 MANIFEST = "kit-manifest.json"
 TRAINED = fields_affecting("weights")  # a checkpoint is resumed under the same values only
@@ -40,8 +40,7 @@ class Checkpoint(NamedTuple):
 
 def identity(recipe: Recipe, tokenizer: Any, rows: Any, held_out: Any, sharding: dict[str, Any]) -> dict[str, Any]:
     """What a training is made of, as a flat dict of plain values: two with the same identity take the same steps."""
-    run = Run.of(recipe)
-    base = read_manifest(run.folder).get("base_sha256") if (run.folder / "manifest.json").is_file() else None
+    base = read_json(Run.of(recipe).folder / "manifest.json").get("base_sha256")
     # Of the others, data is compared by its rows and the processes by `sharding`.
     fields = {name: value for name, value in recipe.model_dump(mode="json").items() if name in TRAINED}
     return {"training rows": rows_sha256(rows), "held-out rows": rows_sha256(held_out) if held_out else None,
@@ -160,12 +159,11 @@ def restore_log(checkpoint: Path, log: Path) -> None:
 def _changes(had: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What differs, in words: hashes as 'changed', other values as 'from → to'."""
     changes = []
-    for name in dict.fromkeys([*wanted, *had]):
-        before, now = had.get(name), wanted.get(name)
-        if before == now or (name == "base model" and None in (before, now)):  # a hub's is known only after merging
-            continue
-        hashed = any(isinstance(value, str) and len(value) == 64 for value in (before, now))
-        changes.append(f"the {name} changed" if hashed else f"{name}: {before} → {now}")
+    for name in wanted | had:
+        pair = had.get(name), wanted.get(name)
+        if pair[0] != pair[1] and (name != "base model" or None not in pair):  # a hub's is known only after merging
+            hashed = any(isinstance(value, str) and len(value) == 64 for value in pair)
+            changes.append(f"the {name} changed" if hashed else f"{name}: {pair[0]} → {pair[1]}")
     return changes
 
 

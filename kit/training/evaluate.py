@@ -33,11 +33,10 @@ def evaluate(model: Any, tokenizer: Any, rows: Any, batch_size: int) -> dict[str
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for number in range(rank(), rounds * world_size(), world_size()):
-                batch = _sums(model, tokenizer, [rows[i] for i in batches[min(number, len(batches) - 1)]])
-                if number < len(batches):
-                    sums = [a + b for a, b in zip(sums, batch, strict=True)]
+        for number in range(rank(), rounds * world_size(), world_size()):
+            batch = _sums(model, tokenizer, [rows[i] for i in batches[min(number, len(batches) - 1)]])
+            if number < len(batches):
+                sums = [a + b for a, b in zip(sums, batch, strict=True)]
     finally:
         model.train(training)
     loss, correct, tokens = total(*sums)
@@ -50,7 +49,7 @@ def _sums(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple
     device = next(model.parameters()).device
     ids, mask = padded([row["input_ids"] for row in rows], tokenizer.pad_token_id or 0)
     labels = torch.tensor(padded([row["labels"] for row in rows], IGNORED)[0], device=device)[:, 1:]
-    with _head_in_chunks(model, labels) as sums:
+    with torch.no_grad(), _head_in_chunks(model, labels) as sums:
         model(input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
               use_cache=False)
     return sums[0], sums[1], float((labels != IGNORED).sum())
@@ -85,8 +84,7 @@ def _head_in_chunks(model: Any, labels: Any) -> Iterator[list[float]]:
 
 def since_best(losses: list[float], threshold: float) -> int:
     """How many evaluations ago the loss was last lower than ever before by more than `threshold`."""
-    best, place = math.inf, -1
-    for number, loss in enumerate(losses):
-        if loss < best - threshold:
-            best, place = loss, number
-    return len(losses) - 1 - place
+    best, since = math.inf, 0
+    for loss in losses:
+        best, since = (loss, 0) if loss < best - threshold else (best, since + 1)
+    return since

@@ -35,17 +35,14 @@ def _steps_a_pass(recipe: Recipe, rows: int) -> int:
     return max(1, math.ceil(batches / recipe.gradient_accumulation_steps))
 
 
-def rows_seen(recipe: Recipe, rows: int, steps: int) -> int:
-    """Rows that go through the model in `steps` steps; the last step of a pass may be a short one."""
-    passes, rest = divmod(steps, _steps_a_pass(recipe, rows))
-    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * world_size()
-    return passes * rows + min(rest * batch, rows)
-
-
 def tokens_of(recipe: Recipe, rows: Dataset, steps: int) -> int | None:
     """Tokens without padding that `steps` steps over these rows read; None for rows tokenised when they are taken."""
-    lengths = token_counts(rows)
-    return round(rows_seen(recipe, len(rows), steps) * sum(lengths) / len(rows)) if lengths else None
+    if not (lengths := token_counts(rows)):
+        return None
+    passes, rest = divmod(steps, _steps_a_pass(recipe, len(rows)))
+    batch = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * world_size()
+    rows_read = passes * len(rows) + min(rest * batch, len(rows))  # the last step of a pass may be a short one
+    return round(rows_read * sum(lengths) / len(rows))
 
 
 def seconds_of(steps: int, tokens: float | None, first: tuple[float, int], second: tuple[float, int]) -> float:

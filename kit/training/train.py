@@ -23,12 +23,11 @@ from kit.recipe.recipe import Recipe
 from kit.recipe.settings import leave, resolved, sharding
 from kit.runs.gates import Gates
 from kit.runs.run import Run
-from kit.training.callbacks import PaceCallback
 from kit.training.checkpoints import Checkpoint, identity, newest, problem, restore_log
 from kit.training.evaluate import METRICS
 from kit.training.first_step import FirstStepCallback
 from kit.training.saving import SaveCallback, TrainedAlready, best_step
-from kit.training.trainer import load_best_model, tokens_since_resume
+from kit.training.trainer import PaceCallback, load_best_model, tokens_since_resume
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,18 @@ def whole_model(trainer: SFTTrainer, recipe: Recipe) -> Any:
     Under DDP each process has it. FSDP2 and ZeRO gather their shards into a folder, from which it is loaded again.
     Fully fine-tuned weights leave in 16-bit, so that what is answered and recorded from here on is what is shipped.
     """
-    model = trainer.model if world_size() == 1 else _gathered(trainer, recipe)
+    model = trainer.model
+    sharded = world_size() > 1 and sharding(recipe)["engine"] != "DDP"
+    folder = Run.of(recipe).folder / "gathered"
+    if sharded:
+        trainer.save_model(str(folder))
+        wait()
+    leave()
+    if sharded:
+        if not is_main():
+            return None
+        model, _ = reload(folder, recipe)
+        shutil.rmtree(folder)
     if recipe.full_finetuning and is_main():
         dtype = torch.float16 if resolved(recipe).fp16 else torch.bfloat16
         for name, weight in model.named_parameters():
@@ -141,20 +151,4 @@ def whole_model(trainer: SFTTrainer, recipe: Recipe) -> Any:
                 weight.data = weight.data.to(dtype) if dtype == torch.float16 else \
                     rounded_by_chance(weight.data, name).to(weight.device)
         model.config.dtype = dtype
-    return model
-
-
-def _gathered(trainer: SFTTrainer, recipe: Recipe) -> Any:
-    """Of several processes: the model in the main one, and in the others too where each has it whole."""
-    if sharding(recipe)["engine"] == "DDP":
-        leave()
-        return trainer.model
-    folder = Run.of(recipe).folder / "gathered"
-    trainer.save_model(str(folder))
-    wait()
-    leave()
-    if not is_main():
-        return None
-    model, _ = reload(folder, recipe)
-    shutil.rmtree(folder)
     return model

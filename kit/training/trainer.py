@@ -1,37 +1,98 @@
-"""TRL's SFTTrainer for a recipe, and every use of names that transformers' Trainer does not document.
+"""TRL's SFTTrainer for a recipe, what it logs, and every use of names that transformers' Trainer does not document.
 
 tests/training/test_trainer.py says by name when the installed transformers no longer has one of them.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import kit.common.unsloth
 
 from datasets import DatasetDict, disable_progress_bars, enable_progress_bars
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from kit.common.files import unwritable
 from kit.common.processes import is_main
+from kit.common.show import bar, duration
 from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import deepspeed_settings, resolved
 from kit.runs.run import Run
-from kit.training.callbacks import LogCallback
 from kit.training.checkpoints import DISK_HINT
-from kit.training.evaluate import evaluate
+from kit.training.evaluate import METRICS, evaluate
+from kit.training.steps import seconds_of, tokens_of
+
+LOGGED = ("loss", "learning_rate", "grad_norm", *(f"eval_{name}" for name in METRICS))
+
+
+class PaceCallback(TrainerCallback):  # type: ignore[misc]
+    """Says after two steps how long the training will take: `seconds`, None until then."""
+
+    def __init__(self, recipe: Recipe, rows: Any) -> None:
+        self.recipe, self.rows = recipe, rows
+        self.steps: list[tuple[float, int]] = []
+        self.seconds: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began, self.tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps.append((time.perf_counter() - self.began, int(state.num_input_tokens_seen) - self.tokens))
+        if len(self.steps) == 2:
+            tokens = tokens_of(self.recipe, self.rows, state.max_steps)
+            self.seconds = seconds_of(state.max_steps, tokens, *self.steps)
+            print(f"forecast after two steps: {duration(self.seconds)} for all {state.max_steps}", flush=True)
+
+
+class LogCallback(TrainerCallback):  # type: ignore[misc]
+    """log.jsonl, and a bar with the loss, tokens per second and the time that is left."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = bar(state.max_steps, "training", "step", initial=state.global_step)
+        self.began, self.tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+        # The last line of a resumed log is that of its checkpoint; the seconds count on from there.
+        lines = self.run.log.read_text(encoding="utf-8").splitlines() if self.run.log.is_file() else []
+        self.seconds_before = float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        figures = {name: value for name, value in logs.items() if name in LOGGED}
+        if not figures:
+            return
+        seconds = time.perf_counter() - self.began
+        with self.run.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "epoch": round(state.epoch or 0, 4),
+                                   "seconds": round(self.seconds_before + seconds, 2),
+                                   "tokens": int(state.num_input_tokens_seen), **figures}) + "\n")
+        if "loss" in figures:
+            speed = (state.num_input_tokens_seen - self.tokens) / seconds
+            self.bar.set_postfix_str(f"loss {float(figures['loss']):.3f}, {speed:.0f} tok/s", refresh=False)
+        else:
+            loss, perplexity, accuracy = (figures[f"eval_{name}"] for name in METRICS)
+            print(f"\nheld-out rows after step {state.global_step}: loss {loss:.4f}, perplexity {perplexity:.2f}, "
+                  f"token accuracy {accuracy:.1%}", flush=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
 
 
 class KitTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer with the evaluation of kit.training.evaluate, whose memory does not grow with the vocabulary."""
 
-    def __init__(self, eval_batch_size: int, **options: Any) -> None:
-        self.eval_batch_size = eval_batch_size
-        super().__init__(**options)
+    eval_batch_size: int
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         figures = evaluate(self.model, self.processing_class, self.eval_dataset, self.eval_batch_size)
@@ -97,10 +158,10 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
     lazy = "input_ids" not in rows.column_names
     columns = ["input_ids", "labels"]
     disable_progress_bars()  # TRL walks over the rows twice; on rows that are ready this takes no time
-    trainer = KitTrainer(recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size,
-                         model=model, args=training_arguments(recipe, lazy), processing_class=tokenizer,
+    trainer = KitTrainer(model=model, args=training_arguments(recipe, lazy), processing_class=tokenizer,
                          train_dataset=rows if lazy else rows.select_columns(columns),
                          eval_dataset=held_out and held_out.select_columns(columns))
+    trainer.eval_batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size
     enable_progress_bars()
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)

@@ -23,8 +23,7 @@ from kit.gguf.formats import QUANTIZATIONS
 from kit.models.load import reload
 from kit.models.precision import in_float32
 from kit.runs.gates import Gates
-from kit.verifying.evidence import Evidence
-from kit.verifying.reference import Predictions, Reference, predict
+from kit.verifying.reference import Evidence, Predictions, Reference, predict
 
 
 class Tolerance(NamedTuple):
@@ -68,7 +67,7 @@ def compare(reference: Reference, predictions: Iterable[Predictions]) -> Figures
     rows, compared = reference.rows, list(predictions)
     held_out = [number for number, row in enumerate(rows) if row.held_out]
     kls = np.concatenate([_kl(reference.predictions[n].top, compared[n].top) for n in held_out])
-    same = np.concatenate([_agree(reference.top_ids[n], reference.predictions[n], compared[n]) for n in held_out])
+    same = np.concatenate([_agree(reference.predictions[n], compared[n]) for n in held_out])
     nll = -np.concatenate([compared[n].next for n in held_out])
     answers = {row.number: bool((predicted.best == [row.ids[place + 1] for place in row.where]).all())
                for row, predicted in zip(rows, compared, strict=True) if row.own}
@@ -103,20 +102,19 @@ def check_merged(gates: Gates, evidence: Evidence, folder: Path, kind: str) -> N
         remark = "" if folder == evidence.merged else evidence.remark
         judge(gates, folder.name, _figures(reference, model), kind, reference.precision, remark)
         if evidence.recipe.quantised and folder == evidence.merged:
-            evidence.reference = Reference(precision, reference.rows, reference.answers,
-                                           *predict(model, reference.rows))
+            evidence.reference = reference._replace(precision=precision, predictions=predict(model, reference.rows))
 
 
 def _figures(reference: Reference, model: Any) -> Figures:
     """Of a model in memory; inside `in_float32`."""
-    return compare(reference, predict(model, reference.rows, reference.top_ids)[1])
+    return compare(reference, predict(model, reference.rows, reference.predictions))
 
 
 def gguf_predictions(child: LlamaChild, reference: Reference) -> Iterator[Predictions]:
     """What a GGUF predicts for the reference's rows and tokens, in a child process opened with logits=True."""
     with bar(len(reference.rows), f"reading rows with {child.gguf.name}", "row", leave=False, delay=2) as progress:
-        for row, top_ids in zip(reference.rows, reference.top_ids, strict=True):
-            yield Predictions(*child.predictions(row.ids, row.where, top_ids))
+        for row, ours in zip(reference.rows, reference.predictions, strict=True):
+            yield Predictions(ours.top_ids, *child.predictions(row.ids, row.where, ours.top_ids))
             progress.update()
 
 
@@ -143,15 +141,13 @@ def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL (n) from log probabilities (n, k) of the same tokens, all others taken as one."""
     rest_p, rest_q = (np.maximum(1 - np.exp(x.astype(np.float64)).sum(-1), REST) for x in (p, q))
-    kl: np.ndarray = kl_divergence(p, q) + rest_p * np.log(rest_p / rest_q)
-    return np.maximum(kl, 0)
+    return np.maximum(kl_divergence(p, q) + rest_p * np.log(rest_p / rest_q), 0)
 
 
-def _agree(top_ids: np.ndarray, reference: Predictions, compared: Predictions) -> np.ndarray:
+def _agree(reference: Predictions, compared: Predictions) -> np.ndarray:
     """Where (n) the artefact's likeliest token is the reference's, or as likely there within TIE."""
-    ties = (top_ids == compared.best[:, None]) & (reference.top >= reference.top.max(-1, keepdims=True) - TIE)
-    agree: np.ndarray = ties.any(-1)
-    return agree
+    likeliest = reference.top >= reference.top.max(-1, keepdims=True) - TIE
+    return ((reference.top_ids == compared.best[:, None]) & likeliest).any(-1)
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What the trained model in memory predicts in held-out conversations, kept to compare artefacts with.
+"""What artefacts are compared with: predictions of the trained model in memory, its tokenizer, held-out conversations.
 
 `reference.safetensors` has, for each place where an answer's token is predicted, the 256 likeliest tokens with their
 log probabilities, the likeliest one, and that of the token that follows. Next to the conversations lie the model's own
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import kit.common.unsloth
 
@@ -18,28 +19,34 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from transformers import AutoTokenizer
 
 from kit.answering.infer import Reply, answer
 from kit.common.errors import KitError
 from kit.common.files import whole_file
 from kit.common.padding import padded
 from kit.common.show import bar
+from kit.data.formatting import fit
+from kit.data.masks import Formatter
+from kit.data.splits import read_splits
 from kit.models.precision import in_float32
-from kit.models.template import prompt_ids
+from kit.models.template import Message, prompt_ids
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
+from kit.verifying.template import Case, cases
 
 ROWS = 32  # conversations compared: about 600 answer tokens on the demo, where q8_0's top-1 has an error of 0.2 points
 LONGEST = 1024  # tokens of a conversation that is compared
 TOP = 256  # likeliest tokens kept at each place
 BATCH_TOKENS = 1024
-TENSORS = ("top_ids", "top", "best", "next")
+TRAINING_ROWS = 200  # whose labels are made again and looked at
 
 
 class Predictions(NamedTuple):
-    """At n places: log probabilities (n, k) of k tokens of interest, the likeliest token (n), and the log probability
-    (n) of the token that follows there. Natural logarithms, float32."""
+    """At n places: k tokens of interest (n, k) with their log probabilities, the likeliest token (n), and the log
+    probability (n) of the token that follows there. Natural logarithms, float32."""
 
+    top_ids: np.ndarray
     top: np.ndarray
     best: np.ndarray
     next: np.ndarray
@@ -56,7 +63,7 @@ class Row(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """Of each row the TOP likeliest tokens, `top_ids` (n, TOP), and the predictions for them.
+    """Of each row the predictions for its TOP likeliest tokens.
 
     `answers[i]` are the text of the answer to held-out row i and whether it stopped.
     """
@@ -64,20 +71,18 @@ class Reference(NamedTuple):
     precision: str
     rows: list[Row]
     answers: list[tuple[str, bool]]
-    top_ids: list[np.ndarray]
     predictions: list[Predictions]
 
     def save(self, path: Path) -> None:
         """One safetensors file, whole or not at all."""
         about = {"precision": self.precision, "rows": [row._asdict() for row in self.rows], "answers": self.answers}
-        top, best, following = map(np.concatenate, zip(*self.predictions, strict=True))
-        tensors = {"top_ids": np.concatenate(self.top_ids).astype(np.int32), "top": top,
-                   "best": best.astype(np.int32), "next": following}
+        top_ids, top, best, following = map(np.concatenate, zip(*self.predictions, strict=True))
+        tensors = {"top_ids": top_ids.astype(np.int32), "top": top, "best": best.astype(np.int32), "next": following}
         with whole_file(path) as partial:
             save_file(tensors, partial, metadata={"reference": json.dumps(about, ensure_ascii=False)})
 
     @classmethod
-    def load(cls, path: Path) -> Reference:
+    def load(cls, path: Path) -> Self:
         """Raises KitError when there is none, or it is damaged."""
         if not path.is_file():
             raise KitError(f"no {path.name} in {path.parent}: what the model in memory answered was not kept",
@@ -85,12 +90,12 @@ class Reference(NamedTuple):
         try:
             with safe_open(path, framework="np") as file:
                 about = json.loads((file.metadata() or {})["reference"])
-                arrays = {name: file.get_tensor(name) for name in TENSORS}
+                tensors = [file.get_tensor(name) for name in Predictions._fields]
             rows = [Row(**row) for row in about["rows"]]
             ends = np.cumsum([len(row.where) for row in rows])[:-1]
-            top_ids, *parts = (np.split(arrays[name], ends) for name in TENSORS)
+            parts = zip(*(np.split(tensor, ends) for tensor in tensors), strict=True)
             return cls(about["precision"], rows, [(text, stopped) for text, stopped in about["answers"]],
-                       top_ids, [Predictions(*of_row) for of_row in zip(*parts, strict=True)])
+                       [Predictions(*of_row) for of_row in parts])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise KitError(f"{path} is damaged: {error}", "run the recipe again") from None
 
@@ -101,15 +106,14 @@ def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: 
     `replies` are its answers to all of them, in order; where the recipe samples, greedy ones are made instead. On a
     CPU everything is computed in float32, on a GPU in the model's own format (the file says which).
     """
+    split = data["test" if len(data["test"]) else "train"]
     if greedy(recipe) != recipe:
-        split = data["test" if len(data["test"]) else "train"]
         replies = answer(model, tokenizer, split[: min(ROWS, len(replies))]["prompt"], greedy(recipe))
-    rows = _rows_compared(tokenizer, data, replies, recipe)
+    rows = _rows_compared(tokenizer, split, replies, recipe)
     answers = [(reply.text, reply.stopped) for reply in replies[: 1 + max(row.number for row in rows)]]
-    with in_float32(model) as precision:
-        reference = Reference(precision, rows, answers, *predict(model, rows))
     path = run.folder / "reference.safetensors"
-    reference.save(path)
+    with in_float32(model) as precision:
+        Reference(precision, rows, answers, predict(model, rows)).save(path)
     return path
 
 
@@ -118,9 +122,8 @@ def greedy(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"temperature": 0.0, "repetition_penalty": 1.0})
 
 
-def _rows_compared(tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe) -> list[Row]:
+def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Recipe) -> list[Row]:
     """Rows to compare: conversations of at most LONGEST tokens, and the own answers that differ from theirs."""
-    split = data["test" if len(data["test"]) else "train"]
     rows = []
     for number in range(min(ROWS, len(replies))):
         row, reply = split[number], replies[number]
@@ -140,25 +143,23 @@ def _rows_compared(tokenizer: Any, data: Any, replies: list[Reply], recipe: Reci
     return rows
 
 
-def predict(model: Any, rows: list[Row],
-            top_ids: list[np.ndarray] | None = None) -> tuple[list[np.ndarray], list[Predictions]]:
-    """Token ids (n, k) of each row and what a model in memory predicts for them; call it inside `in_float32`.
+def predict(model: Any, rows: list[Row], like: list[Predictions] | None = None) -> list[Predictions]:
+    """What a model in memory predicts in each row; call it inside `in_float32`.
 
-    The tokens are `top_ids`, by default the TOP that the model finds likeliest.
+    The tokens of interest are those of `like`, by default the TOP that the model finds likeliest.
     """
-    tokens, predictions = {}, {}
+    predictions = {}
     for number, log_probs in _log_probs(model, rows):
-        if top_ids is None:
+        if like is None:
             top, ids = log_probs.topk(min(TOP, log_probs.shape[-1]), dim=-1)
         else:
-            ids = torch.as_tensor(top_ids[number], dtype=torch.int64, device=log_probs.device)
+            ids = torch.as_tensor(like[number].top_ids, dtype=torch.int64, device=log_probs.device)
             top = log_probs.gather(-1, ids)
         row = rows[number]
         following = torch.tensor([row.ids[place + 1] for place in row.where], device=log_probs.device)
-        parts = top, log_probs.argmax(-1), log_probs.gather(-1, following[:, None])[:, 0]
-        tokens[number] = ids.cpu().numpy()
+        parts = ids, top, log_probs.argmax(-1), log_probs.gather(-1, following[:, None])[:, 0]
         predictions[number] = Predictions(*(part.cpu().numpy() for part in parts))
-    return [tokens[number] for number in range(len(rows))], [predictions[number] for number in range(len(rows))]
+    return [predictions[number] for number in range(len(rows))]
 
 
 def _log_probs(model: Any, rows: list[Row]) -> Iterator[tuple[int, Any]]:
@@ -175,3 +176,54 @@ def _log_probs(model: Any, rows: list[Row]) -> Iterator[tuple[int, Any]]:
             for place, number in enumerate(batch):
                 yield number, torch.log_softmax(logits[place, rows[number].where].float(), -1)
             progress.update(len(batch))
+
+
+@dataclass
+class Evidence:
+    """`trained` is adapter/, or merged/ where all weights were trained: the trained tokenizer lies there.
+
+    `encoded` are token ids and labels of some training and held-out rows, as that tokenizer makes them.
+    """
+
+    run: Run
+    recipe: Recipe
+    trained: Path
+    reference: Reference
+    tokenizer: Any
+    held_out: list[list[Message]]
+    encoded: list[tuple[list[int], list[int]]]
+    cases: list[Case]
+
+    @classmethod
+    def load(cls, run: Run, trained: Path) -> Self:
+        """Raises KitError when the reference is missing or damaged."""
+        recipe, reference = run.recipe, Reference.load(run.folder / "reference.safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(trained)
+        formatter = Formatter(tokenizer, recipe)
+        train, held_out = read_splits(recipe)
+        first = [row.messages for row in train[:TRAINING_ROWS]]
+        numbered = _kept(formatter, [row.messages for row in held_out]) or _kept(formatter, first)
+        encoded = list(formatter.encode(first + numbered[:TRAINING_ROWS]))
+        return cls(run, recipe, trained, reference, tokenizer, numbered, encoded,
+                   list(cases(tokenizer, recipe, numbered)))
+
+    @property
+    def merged(self) -> Path | None:
+        """The folder of the merged model, if there is one."""
+        return self.run.merged if (self.run.merged / "config.json").is_file() else None
+
+    @property
+    def ggufs(self) -> list[Path]:
+        return sorted(self.run.gguf.glob("*.gguf"))
+
+    @property
+    def remark(self) -> str:
+        """What files made of a quantised base's merge are compared with."""
+        return "against merged, whose base was quantised in training" if self.recipe.quantised else ""
+
+
+def _kept(formatter: Formatter, conversations: list[list[Message]]) -> list[list[Message]]:
+    """As kit.load_data numbers them: without those that are too long, or shortened."""
+    encoded = zip(conversations, formatter.encode(conversations), strict=True)
+    fitted = (fit(formatter, messages, *tokens) for messages, tokens in encoded)
+    return [row.messages for row in fitted if row.ids]

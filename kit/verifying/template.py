@@ -12,7 +12,7 @@ import kit.common.unsloth
 from transformers import AutoTokenizer
 
 from kit.common.errors import KitError
-from kit.export.modelfile import START, Modelfile, around_difference, modelfile_of
+from kit.export.modelfile import START, around_difference, modelfile_of
 from kit.gguf.child import LlamaChild
 from kit.models.template import Message, render, template_kwargs, with_system
 from kit.recipe.recipe import Recipe
@@ -69,13 +69,11 @@ def cases(tokenizer: Any, recipe: Recipe, held_out: list[list[Message]]) -> Iter
 def check_folder_template(gates: Gates, folder: Path, conversations: list[Case]) -> None:
     """Add `template <folder>`: the tokenizer and template that lie in a Hugging Face folder, as vLLM would use them."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def rendered(case: Case) -> str:
-        return str(tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True,
-                                                 **case.options))
-
-    cause = _first_difference(conversations, tokenizer, folder.name, rendered,
-                              lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+    cause = _first_difference(
+        conversations, tokenizer, folder.name,
+        lambda case: tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True,
+                                                   **case.options),
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     gates.check(f"template {folder.name}", not cause, f"{len(conversations)} conversations", "the training's token ids",
                 cause, "merge again: kit.merge takes tokenizer and template from the adapter's folder")
 
@@ -108,7 +106,10 @@ def check_modelfile(gates: Gates, path: Path, child: LlamaChild, tokenizer: Any,
             own = modelfile.system and first == {"role": "system", "content": modelfile.system}
             return bos + modelfile.prompt(rest if own else case.messages)
 
-        usual = [case for case in conversations if case.usual and not _beyond(modelfile, case)]
+        # The Modelfile itself says what Ollama can't do: a system message where the template has none.
+        takes_system = (START, "system") in modelfile.joints
+        usual = [case for case in conversations
+                 if case.usual and (takes_system or all(m["role"] != "system" for m in case.messages))]
         cause = _other_line(path, modelfile.text(child.gguf.name)) or _first_difference(
             usual, tokenizer, "the Modelfile", rendered,
             lambda text: child.tokenize(text.removeprefix(bos), add_bos=add_bos))
@@ -142,8 +143,3 @@ def _first_difference(conversations: list[Case], tokenizer: Any, where: str, ren
             return (f"{case.name}: after {tokenizer.decode(case.ids[max(0, at - 8):at])!r} (token {at}) the training "
                     f"has {names[0]}, {where} {names[1]}")
     return ""
-
-
-def _beyond(modelfile: Modelfile, case: Case) -> bool:
-    """What the Modelfile itself says Ollama can't do: a system message the template has none for."""
-    return any(m["role"] == "system" for m in case.messages) and (START, "system") not in modelfile.joints

@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from kit.common.errors import KitError
-from kit.common.files import write_json
-from kit.gguf.formats import quantization_of
+from kit.common.files import timestamp, write_json
+from kit.gguf.child import LlamaChild
+from kit.gguf.formats import check_gguf, quantization_of, read_header
 from kit.models.fetch import base_folder
 from kit.models.load import free_memory
 from kit.runs.gates import Gates
-from kit.runs.provenance import check_hashes, check_secrets
+from kit.runs.provenance import about, check_hashes, check_origin, check_secrets
 from kit.runs.report import write_report
 from kit.runs.run import Run, read_manifest
-from kit.verifying.answers import Answer, check_answers
-from kit.verifying.evidence import Evidence
-from kit.verifying.gguf_file import check_gguf_file
-from kit.verifying.merge import check_merge
-from kit.verifying.parity import TOLERANCES, check_adapter, check_merged, compare
-from kit.verifying.reference import Reference
-from kit.verifying.stop import check_stops
-from kit.verifying.template import check_folder_template
+from kit.verifying.answers import Answer, check_answers, check_stops, gguf_answers
+from kit.verifying.contents import check_contents, check_merge
+from kit.verifying.parity import TOLERANCES, check_adapter, check_merged, compare, gguf_predictions, judge
+from kit.verifying.reference import Evidence
+from kit.verifying.template import check_folder_template, check_gguf_template, check_modelfile
 
 
 def verify(run: Run | str | Path) -> Gates:
@@ -46,7 +44,7 @@ def verify(run: Run | str | Path) -> Gates:
     gates = Gates(f"verify {run.folder.name}", _recorded(run))
     scores = _check_all(gates, run, trained)
     write_json(run.folder / "verify.json", {
-        "passed": gates.passed, "verdict": gates.verdict, "checked": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "passed": gates.passed, "verdict": gates.verdict, "checked": timestamp(),
         "seconds": round(time.perf_counter() - began, 1), "gates": gates.as_json(), "scores": scores,
         "artefacts": read_manifest(run.folder).get("artefacts"),
         "tolerances": {name: tolerance._asdict() for name, tolerance in TOLERANCES.items()}})
@@ -73,17 +71,14 @@ def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, flo
         evidence = Evidence.load(run, trained)
     if evidence is None:
         return {}
-    _report_reference(gates, evidence.reference)
+    reference = evidence.reference
+    figures = compare(reference, reference.predictions)
+    gates.check("in memory", None, f"NLL {figures.nll:.4f} on {figures.tokens:,} answer tokens of "
+                f"{sum(row.held_out for row in reference.rows)} held-out conversations, in {reference.precision}", "",
+                "what the others are compared with")
     check_stops(gates, evidence)
     _check_folders(gates, evidence)
     return check_answers(gates, evidence, check_ggufs(gates, evidence))
-
-
-def _report_reference(gates: Gates, reference: Reference) -> None:
-    figures = compare(reference, reference.predictions)
-    conversations = sum(row.held_out for row in reference.rows)
-    gates.check("in memory", None, f"NLL {figures.nll:.4f} on {figures.tokens:,} answer tokens of {conversations} "
-                f"held-out conversations, in {reference.precision}", "", "what the others are compared with")
 
 
 def _check_folders(gates: Gates, evidence: Evidence) -> None:
@@ -112,12 +107,35 @@ def check_ggufs(gates: Gates, evidence: Evidence) -> dict[str, dict[int, Answer]
     answers = {}
     for path in evidence.ggufs if evidence.merged else []:
         with _stage(gates, path.name, f"file {path.stem}"):
-            if replies := check_gguf_file(gates, path, evidence):
+            if replies := _check_gguf(gates, path, evidence):
                 answers[quantization_of(path)] = replies
     if (evidence.run.gguf / "Modelfile").is_file() and not any(g.name == "template Modelfile" for g in gates.gates):
         gates.check("template Modelfile", False, "not checked", "the training's token ids",
                     "the GGUF that it names is not there or not sound", "export again")
     return answers
+
+
+def _check_gguf(gates: Gates, path: Path, evidence: Evidence) -> dict[int, Answer]:
+    """Add the gates of one GGUF, and of the Modelfile if it names this one; returns its answers by held-out row.
+
+    There are none when the file is not sound. Raises KitError for a damaged file, GateError when llama.cpp fails.
+    """
+    run, reference = evidence.run, evidence.reference
+    quantization = quantization_of(path)
+    check_gguf(path)
+    header = read_header(path)
+    check_origin(gates, quantization, header, about(run))
+    if not check_contents(gates, quantization, header, run.merged):
+        return {}  # llama.cpp would split text in another way, or end its process
+    longest = max(map(len, [*(row.ids for row in reference.rows), *(case.ids for case in evidence.cases)]))
+    with LlamaChild(path, n_ctx=longest + 16, logits=True) as child:
+        check_gguf_template(gates, quantization, child, evidence.tokenizer, evidence.cases)
+        figures = compare(reference, gguf_predictions(child, reference))
+        judge(gates, quantization, figures, quantization, reference.precision, evidence.remark)
+        modelfile = run.gguf / "Modelfile"
+        if modelfile.is_file() and f"FROM ./{path.name}\n" in modelfile.read_text(encoding="utf-8", errors="replace"):
+            check_modelfile(gates, modelfile, child, evidence.tokenizer, evidence.cases, evidence.recipe)
+    return gguf_answers(path, evidence, figures.answers)
 
 
 @contextmanager

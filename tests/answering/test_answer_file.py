@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from kit.answering.answer_file import answer_file, answer_rows
+from kit.answering.engines import Engine, Prompt, fitted
 from kit.answering.journal import Answer, Journal
 from kit.answering.question_files import LONGEST_CELL, SUFFIXES, read_questions, write_answers
-from kit.answering.row_engines import Prompt, fitted
 from kit.common.errors import GateError, KitError
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
@@ -348,8 +348,6 @@ def test_a_full_disk_costs_no_answer_that_was_kept(tmp_path: Path) -> None:
 
 
 def test_an_answer_too_long_for_a_cell_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kit.answering.engines import Engine
-
     module = sys.modules["kit.answering.answer_file"]
 
     class Long(Fake):

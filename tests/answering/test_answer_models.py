@@ -56,8 +56,7 @@ def without_a_mask(rows: list[list[int]], pad: int, left: bool) -> tuple[list[li
 @pytest.mark.parametrize("which", ["starter", "qwen2"])
 def test_a_batch_equals_one_at_a_time_and_wrong_padding_is_caught(
         which: str, starter: Path, taught: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from kit.answering.batching import check_batching
-    from kit.answering.in_memory import answer_batch
+    from kit.answering.in_memory import answer_batch, check_batching
 
     model, tokenizer, recipe, rows = loaded(starter if which == "starter" else taught(which))
     alone = [answer_batch(model, tokenizer, [ids], recipe)[0] for ids in rows]
@@ -172,9 +171,8 @@ def test_a_failing_row_ends_in_exit_code_1(finished_run: Path, tmp_path: Path) -
 
 def test_a_llama_cpp_that_dies_costs_one_row(finished_run: Path, tmp_path: Path) -> None:
     from kit.answering.answer_file import answer_rows
-    from kit.answering.engines import choose
+    from kit.answering.engines import LlamaCpp, Prompt, choose, fitted
     from kit.answering.journal import Answer, Journal
-    from kit.answering.row_engines import LlamaCpp, Prompt, fitted
 
     class Mortal(LlamaCpp):
         def answer(self, prompts: list[Prompt], seed: int) -> list[Answer]:

@@ -21,7 +21,7 @@ from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.provenance import check_hashes, seal
 from kit.runs.run import Run
-from kit.verifying.merge import check_merge
+from kit.verifying.contents import check_merge
 from support.command import PROJECT
 from support.command import kit as command
 

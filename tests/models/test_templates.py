@@ -119,18 +119,12 @@ REQUIRED = (
 
 
 
-def cases() -> list[Any]:
-    """Every template with every conversation, and with each setting of `enable_thinking` if it reads that."""
-    found = []
-    for template in templates():
-        assert FOLDER is not None
-        reads = "enable_thinking" in (FOLDER / f"{template}.jinja").read_text("utf-8")
-        settings = [setting for setting in THINKING if bool(setting) == reads]
-        for conversation in CONVERSATIONS:
-            for setting in settings:
-                case = f"{conversation}, {setting}" if setting else conversation
-                found.append(pytest.param(template, conversation, setting, case, id=f"{template}-{case}"))
-    return found or [pytest.param("", "", "", "", marks=pytest.mark.skip(reason=WHY_NOT))]
+def cases(template: str) -> list[tuple[str, str, str]]:
+    """(name, conversation, setting): every conversation, with each setting of `enable_thinking` the template reads."""
+    assert FOLDER is not None
+    reads = "enable_thinking" in (FOLDER / f"{template}.jinja").read_text("utf-8")
+    return [(f"{conversation}, {setting}" if setting else conversation, conversation, setting)
+            for conversation in CONVERSATIONS for setting in THINKING if bool(setting) == reads]
 
 
 def refusal(template: str, case: str) -> str | None:
@@ -215,9 +209,7 @@ def test_every_template_has_its_vocabulary() -> None:
 
 @pytest.mark.skipif(FOLDER is None, reason=WHY_NOT)
 def test_the_table_of_refusals_names_real_cases() -> None:
-    known: dict[str, list[str]] = {}
-    for template, _, _, case in (parameter.values for parameter in cases()):
-        known.setdefault(str(template), []).append(str(case))
+    known = {template: [case for case, _, _ in cases(template)] for template in templates()}
     for template, refused in REFUSED.items():
         for pattern in refused:
             assert any(fnmatchcase(case, pattern) for case in known[template]), (template, pattern)
@@ -226,11 +218,18 @@ def test_the_table_of_refusals_names_real_cases() -> None:
         assert not any(refusal(template, case) for case in plain if "system" not in case), template
 
 
-@pytest.mark.parametrize(("template", "conversation", "setting", "case"), cases())
-def test_what_is_trained_is_what_the_model_is_asked_for(
-    template: str, conversation: str, setting: str, case: str
-) -> None:
-    messages, reason = CONVERSATIONS[conversation], refusal(template, case)
+@pytest.mark.parametrize("template", templates() or [pytest.param("", marks=pytest.mark.skip(reason=WHY_NOT))])
+def test_a_template(template: str, subtests: pytest.Subtests) -> None:
+    """All its conversations in one test: building its tokenizer takes longer than they do."""
+    for case, conversation, setting in cases(template):
+        with subtests.test(case):
+            trained_is_asked_for(template, CONVERSATIONS[conversation], setting, refusal(template, case))
+    if refusal(template, "several turns") not in (NO_STOP, TURNS):
+        with subtests.test("preparing it changes no text"):
+            preparing_changes_no_text(template)
+
+
+def trained_is_asked_for(template: str, messages: list[Message], setting: str, reason: str | None) -> None:
     if reason is not None:
         with pytest.raises(KitError, match=re.escape(reason)):
             Formatter(*prepared(template, setting)).encode([messages])
@@ -240,12 +239,9 @@ def test_what_is_trained_is_what_the_model_is_asked_for(
     check(tokenizer, recipe, messages, ids, labels, template in JOINS)
 
 
-@pytest.mark.parametrize("template", templates() or [pytest.param("", marks=pytest.mark.skip(reason=WHY_NOT))])
-def test_preparing_changes_no_text(template: str) -> None:
+def preparing_changes_no_text(template: str) -> None:
     """Another stop token must not change what a template writes with `eos_token`."""
     messages = CONVERSATIONS["several turns"]
-    if refusal(template, "several turns") in (NO_STOP, TURNS):
-        pytest.skip("refused, see the table")
     asked = ((messages, False), (messages[:-1], True))
     before = [render(unprepared(template), turns, Recipe.load({}), ask) for turns, ask in asked]
     tokenizer, recipe = prepared(template, "")

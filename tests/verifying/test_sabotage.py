@@ -29,9 +29,9 @@ from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate, Gates
 from kit.runs.provenance import about, check_hashes, check_origin, check_secrets
 from kit.runs.run import Run
-from kit.verifying.evidence import Evidence
-from kit.verifying.merge import check_merge
-from kit.verifying.stop import check_labels, check_stops
+from kit.verifying.answers import check_labels, check_stops
+from kit.verifying.contents import check_merge
+from kit.verifying.reference import Evidence
 from kit.verifying.verify import check_ggufs
 from support.command import PROJECT
 from support.command import kit as command
@@ -240,8 +240,8 @@ def untrained(run: Run, another: Path) -> None:
     path = run.folder / "reference.safetensors"
     reference = Reference.load(path)
     with in_float32(model):
-        top_ids, predictions = predict(model, reference.rows)
-    reference._replace(top_ids=top_ids, predictions=predictions).save(path)
+        predictions = predict(model, reference.rows)
+    reference._replace(predictions=predictions).save(path)
 
 
 def base_models_eos(run: Run, another: Path) -> None:

@@ -291,7 +291,7 @@ def check_precision(model: Any, recipe: Recipe) -> None:
 def check_what_is_shipped(model: Any, tokenizer: Any, prompts: list[Any], recipe: Recipe) -> None:
     """Adapter or weights, the merged model, a GGUF that llama.cpp answers with, and its Modelfile."""
     from kit.runs.gates import Gates
-    from kit.verifying.merge import check_merge
+    from kit.verifying.contents import check_merge
 
     run = Run.of(recipe)
     saved = kit.save_adapter(model, tokenizer, run)

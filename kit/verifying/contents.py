@@ -1,9 +1,14 @@
-"""The merged model is the base plus the adapter, once: checked tensor by tensor, and its config against the base's."""
+"""What an artefact holds against what it was made of.
+
+The merged model is the base plus the adapter, once: checked tensor by tensor, and its config against the base's. A
+GGUF's header has the merged folder's tokenizer and shape.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,20 @@ from safetensors import SafetensorError, safe_open
 from kit.common.errors import KitError
 from kit.common.weight_files import weight_files
 from kit.export.merging import LowRank, changes_of, fitting, merged_tensor
+from kit.gguf.formats import Header
 from kit.runs.gates import Gates
 
 # What a merge settles, or what only says who wrote the file.
 SETTLED = {"eos_token_id", "pad_token_id", "transformers_version", "_name_or_path", "unsloth_version", "dtype",
            "torch_dtype", "use_cache", "unsloth_fixed"}
 AGAIN = "delete merged/ and merge again (kit.merge), then export again"
+EXPORT_AGAIN = "export again with the converter of the installed llama-cpp-python (kit doctor names both)"
+# transformers' config.json → llama.cpp's field behind "<architecture>."; convert_hf_to_gguf.py writes them.
+VALUES = {
+    "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
+}
 
 
 def check_merge(gates: Gates, base: Path, adapter: Path, merged: Path) -> None:
@@ -104,3 +117,59 @@ def _tensors(folder: Path) -> dict[str, Callable[[str], Any]]:
             raise KitError(f"{path} can't be read: {error}", AGAIN) from None
         readers |= dict.fromkeys(file.keys(), file.get_tensor)
     return readers
+
+
+def check_contents(gates: Gates, name: str, header: Header, merged: Path) -> bool:
+    """Add `tokenizer <name>` and `shape <name>`; returns whether llama.cpp can load the file safely.
+
+    The tokenizer must be of the same kind, with the same tokens and the same merges in the same order: a file that
+    declares byte-level tokens as SentencePiece's ends llama.cpp's process, so this is read before it is loaded.
+    """
+    safe = _check_tokenizer(gates, name, header.fields, merged)
+    _check_shape(gates, name, header.fields, merged)  # what a wrong one does is for parity to say
+    return safe
+
+
+def _check_tokenizer(gates: Gates, name: str, fields: dict[str, Any], merged: Path) -> bool:
+    trained = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+    tokens: list[str] = fields.get("tokenizer.ggml.tokens", [])
+    merges: list[str] = fields.get("tokenizer.ggml.merges", [])
+    kind = str(fields.get("tokenizer.ggml.model"))
+    vocabulary = trained["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
+        vocabulary = {token: place for place, (token, _) in enumerate(vocabulary)}
+    expected = [pair if isinstance(pair, str) else " ".join(pair) for pair in trained["model"].get("merges", [])]
+    byte_level = "ByteLevel" in json.dumps([trained.get("pre_tokenizer"), trained.get("decoder")])
+    cause = ""
+    if byte_level != (kind == "gpt2"):
+        cause = (f"it declares a tokenizer of the kind {kind!r}, the trained one is "
+                 f"{'byte-level (gpt2)' if byte_level else 'not byte-level'}: llama.cpp would split text otherwise, "
+                 "or end its process")
+    elif wrong := next((t for t, i in vocabulary.items() if i >= len(tokens) or tokens[i] != t), None):
+        place = vocabulary[wrong]
+        cause = f"token {place} is {dict(enumerate(tokens)).get(place)!r}, in the trained tokenizer {wrong!r}"
+    elif merges and merges != expected:
+        pairs = enumerate(zip_longest(merges, expected))
+        place, (shipped, due) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        cause = f"merge {place} is {shipped!r}, in the trained tokenizer {due!r}: text is split in another way"
+    figure = f"{kind}, {len(tokens):,} tokens, {len(merges):,} merges"
+    return gates.check(f"tokenizer {name}", not cause, figure, "the trained tokenizer's", cause, EXPORT_AGAIN)
+
+
+def _check_shape(gates: Gates, name: str, fields: dict[str, Any], merged: Path) -> None:
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    config = {**config, **config.get("text_config", {})}
+    rope = config.get("rope_parameters") or {}
+    config.setdefault("rope_theta", rope.get("rope_theta", rope.get("full_attention", {}).get("rope_theta")))
+    architecture = fields.get("general.architecture")
+    compared, wrong = 0, []
+    for key, field in VALUES.items():
+        shipped, due = fields.get(f"{architecture}.{field}"), config.get(key)
+        # An architecture whose layers differ has lists in one place or the other.
+        if not isinstance(shipped, (int, float)) or not isinstance(due, (int, float)):
+            continue
+        compared += 1
+        if abs(shipped - due) > 1e-6 * abs(due):
+            wrong.append(f"{architecture}.{field} is {shipped:g}, {key} of the merged model {due:g}")
+    gates.check(f"shape {name}", not wrong, f"{compared - len(wrong)} of {compared} values of {architecture}",
+                "as in merged/config.json", "; ".join(wrong), EXPORT_AGAIN)
