@@ -3,8 +3,6 @@
 The names that notebooks use; each loads its room on first use, so that `import kit` costs nothing.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """A recipe's whole run without a person: papermill over the notebook, or its cells in this process."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The `kit` command. Exit code 0 all well, 1 a run or a check failed, 2 bad input, 130 interrupted."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -66,7 +64,7 @@ def lint(
     rows: Annotated[int, Option(help="How many rows to show token by token", min=0)] = 2,
 ) -> int:
     """Check data before training: shapes, lengths, masks, duplicates, what is wrong and where."""
-    from kit.data.lint_command import check, recipe_of
+    from kit.data.lint import check, recipe_of
 
     return check(recipe_of(data, recipe, parsed(fields)), html, fix, json, rows, defaults=recipe is None)
 

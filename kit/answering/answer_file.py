@@ -1,7 +1,5 @@
 """Answers to a whole file: in batches of like length, kept as they come, written in the file's order."""
 
-from __future__ import annotations
-
 import sys
 import time
 from contextlib import closing

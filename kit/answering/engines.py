@@ -4,8 +4,6 @@ It is a run's GGUF, merged folder, adapter or base, or a GGUF file. torch is imp
 answers.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ of 60 greedy answers are the same token for token in bfloat16; untrained, and su
 30 of 30. So what is compared is what the model computes in float32.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 `OUT.partial.jsonl` begins with a line that says what is asked of which model; each further line is one answered row.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -5,8 +5,6 @@ in the file that is written, line N answers line N: a backslash, line feed and c
 written as two characters (\\, \n, \r).
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """What every way of answering shares: a reply, sampling as the recipe asks for it, batches of like length, scores."""
 
-from __future__ import annotations
-
 import json
 import re
 from statistics import fmean

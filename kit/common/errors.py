@@ -1,7 +1,5 @@
 """One error type for everything a user can mend."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

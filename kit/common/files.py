@@ -1,7 +1,5 @@
 """Where things lie; files and folders that appear whole or not at all, and their hashes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

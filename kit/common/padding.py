@@ -1,7 +1,5 @@
 """Rows of token ids to one width."""
 
-from __future__ import annotations
-
 
 def padded(rows: list[list[int]], filler: int, left: bool = False) -> tuple[list[list[int]], list[list[int]]]:
     """Rows of one width and their attention mask (1 for a token, 0 for padding).

@@ -1,7 +1,5 @@
 """What looks like a secret in a text."""
 
-from __future__ import annotations
-
 import re
 
 SECRETS = {

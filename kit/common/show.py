@@ -1,7 +1,5 @@
 """Tables and highlighted tokens: HTML in a notebook, text everywhere else."""
 
-from __future__ import annotations
-
 import html
 import io
 import sys

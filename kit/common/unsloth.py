@@ -3,8 +3,6 @@
 That is transformers, TRL and PEFT. It takes seconds, so files that can do without torch don't import this one.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -4,8 +4,6 @@ The format: an unsigned 64-bit length (little endian), a JSON header of that len
 (https://huggingface.co/docs/safetensors#format).
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Text that is not UTF-8: where it shows, and what it probably is."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

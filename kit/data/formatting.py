@@ -11,12 +11,11 @@ import pyarrow as pa
 
 from kit.common.errors import KitError
 from kit.common.show import bar
-from kit.data.disk_rows import BATCH, TURNS, DiskRows, Example
 from kit.data.findings import FINDINGS
 from kit.data.masks import Formatter, Located
-from kit.data.rows import Place, Problems, where
+from kit.data.rows import Problems, where
 from kit.data.shapes import longest_user_turn
-from kit.data.splits import read_splits
+from kit.data.splits import TURNS, DiskRows, Example, Examples, batches, read_splits
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
 
@@ -69,19 +68,14 @@ class Formatted(NamedTuple):
 
 def fit(formatter: Formatter, messages: list[Message], ids: list[int], labels: list[int]) -> Formatted:
     """What overlong_rows makes of a row that was tokenised whole."""
-    recipe, length = formatter.recipe, len(ids)
-    if length <= recipe.max_seq_length:
-        return Formatted(messages, ids, labels, length, 0)
-    if recipe.overlong_rows == "truncate_prompt":
-        for _ in range(CUTS):
-            shorter = _shortened(formatter, messages, len(ids) - recipe.max_seq_length)
-            if shorter is None:
-                break
-            messages = shorter
-            [(ids, labels)] = formatter.encode([messages])
-            if len(ids) <= recipe.max_seq_length:
-                return Formatted(messages, ids, labels, length, length - len(ids))
-    return Formatted(messages, [], [], length, 0)
+    length, limit = len(ids), formatter.recipe.max_seq_length
+    rounds = CUTS if formatter.recipe.overlong_rows == "truncate_prompt" else 0
+    while len(ids) > limit and rounds and (shorter := _shortened(formatter, messages, len(ids) - limit)):
+        messages, rounds = shorter, rounds - 1
+        [(ids, labels)] = formatter.encode([messages])
+    if len(ids) > limit:
+        return Formatted(messages, [], [], length, 0)
+    return Formatted(messages, ids, labels, length, length - len(ids))
 
 
 def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> list[Message] | None:
@@ -95,22 +89,20 @@ def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> li
     return with_ends(head.rstrip("\ufffd"), tail.lstrip("\ufffd"))
 
 
-def _format(rows: Sequence[Example], formatter: Formatter, what: str) -> Dataset:
+def _format(rows: Examples, formatter: Formatter, what: str) -> Dataset:
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
 
-    batches = _fitting(rows, formatter, what)
-    tables = [_table([]), *(_table([tokens for _, tokens in fitted]) for _, fitted in batches)]
+    fitting = _Fitting(rows, formatter, what).batches()
+    tables = [_table([]), *(_table([tokens for _, tokens in fitted if tokens]) for fitted in fitting)]
     # Without a fingerprint of ours, `datasets` would serialise the whole table to make one.
     return Dataset(pa.concat_tables(tables), fingerprint=generate_random_fingerprint())
 
 
 def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
     """Rows on disk with `input_ids` and `labels` made when a row is taken. Every mask is proven now."""
-    kept: list[int] = []
-    for short, fitted in _fitting(rows, formatter, "training", lazily=True):
-        kept += sorted([*short, *(number for number, _ in fitted)])
-    rows = rows.select(kept)
+    rows = rows.select([number for fitted in _Fitting(rows, formatter, "training", lazily=True).batches()
+                        for number, _ in fitted])
 
     # The transform holds the rows, and with them the file, which goes when they do.
     def tokens_of(batch: dict[str, list[Any]], _files: DiskRows = rows) -> dict[str, list[Any]]:
@@ -127,78 +119,74 @@ def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
     return rows.dataset.select_columns(["messages", "prompt", "reference"]).with_transform(tokens_of)
 
 
-def _fitting(rows: Sequence[Example], formatter: Formatter, what: str,
-             lazily: bool = False) -> Iterator[tuple[list[int], list[tuple[int, Formatted]]]]:
-    """Batches of the rows that fit, by their places in `rows`; prints at the end how many were left out or shortened.
+class _Fitting:
+    """Finds the rows that fit; what becomes of the others is said when all have passed."""
 
-    The first list is empty, or lazily has the rows that fit in any case; the second has the others with their tokens.
-    Raises KitError at the end with up to 20 rows that can't be formatted.
-    """
-    outcome = _Outcome(formatter.recipe)
-    for (short, others), encoded in formatter.encode_ahead(_located(rows, formatter, outcome, what, lazily)):
-        fitted = []
-        for (number, row, located), (ids, labels) in zip(others, encoded, strict=True):
-            if code := formatter.untrained(located, labels):
-                outcome.refuse(row.place, FINDINGS[code][1])
-            tokens = fit(formatter, row.messages, ids, labels)
-            outcome.count(row.place, tokens)
-            if tokens.ids:
-                fitted.append((number, tokens))
-        yield short, fitted
-    outcome.settle(len(rows), what)
-
-
-def _located(rows: Sequence[Example], formatter: Formatter, outcome: _Outcome, what: str,
-             lazily: bool) -> Iterator[tuple[tuple[list[int], list[tuple[int, Example, Located]]], list[Located]]]:
-    limit = formatter.recipe.max_seq_length
-    with bar(len(rows), f"formatting {what} rows", "row", unit_scale=True, leave=False, delay=2) as progress:
-        for start in range(0, len(rows), BATCH):
-            short, others = [], []
-            for number, row in enumerate(rows[start:start + BATCH], start):
-                try:
-                    if typed := formatter.typed(row.messages):
-                        raise KitError(f"the text holds the control token {typed[0]!r}, which the model would take for "
-                                       "its own")
-                    located = formatter.locate(row.messages)
-                except KitError as error:
-                    outcome.refuse(row.place, error.message)
-                    continue
-                # A token is at least one byte.
-                if lazily and sum(len(text.encode()) for text, _ in located.segments) <= limit:
-                    short.append(number)
-                else:
-                    others.append((number, row, located))
-            yield (short, others), [located for _, _, located in others]
-            progress.update(min(BATCH, len(rows) - start))
-
-
-class _Outcome:
-    """What became of rows that don't fit or can't be formatted."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, rows: Examples, formatter: Formatter, what: str, lazily: bool = False) -> None:
+        self.rows, self.formatter, self.recipe = rows, formatter, formatter.recipe
+        self.what, self.lazily = what, lazily
         self.problems = Problems()
         self.lost = self.shortened = self.cut = 0
 
-    def refuse(self, place: Place, message: str) -> None:
-        self.problems.add(f"{where(place, self.recipe)}: {message}")
+    def batches(self) -> Iterator[list[tuple[int, Formatted | None]]]:
+        """Places in `rows` of those that fit, with their tokens; lazily, without for a row that fits in any case.
 
-    def count(self, place: Place, tokens: Formatted) -> None:
+        Raises KitError at the end with up to 20 rows that can't be formatted.
+        """
+        for batch, encoded in self.formatter.encode_ahead(self._located()):
+            fitted: list[tuple[int, Formatted | None]] = []
+            tokens_of = iter(encoded)
+            for number, row, located in batch:
+                tokens = self._tokens(row, located, *next(tokens_of)) if located else None
+                if tokens is None or tokens.ids:
+                    fitted.append((number, tokens))
+            yield fitted
+        self._settle()
+
+    def _located(self) -> Iterator[tuple[list[tuple[int, Example, Located | None]], list[Located]]]:
+        total = len(self.rows)
+        with bar(total, f"formatting {self.what} rows", "row", unit_scale=True, leave=False, delay=2) as progress:
+            for examples in batches(enumerate(self.rows)):
+                batch: list[tuple[int, Example, Located | None]] = []
+                for number, row in examples:
+                    try:
+                        if typed := self.formatter.typed(row.messages):
+                            raise KitError(f"the text holds the control token {typed[0]!r}, which the model would take "
+                                           "for its own")
+                        located = self.formatter.locate(row.messages)
+                    except KitError as error:
+                        self._refuse(row, error.message)
+                        continue
+                    # A token is at least one byte.
+                    fits = self.lazily and sum(len(text.encode()) for text, _ in located.segments) \
+                        <= self.recipe.max_seq_length
+                    batch.append((number, row, None if fits else located))
+                yield batch, [located for _, _, located in batch if located]
+                progress.update(len(examples))
+
+    def _tokens(self, row: Example, located: Located, ids: list[int], labels: list[int]) -> Formatted:
+        if code := self.formatter.untrained(located, labels):
+            self._refuse(row, FINDINGS[code][1])
+        tokens = fit(self.formatter, row.messages, ids, labels)
         if not tokens.ids and self.recipe.overlong_rows == "error":
-            self.refuse(place, f"{tokens.length:,} tokens, more than max_seq_length: {self.recipe.max_seq_length:,}")
+            self._refuse(row, f"{tokens.length:,} tokens, more than max_seq_length: {self.recipe.max_seq_length:,}")
         self.lost += not tokens.ids
         self.shortened += tokens.cut > 0
         self.cut += tokens.cut
+        return tokens
 
-    def settle(self, total: int, what: str) -> None:
-        self.problems.refuse(f"{what} rows that can't be formatted", "`kit lint` shows them with remedies; rows that "
-                             "are only too long: overlong_rows: drop")
-        limit = f"max_seq_length: {self.recipe.max_seq_length} tokens"
+    def _refuse(self, row: Example, message: str) -> None:
+        self.problems.add(f"{where(row.place, self.recipe)}: {message}")
+
+    def _settle(self) -> None:
+        self.problems.refuse(f"{self.what} rows that can't be formatted", "`kit lint` shows them with remedies; rows "
+                             "that are only too long: overlong_rows: drop")
+        total, limit = f"{len(self.rows):,} {self.what} rows", f"max_seq_length: {self.recipe.max_seq_length} tokens"
         if self.shortened:
-            print(f"{self.shortened:,} of {total:,} {what} rows were longer than {limit}; {self.cut:,} tokens were cut "
-                  "from the middle of their prompts")
+            print(f"{self.shortened:,} of {total} were longer than {limit}; {self.cut:,} tokens were cut from the "
+                  "middle of their prompts")
         if self.lost:
-            print(f"{self.lost:,} of {total:,} {what} rows are longer than {limit} and were left out")
+            print(f"{self.lost:,} of {total} are longer than {limit} and were left out")
 
 
 def _table(rows: Sequence[Formatted]) -> pa.Table:

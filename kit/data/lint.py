@@ -1,23 +1,26 @@
-"""The data check: what is in the rows, what would be trained, what is wrong and where."""
+"""The data check, `kit lint`: what is in the rows, what would be trained, what is wrong and where."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kit.common.errors import KitError
 from kit.common.secrets import secret
-from kit.data import text_checks
-from kit.data.disk_rows import batches
-from kit.data.findings import FINDINGS, Findings
+from kit.common.show import show
+from kit.data.findings import FINDINGS, Findings, control_characters, mojibake, not_normalised
 from kit.data.formatting import fit, rare_collections
-from kit.data.lint_across import AcrossRows
-from kit.data.lint_figures import Figures
-from kit.data.lint_report import Report
-from kit.data.lint_samples import Samples
+from kit.data.lint_figures import AcrossRows, Figures
+from kit.data.lint_report import Report, Samples
 from kit.data.masks import Encoded, Formatter, Located
+from kit.data.repair import check_out, fix
 from kit.data.rows import Row, empty, progress, rows_of
 from kit.data.shapes import Fault
-from kit.data.sources import held_out_source
+from kit.data.sources import files_of, held_out_source
+from kit.data.splits import batches
 from kit.models.template import Message, load_tokenizer
 from kit.recipe.recipe import Recipe
 
@@ -31,9 +34,8 @@ def lint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Re
     Reads rows one by one, in bounded memory. Raises KitError when a source can't be read at all; whatever is wrong
     with single rows is in the report.
     """
-    check = _Check(recipe, tokenizer or load_tokenizer(recipe))
     with rare_collections():
-        return check.run()
+        return _Check(recipe, tokenizer or load_tokenizer(recipe)).run()
 
 
 class _Check:
@@ -111,11 +113,11 @@ class _Check:
     def _text(self, messages: list[Message]) -> list[Fault]:
         """What is wrong with the contents as text."""
         faults = []
-        for code, check in (("control_character", text_checks.control_characters), ("mojibake", text_checks.mojibake),
+        for code, check in (("control_character", control_characters), ("mojibake", mojibake),
                             ("secret", secret)):
             if detail := next((text for m in messages if (text := check(m["content"]))), None):
                 faults.append(Fault(code, detail))
-        if any(text_checks.not_normalised(m["content"]) for m in messages):
+        if any(not_normalised(m["content"]) for m in messages):
             faults.append(Fault("not_normalised", ""))
         if typed := self.formatter.typed(messages):
             faults.append(Fault("special_token", ", ".join(dict.fromkeys(typed))))
@@ -135,3 +137,58 @@ class _Check:
         for fault in faults:
             self.findings.add(fault, row.place)
         self.samples.offer(row, split, faults, tokens)
+
+
+def recipe_of(data: str | None, recipe: str | None, fields: dict[str, Any]) -> Recipe:
+    """The recipe whose data is checked, with `data` for its dataset. Raises KitError for what is neither."""
+    if data is not None and "=" in data and not Path(data).exists():
+        raise KitError(f"{data!r} is no data: the first argument is what to check", "kit lint DATA FIELD=VALUE …")
+    if data is None and recipe is None:
+        raise KitError("nothing to check", "kit lint DATA, or kit lint --recipe RECIPE")
+    return Recipe.load(recipe or {}, **{**fields, **({} if data is None else {"dataset": data})})
+
+
+def check(recipe: Recipe, html: Path | None, copy: Path | None, as_json: bool, rows: int, defaults: bool) -> int:
+    """Print what the data check says; exit code 0 without findings of severity error, 1 with.
+
+    Writes the page to `html` and the repaired rows to `copy`; shows so many `rows` token by token. `defaults` says
+    that no recipe was named.
+    """
+    for path in (html, copy):
+        if path is not None and not path.parent.is_dir():
+            raise KitError(f"{path}: there is no folder {path.parent}", "make it first")
+    first, *others = recipe.sources
+    for source in recipe.sources:
+        files_of(source, recipe)  # a missing file is reported before anything is loaded
+    if copy and others:
+        raise KitError("--fix takes one source", "kit lint DATA --fix OUT for each of them")
+    if copy:
+        check_out(first, copy)
+    # Only the JSON goes to standard output, so that it can be piped; whatever libraries print goes beside it.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        report = lint(recipe)
+    if as_json:
+        print(json.dumps(report.figures, ensure_ascii=False, indent=2))
+    else:
+        show(report)
+        if defaults:
+            print(f"checked as the default recipe trains (tokens of {report.figures['tokenizer']}); for your model: "
+                  "--recipe RECIPE")
+        for tokens in report.examples(rows):
+            print()
+            show(tokens)
+    if html:
+        report.save(html)
+        print(f"page: {html}", file=sys.stderr)
+    if copy:
+        _repair(first, copy, recipe)
+    return 1 if report.errors else 0
+
+
+def _repair(source: str, copy: Path, recipe: Recipe) -> None:
+    repairs = fix(source, copy, recipe)
+    print(f"repaired copy: {copy}", file=sys.stderr)
+    for what, count in repairs.most_common():
+        places = ", ".join(map(str, repairs.places.get(what, [])))
+        more = ", …" if count > len(repairs.places.get(what, [])) else ""
+        print(f"  {count:,} × {what}" + (f": {places}{more}" if places else ""), file=sys.stderr)

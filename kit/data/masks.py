@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -114,14 +114,12 @@ class Formatter:
     def encode_ahead(self, batches: Iterable[tuple[T, list[Located]]]) -> Iterator[tuple[T, list[Encoded]]]:
         """Each batch with its tokens, in order; one is tokenised while the next is rendered."""
         with ThreadPoolExecutor(1) as pool:
-            waiting: tuple[T, Future[list[Encoded]]] | None = None
-            for batch, located in batches:
-                coming = pool.submit(self.encode_located, located)
-                if waiting:
-                    yield waiting[0], waiting[1].result()
-                waiting = (batch, coming)
-            if waiting:
-                yield waiting[0], waiting[1].result()
+            coming = ((batch, pool.submit(self.encode_located, located)) for batch, located in batches)
+            before = next(coming, None)
+            while before:
+                after = next(coming, None)
+                yield before[0], before[1].result()
+                before = after
 
     def _encode_whole(self, segments: list[Segment]) -> Encoded:
         text = "".join(segment.text for segment in segments)

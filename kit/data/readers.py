@@ -1,7 +1,5 @@
 """Files to rows: one record at a time, with the place each came from."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -15,8 +13,7 @@ from typing import Any
 
 from kit.common.errors import KitError, nearest, one_line
 from kit.data.encodings import not_utf8, refuse_utf16
-from kit.data.json_rows import read_json, read_jsonl
-from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines
+from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines, read_json, read_jsonl
 
 # A quote that is never closed makes one cell of the rest of the file; larger than this is no row.
 LARGEST_CELL = 2**27
@@ -173,8 +170,7 @@ def _library(path: Path, what: str) -> Iterator[None]:
     except (KitError, PermissionError):
         raise
     except Exception as error:
-        reason = one_line(error)
-        raise KitError(f"{path}: cannot be read as {what}: {type(error).__name__}: {reason}",
+        raise KitError(f"{path}: cannot be read as {what}: {type(error).__name__}: {one_line(error)}",
                        "open it with the program that wrote it and save it again") from None
 
 

@@ -1,7 +1,5 @@
 """Safe repairs of rows: what can be mended without guessing what somebody meant."""
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from collections import Counter
@@ -12,10 +10,10 @@ from typing import Any
 
 from kit.common.errors import KitError
 from kit.common.files import writing
+from kit.data.findings import CONTROL
 from kit.data.rows import Place, progress, rows_of
 from kit.data.shapes import NAMES, TURNS, renamed, to_messages
 from kit.data.sources import local_path
-from kit.data.text_checks import CONTROL
 from kit.recipe.recipe import Recipe
 
 ROW_NAMES = (*NAMES, "input", "system")

@@ -1,7 +1,5 @@
 """Rows of a source, good and bad: each with its place, its shape, and its messages or its faults."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -11,8 +11,6 @@
 Field names of other files are given to these by the recipe's `columns`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -32,6 +30,8 @@ NAMES = tuple(field for fields in SHAPES.values() for field in fields)
 # Fields that can hold a list of turns: a turn's role, its text, and the roles there are.
 TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", SENDERS),
          "prompt": ("role", "content", ROLES), "completion": ("role", "content", ROLES)}
+# Each answer follows a question or a tool's result; several tools may answer at once.
+FOLLOWERS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
 
 def longest_user_turn(messages: list[Message]) -> tuple[str, Callable[[str, str], list[Message]]]:
@@ -119,7 +119,11 @@ def _unknown(row: dict[str, Any]) -> Fault:
         if near := nearest(str(key), NAMES, cutoff=0.8):
             return Fault("misnamed_field", f"no known fields, but {key!r}{near}")
     return Fault("missing_field", f"no fields messages, conversations, instruction and output, prompt and completion, "
-                 f"or question and answer (found: {', '.join(map(str, list(row)[:8])) or 'none'})")
+                 f"or question and answer (found: {_names(row) or 'none'})")
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(map(str, list(row)[:8]))
 
 
 def _text(row: dict[str, Any], field: str, faults: list[Fault], needed: bool = True) -> str:
@@ -127,10 +131,9 @@ def _text(row: dict[str, Any], field: str, faults: list[Fault], needed: bool = T
     if isinstance(value, str):
         return value
     if field not in row and needed:
-        if near := nearest(field, [str(key) for key in row], cutoff=0.75):
-            faults.append(Fault("misnamed_field", f"no field {field}{near}"))
-        else:
-            faults.append(Fault("missing_field", f"no field {field} (found: {', '.join(map(str, list(row)[:8]))})"))
+        near = nearest(field, [str(key) for key in row], cutoff=0.75)
+        faults.append(Fault("misnamed_field" if near else "missing_field",
+                            f"no field {field}{near or f' (found: {_names(row)})'}"))
     elif value is not None:
         faults.append(Fault("not_text", f"{field} is a {type(value).__name__}, not text"))
     return ""
@@ -202,27 +205,18 @@ def _structure(messages: list[Message]) -> list[Fault]:
     order = ", ".join(talk[:12]) + (", …" if len(talk) > 12 else "") or "none"
     if talk[:1] == ["system"]:
         talk = talk[1:]
-    faults = []
     if "assistant" not in talk:
-        faults.append(Fault("no_assistant", f"no turn of the assistant (turns: {order})"))
-    elif talk[0] != "user":
-        faults.append(Fault("first_turn", f"the first turn is not the user's (turns: {order})"))
-    elif not _alternates(talk):
-        faults.append(Fault("role_order", f"turns must alternate user, assistant and end with the assistant, "
-                            f"these are: {order}"))
-    if not faults:
-        asked = [m for m in messages if m["role"] == "user"]
-        answers = [m for m in messages if m["role"] == "assistant"]
-        if not all(m["content"].strip() for m in answers):
-            faults.append(Fault("empty_response", "the answer is empty" if len(answers) == 1 else
-                                "one of the answers is empty"))
-        if not all(m["content"].strip() for m in asked):
-            faults.append(Fault("empty_prompt", "the prompt is empty" if len(asked) == 1 else
-                                "one of the user's turns is empty"))
+        return [Fault("no_assistant", f"no turn of the assistant (turns: {order})")]
+    if talk[0] != "user":
+        return [Fault("first_turn", f"the first turn is not the user's (turns: {order})")]
+    if talk[-1] != "assistant" or not all(after in FOLLOWERS.get(turn, ()) for turn, after in pairwise(talk)):
+        return [Fault("role_order", "turns must alternate user, assistant and end with the assistant, these are: "
+                      f"{order}")]
+    faults = []
+    for role, code, the_only, one_of in (
+            ("assistant", "empty_response", "the answer is empty", "one of the answers is empty"),
+            ("user", "empty_prompt", "the prompt is empty", "one of the user's turns is empty")):
+        texts = [m["content"] for m in messages if m["role"] == role]
+        if not all(text.strip() for text in texts):
+            faults.append(Fault(code, the_only if len(texts) == 1 else one_of))
     return faults
-
-
-def _alternates(talk: list[str]) -> bool:
-    """Each answer follows a question or a tool's result, several tools may answer at once, the assistant ends."""
-    follow = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
-    return talk[-1] == "assistant" and all(b in follow.get(a, ()) for a, b in pairwise(talk))

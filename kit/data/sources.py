@@ -1,7 +1,5 @@
 """Which files a source means: a file, a folder, a data set of a hub, the bundled tickets."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

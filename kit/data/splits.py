@@ -1,36 +1,115 @@
-"""Which rows are trained on and which are held out: several sources, weights, no prompt on both sides."""
+"""Which rows are trained on and which are held out: several sources, weights, no prompt on both sides.
+
+With lazy_preprocess conversations lie on disk, where they may be larger than memory: one memory-mapped Arrow file.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from kit.common.errors import KitError
-from kit.data.disk_rows import DiskRows, Example
-from kit.data.rows import Problems, good_rows, progress, where
+from kit.common.files import cache_dir
+from kit.data.rows import Place, Problems, Row, good_rows, progress, where
 from kit.data.sources import held_out_source
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def read_splits(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
+BATCH = 1000  # rows handled at a time
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))  # a conversation's type in Arrow
+T = TypeVar("T")
+
+
+def batches(rows: Iterable[T]) -> Iterator[list[T]]:
+    """The rows in lists of BATCH, as they come."""
+    coming = iter(rows)
+    while batch := list(itertools.islice(coming, BATCH)):
+        yield batch
+
+
+class Example(NamedTuple):
+    """A conversation and where it was read."""
+
+    place: Place
+    messages: list[Message]
+
+
+class DiskRows:
+    """Rows of an Arrow file, which goes with the last of these objects that has it."""
+
+    def __init__(self, dataset: Dataset, *folders: tempfile.TemporaryDirectory[str]) -> None:
+        self.dataset, self._folders = dataset, folders
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Example]:
+        for row in self.dataset:
+            yield Example(Place(row["file"], row["row"], row["line"]), row["messages"])
+
+    def __getitem__(self, part: slice) -> DiskRows:
+        return self.select(range(len(self))[part])
+
+    def select(self, places: Iterable[int]) -> DiskRows:
+        """The rows at these places, in this order; nothing is copied."""
+        return DiskRows(self.dataset.select(places), *self._folders)
+
+    def behind(self, first: DiskRows) -> DiskRows:
+        """The rows of `first`, then these."""
+        from datasets import concatenate_datasets
+
+        return DiskRows(concatenate_datasets([first.dataset, self.dataset]), *first._folders, *self._folders)
+
+
+Examples = list[Example] | DiskRows
+
+
+def _on_disk(rows: Iterable[Row]) -> DiskRows:
+    """Write every row as it comes; a thousand of them are in memory at a time."""
+    from datasets import Dataset
+
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_dir(), ignore_cleanup_errors=True)
+    path = Path(folder.name) / "rows.arrow"
+    schema = pa.schema([("messages", TURNS), ("prompt", TURNS), ("reference", pa.string()),
+                        ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            for batch in batches(rows):
+                talks = [row.messages for row in batch]
+                stream.write_batch(pa.record_batch([
+                    pa.array(talks, TURNS), pa.array([talk[:-1] for talk in talks], TURNS),
+                    [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
+                    schema=schema))
+    except OSError as error:
+        raise KitError(f"lazy_preprocess: {path} can't be written: {error}",
+                       "free room, or set KIT_CACHE to another disk") from None
+    return DiskRows(Dataset.from_file(str(path)), folder)
+
+
+def read_splits(recipe: Recipe) -> tuple[Examples, Examples]:
     """Training and held-out conversations, before formatting.
 
     With test_size, rows that share a prompt go to the same side. Raises KitError when rows of eval_dataset ask what
     is trained on (`eval_overlap`).
     """
     sources = {source: _read(source, recipe) for source in recipe.sources}
-    train: Sequence[Example] = []
-    held_out: Sequence[Example] = []
+    train: Examples = []
+    held_out: Examples = []
     if recipe.test_size:
         apart = held_out_rows([prompt_key(row.messages) for rows in sources.values() for row in rows], recipe)
-        start = 0
-        for source, rows in sources.items():
-            of_source = apart[start:start + len(rows)]
-            start += len(rows)
+        ends = np.cumsum([len(rows) for rows in sources.values()])
+        for (source, rows), of_source in zip(sources.items(), np.split(apart, ends[:-1]), strict=True):
             held_out = _joined(held_out, _picked(rows, of_source.nonzero()[0].tolist()))
             sources[source] = _picked(rows, (~of_source).nonzero()[0].tolist())
     for source, passes in recipe.sources.items():
@@ -41,10 +120,10 @@ def read_splits(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
     return train[: recipe.max_train_samples], held_out[: recipe.max_eval_samples]
 
 
-def _read(source: str, recipe: Recipe) -> Sequence[Example]:
+def _read(source: str, recipe: Recipe) -> Examples:
     with progress(f"reading {source}", source, recipe) as on_bytes:
         rows = good_rows(source, recipe, on_bytes)
-        return DiskRows.write(rows) if recipe.lazy_preprocess else [Example(row.place, row.messages) for row in rows]
+        return _on_disk(rows) if recipe.lazy_preprocess else [Example(row.place, row.messages) for row in rows]
 
 
 def prompt_key(messages: list[Message]) -> int:
@@ -90,14 +169,15 @@ def repeated(source: str, count: int, recipe: Recipe) -> list[int]:
     return places
 
 
-def _without_overlap(train: Sequence[Example], held_out: Sequence[Example], recipe: Recipe) -> Sequence[Example]:
+def _without_overlap(train: Examples, held_out: Examples, recipe: Recipe) -> Examples:
     """The held-out rows, after those that ask what is trained on have been refused, dropped or kept."""
     if recipe.eval_overlap == "keep":
         return held_out
     trained, problems, new = {prompt_key(row.messages) for row in train}, Problems(), []
     for number, row in enumerate(held_out):
         if prompt_key(row.messages) in trained:
-            problems.add(f"{where(row.place, recipe)}: {_excerpt(row)}")
+            asked = " ".join(next(m["content"] for m in row.messages if m["role"] == "user").split())
+            problems.add(f"{where(row.place, recipe)}: {asked[:80]}{'…' * (len(asked) > 80)}")
         else:
             new.append(number)
     if problems and recipe.eval_overlap == "drop":
@@ -109,16 +189,11 @@ def _without_overlap(train: Sequence[Example], held_out: Sequence[Example], reci
     return held_out
 
 
-def _excerpt(row: Example) -> str:
-    text = " ".join(next(m["content"] for m in row.messages if m["role"] == "user").split())
-    return text[:80] + ("…" if len(text) > 80 else "")
-
-
-def _joined(one: Sequence[Example], other: Sequence[Example]) -> Sequence[Example]:
-    if isinstance(other, DiskRows):
-        return other.behind(one) if isinstance(one, DiskRows) else other
+def _joined(one: Examples, other: Examples) -> Examples:
+    if isinstance(one, DiskRows) and isinstance(other, DiskRows):
+        return other.behind(one)
     return [*one, *other] if one else other
 
 
-def _picked(rows: Sequence[Example], places: list[int]) -> Sequence[Example]:
+def _picked(rows: Examples, places: list[int]) -> Examples:
     return rows.select(places) if isinstance(rows, DiskRows) else [rows[i] for i in places]

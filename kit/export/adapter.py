@@ -1,7 +1,5 @@
 """Save the adapter; merge it into the 16-bit base model, shard by shard; write the merged model in 4-bit too."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

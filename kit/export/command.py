@@ -1,7 +1,5 @@
 """`kit export`: the merged model and GGUFs of a run, or of an adapter that was trained elsewhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kit.common.errors import KitError

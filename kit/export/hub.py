@@ -1,7 +1,5 @@
 """Push what `kit verify` passed to a hub: adapter, merged model and GGUFs, each with a card, private by default."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile

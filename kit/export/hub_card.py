@@ -1,7 +1,5 @@
 """The model card of a pushed run: what it is, how to use it, what it was trained on, and the verdict of kit verify."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Logins are theirs: the environment, or what their own login command stored. Thei
 raises, and `hub_errors` makes a KitError of that.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

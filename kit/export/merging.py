@@ -1,7 +1,5 @@
 """An adapter's changes to a model's weights, and a safetensors file written anew with them in it."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

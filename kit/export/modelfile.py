@@ -7,8 +7,6 @@ the trained template is rendered with marked contents: the text between two mark
 either side, and the Modelfile's template is that table of texts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from itertools import pairwise

@@ -4,8 +4,6 @@
 JSON lines on stdout, each carrying the request's number.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue

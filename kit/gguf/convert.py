@@ -1,7 +1,5 @@
 """GGUF files: converted by llama.cpp's own converter, quantised and checked, each step in a child process."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -6,8 +6,6 @@ dimensions, u64 per dimension, u32 type, u64 offset; then padding to general.ali
 the tensors. The package gguf reads the same, but takes seconds for a vocabulary of 150,000 tokens.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import struct

@@ -7,8 +7,6 @@ them convert_hf_to_gguf.py. Both come from there, so a GGUF is written and read 
 wheel is compiled once per machine and kept, as the converter is, in the cache folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """The child's side of kit.gguf.child, and llama.cpp's quantiser; run as `python -m kit.gguf.worker`."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

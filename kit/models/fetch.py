@@ -1,7 +1,5 @@
 """Models and adapters: where they lie, fetched from a hub if need be, and what their files tell."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from contextlib import suppress

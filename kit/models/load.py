@@ -1,7 +1,5 @@
 """Load a base model, in 4 and 8 bits too, or a saved adapter on its base."""
 
-from __future__ import annotations
-
 import gc
 from pathlib import Path
 from typing import Any

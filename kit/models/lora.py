@@ -1,7 +1,5 @@
 """LoRA on a base model: a fresh adapter, one to train on, LoftQ."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Number formats: float32 for a while, and float32 to bfloat16 without losing small changes."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -2,8 +2,6 @@
 `preflight`, which every run begins with, the first of model, data, converter and disk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path

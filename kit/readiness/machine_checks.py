@@ -1,7 +1,5 @@
 """`kit doctor` on packages, device, memory, disk, the GGUF tools and quantised layers."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """`kit doctor` on model and data: complete on this disk, or a hub that answers. Nothing is downloaded."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -2,8 +2,6 @@
 the child with its reason, and the checks go on. Run as a module this file is the child; it answers with a line of JSON.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import struct

@@ -4,8 +4,6 @@ The chosen model's config is shrunk, its own tokenizer and template are taken as
 conversion, quantisation, llama.cpp and the Modelfile follow by the code that will export the real model.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A model's architecture with little in it: the same kinds of layers, few and narrow, with random weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import kit.common.unsloth

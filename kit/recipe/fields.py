@@ -1,7 +1,5 @@
 """Every field of a recipe: name, type, default, bounds, and what it does."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, Literal
 

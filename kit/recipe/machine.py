@@ -1,7 +1,5 @@
 """What this machine is."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform

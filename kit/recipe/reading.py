@@ -1,7 +1,5 @@
 """Where a recipe's values come from: a YAML file, the command line, a notebook's variables; and what is wrong there."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a recipe becomes on this machine, each choice with its reason; and how several processes share a model."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import importlib.util

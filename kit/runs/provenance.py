@@ -1,7 +1,5 @@
 """Where an artefact comes from: hashes of everything that went in and came out, and secrets that must not go along."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 The page needs no network and runs no script. It is a sibling of the data check's page (kit/data/lint_page.html).
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math
@@ -22,7 +20,7 @@ from markupsafe import Markup
 from kit.common.files import read_json, write_text
 from kit.common.secrets import SECRETS
 from kit.common.show import duration, scores, size
-from kit.data.text_checks import CONTROL
+from kit.data.findings import CONTROL
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.run import Run, file_sizes, read_result

@@ -1,7 +1,5 @@
 """The gates before the first step: what the trainer was given is what the recipe asks for."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any

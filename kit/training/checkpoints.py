@@ -5,8 +5,6 @@ file that differs from it, is skipped with its reason. The manifest also says wh
 (`identity`), so that no training resumes from a checkpoint of other data or settings.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

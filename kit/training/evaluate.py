@@ -1,7 +1,5 @@
 """The held-out rows during training: loss, perplexity and token accuracy, in less memory than a training step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The gates in the first step: what the first backward pass and the first loss say of the model and its data."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ The trainer's own save_strategy is off. Saves by steps, by epochs and by minutes
 and on a signal are asked for here, and every process asks for the same ones.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """The training itself: it resumes, stops on a signal, and ends with one whole model and the figures of the run."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import time

@@ -3,8 +3,6 @@
 tests/training/test_trainer.py says by name when the installed transformers no longer has one of them.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -3,8 +3,6 @@
 The stop contract: one token ends an answer, and everything that is shipped agrees on which.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

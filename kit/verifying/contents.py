@@ -4,8 +4,6 @@ The merged model is the base plus the adapter, once: checked tensor by tensor, a
 GGUF's header has the merged folder's tokenizer and shape.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import zip_longest

@@ -5,8 +5,6 @@ tokens and all others taken as one: never more than over the whole vocabulary, a
 digits. Top-1 is the share of places where both hold the same token the likeliest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ log probabilities, the likeliest one, and that of the token that follows. Next t
 greedy answers: an artefact whose likeliest tokens along such an answer are the answer's gives that answer too.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The template gate: conversations become the same token ids in training, in the GGUF and through the Modelfile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path

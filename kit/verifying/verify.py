@@ -5,8 +5,6 @@ of each artefact, and parity: the trained model's next-token distributions, kept
 loaded again, the merged model and each GGUF.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

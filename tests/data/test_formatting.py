@@ -14,13 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kit.answering.score import score
+from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.common.files import PROJECT
-from kit.data.disk_rows import DiskRows
 from kit.data.formatting import load_data
 from kit.data.masks import IGNORED
-from kit.data.splits import prompt_key, read_splits
+from kit.data.splits import DiskRows, prompt_key, read_splits
 from kit.models.template import Message, render
 from kit.recipe.recipe import Recipe
 
@@ -463,7 +462,7 @@ def test_rows_on_disk_behave_like_a_list(tmp_path: Path) -> None:
     recipe = Recipe.load({}, dataset=numbered(tmp_path / "a.jsonl", 5))
     plain, lazy = read_splits(recipe)[0], read_splits(Recipe.load(recipe, lazy_preprocess=True))[0]
     assert isinstance(lazy, DiskRows) and isinstance(plain, list)
-    assert list(lazy) == plain and lazy[-1] == plain[-1] and list(lazy[1:4:2]) == plain[1:4:2]
+    assert list(lazy) == plain and list(lazy[-1:]) == plain[-1:] and list(lazy[1:4:2]) == plain[1:4:2]
     assert list(lazy.select([4, 0, 4])) == [plain[i] for i in (4, 0, 4)]
     assert len(lazy[:0]) == 0 and len(lazy[3:99]) == 2
 

@@ -20,8 +20,7 @@ from kit.common.errors import KitError
 from kit.data.findings import FINDINGS, SHOWN
 from kit.data.formatting import load_data
 from kit.data.lint import lint
-from kit.data.lint_report import Report
-from kit.data.lint_samples import SAMPLES
+from kit.data.lint_report import SAMPLES, Report
 from kit.models.template import CHATML, prepare_tokenizer, render
 from kit.recipe.recipe import Recipe
 

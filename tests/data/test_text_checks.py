@@ -9,8 +9,8 @@ import unicodedata
 import pytest
 
 from kit.common.secrets import SECRETS, secret
-from kit.data.lint_across import NearDuplicates
-from kit.data.text_checks import control_characters, mojibake, not_normalised
+from kit.data.findings import control_characters, mojibake, not_normalised
+from kit.data.lint_figures import NearDuplicates
 
 FRENCH = "Où est le café ? À côté de l’hôtel, près du théâtre : ça va très bien… « Noël » œuvre naïve, 20 °C, 5 €"
 GERMAN = "Größere Übungen für süße Äpfel: „Öl“ – heißt es – kostet 5 € mehr; Maß, Füße, Jürgen"
