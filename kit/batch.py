@@ -68,7 +68,7 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     join(recipe)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    reason, status, code = "the notebook ended early", "failed", 1
+    reason, code = "the notebook ended early", 1
     try:
         _execute(source, overrides, namespace)
     except KeyboardInterrupt:
@@ -80,7 +80,6 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
             return 0 if isinstance(error, Stopped) else error.exit_code
         print(f"kit: {error}", file=sys.stderr)
         reason, code = f"{type(error).__name__}: {error}", error.exit_code
-        status = "stopped" if isinstance(error, Stopped) else "failed"
     except SystemExit as stop:
         reason = f"a cell called exit({stop.code})"
     except Exception as error:
@@ -90,7 +89,7 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
         return 0
     run = namespace.get("run")
     if isinstance(run, Run) and run.result.get("status") == "running":
-        run.fail(reason, status)
+        run.fail(reason, "stopped" if code == Stopped.exit_code else "failed")
     return _ended(Run.of(recipe), reason, code)
 
 

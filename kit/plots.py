@@ -1,17 +1,10 @@
 """The figures of a run, as matplotlib figures that are also saved as PNG."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from kit.training.train import TrainResult
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
@@ -30,7 +23,7 @@ def _save(figure: Figure, path: Path) -> Figure:
     return figure
 
 
-def lengths(rows: Dataset, max_seq_length: int, path: Path) -> Figure:
+def lengths(rows: Any, max_seq_length: int, path: Path) -> Figure:
     """Histogram of row lengths in tokens, with the trained part apart; of many rows the first 10,000."""
     first = rows[:10_000]
     total = sorted(map(len, first["input_ids"]))
@@ -45,8 +38,8 @@ def lengths(rows: Dataset, max_seq_length: int, path: Path) -> Figure:
     return _save(figure, path)
 
 
-def loss(result: TrainResult, path: Path) -> Figure:
-    """The loss of each logged step, of many their mean too; the held-out loss, its best, where training resumed."""
+def loss(result: Any, path: Path) -> Figure:
+    """A TrainResult's loss by logged step, of many their mean too; held-out loss, its best, where training resumed."""
     steps, values = zip(*result.losses, strict=True)
     window = max(1, len(values) // 10)
     smooth = [fmean(values[max(0, end - window):end]) for end in range(1, len(values) + 1)]
@@ -56,9 +49,8 @@ def loss(result: TrainResult, path: Path) -> Figure:
     if window > 1:
         axes.plot(steps, smooth, label=f"mean of {window}")
     if result.evaluations:
-        axes.plot([evaluation["step"] for evaluation in result.evaluations],
-                  [evaluation["loss"] for evaluation in result.evaluations],
-                  marker="o", color="tab:green", label="held-out rows")
+        evaluated, held_out = zip(*((entry["step"], entry["loss"]) for entry in result.evaluations), strict=True)
+        axes.plot(evaluated, held_out, marker="o", color="tab:green", label="held-out rows")
     if result.best_step is not None:
         axes.axvline(result.best_step, color="tab:green", linestyle=":", label=f"best: step {result.best_step}")
     if result.resumed_from:

@@ -80,7 +80,7 @@ def answer_file(run: str | Path, file: str | Path, out: str | Path | None = None
             ended = time.perf_counter()
         shortened = {place: prompt.cut for place, prompt in prompts.items() if prompt.cut}
         _write(target, questions, columns, journal.done, failed, shortened)
-        journal.remove()
+        journal.path.unlink()
     answers = journal.done.values()
     return Answered(target, len(questions.asked) + len(questions.faults), len(answers),
                     sum(not answer.stopped for answer in answers),
@@ -105,11 +105,11 @@ def _prompts(model: InMemory | LlamaCpp, questions: Questions) -> tuple[dict[int
 def answer_rows(model: InMemory | LlamaCpp, prompts: dict[int, Prompt], journal: Journal,
                 batch_size: int) -> dict[int, str]:
     """Answer what the journal lacks, and add it there; returned is why rows failed, by place."""
-    limit = batch_size if model.together else 1
+    limit = 1 if isinstance(model, LlamaCpp) else batch_size
     # Of all rows, answered or not: done again after a kill, a batch has the same neighbours, and rounding its result.
     batches = by_length({place: prompt.ids for place, prompt in prompts.items()}, limit)
     todo = [batch for batch in reversed(batches) if not journal.done.keys() >= set(batch)]
-    if limit > 1 and todo and (proof := model.prove(list(prompts.values()))):
+    if not isinstance(model, LlamaCpp) and limit > 1 and todo and (proof := model.prove(list(prompts.values()))):
         print(proof)
     failed: dict[int, str] = {}
     failures_in_a_row = 0

@@ -1,7 +1,7 @@
-"""Which model answers `kit ask` and `kit answer`, and how it answers the rows of a file.
+"""What answers, and how: a question, streamed; a list of prompts; the rows of a file.
 
-It is a run's GGUF, merged folder, adapter or base, or a GGUF file. torch is imported only where a model in memory
-answers.
+For `kit ask` and `kit answer` it is a run's GGUF, merged folder, adapter or base, or a GGUF file. torch is imported
+only where a model in memory answers.
 """
 
 from bisect import bisect_right
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.answering.infer import stream
 from kit.answering.journal import Answer
-from kit.answering.replies import gguf_sampling
+from kit.answering.replies import Reply, by_length, gguf_sampling
 from kit.common.errors import GateError, KitError, nearest
+from kit.common.show import bar
 from kit.data.shapes import longest_user_turn
 from kit.gguf.child import LlamaChild
 from kit.gguf.formats import check_gguf
@@ -91,6 +91,52 @@ def _paths(run: Run) -> dict[str, Path | None]:
     return {**{name: path for name, path in paths.items() if path}, "base": None}
 
 
+def stream(model: Any, tokenizer: Any, prompt: str | list[Message], recipe: Recipe | None = None) -> Iterator[str]:
+    """The answer token by token. `model` is a model in memory, or the path of a GGUF file (tokenizer None).
+
+    `prompt` is a question or a list of messages; the recipe brings template settings and sampling.
+    """
+    recipe = recipe or Recipe.load({})
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if isinstance(model, (str, Path)):
+        with _opened(model, recipe) as child:
+            yield from child.stream(with_system(messages, recipe), **gguf_sampling(recipe))
+    else:
+        from kit.answering.in_memory import stream_in_memory
+
+        yield from stream_in_memory(model, tokenizer, messages, recipe)
+
+
+def answer(model: Any, tokenizer: Any, prompts: list[list[Message]], recipe: Recipe,
+           batch_size: int = 20) -> list[Reply]:
+    """Answers in the order of `prompts`, with a progress bar; a model in memory answers a batch of like length at once.
+
+    `model` and `tokenizer` are those of `stream`.
+    """
+    replies: dict[int, Reply] = {}
+    if isinstance(model, (str, Path)):
+        with _opened(model, recipe) as child, \
+                bar(len(prompts), f"answering with {child.gguf.name}", "row") as progress:
+            for number, messages in enumerate(prompts):
+                text = "".join(child.stream(with_system(messages, recipe), **gguf_sampling(recipe)))
+                replies[number] = Reply(text, child.finish_reason == "stop")
+                progress.update()
+    else:
+        from kit.answering.in_memory import answer_batch
+
+        rows = {number: prompt_ids(tokenizer, messages, recipe) for number, messages in enumerate(prompts)}
+        with bar(len(rows), "answering", "row") as progress:
+            for batch in by_length(rows, batch_size):
+                replies |= zip(batch, answer_batch(model, tokenizer, [rows[i] for i in batch], recipe), strict=True)
+                progress.update(len(batch))
+    return [replies[number] for number in range(len(prompts))]
+
+
+def _opened(gguf: str | Path, recipe: Recipe) -> LlamaChild:
+    return LlamaChild(Path(gguf), n_ctx=recipe.num_ctx or recipe.max_seq_length,
+                      template_kwargs=template_kwargs(recipe))
+
+
 class Prompt(NamedTuple):
     """A question as the model gets it; `cut` is how many tokens of it were left out."""
 
@@ -101,8 +147,6 @@ class Prompt(NamedTuple):
 
 class InMemory:
     """A model in memory; answers a batch at once."""
-
-    together = True
 
     def __init__(self, engine: Engine) -> None:
         self.recipe = engine.recipe
@@ -137,8 +181,6 @@ class InMemory:
 class LlamaCpp:
     """A GGUF in llama.cpp; answers one row at a time."""
 
-    together = False
-
     def __init__(self, engine: Engine) -> None:
         assert engine.path is not None
         self.path, self.recipe = engine.path, engine.recipe
@@ -168,9 +210,6 @@ class LlamaCpp:
         except GateError:
             self._open()
             raise
-
-    def prove(self, prompts: list[Prompt]) -> str:
-        return ""
 
     def close(self) -> None:
         self.child.close()

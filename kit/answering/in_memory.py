@@ -17,10 +17,9 @@ import kit.common.unsloth
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from kit.answering.replies import Reply, by_length, sampling
+from kit.answering.replies import Reply, sampling
 from kit.common.errors import GateError
 from kit.common.padding import padded
-from kit.common.show import bar
 from kit.models.precision import in_float32
 from kit.models.template import Message, prompt_ids
 from kit.recipe.recipe import Recipe
@@ -86,18 +85,6 @@ def _text_of(streamer: _TokenStream, tokenizer: Any) -> Iterator[str]:
             yield text[len(shown):]
         # Decoding starts afresh with each line: a token of a long answer costs no more than one of a short.
         line, shown = ([], "") if text.endswith("\n") else (line, text)
-
-
-def answer_in_memory(model: Any, tokenizer: Any, prompts: list[list[Message]], recipe: Recipe,
-                     batch_size: int) -> list[Reply]:
-    """Answers in the order of `prompts`; batches are of like length, padded on the left."""
-    rows = {number: prompt_ids(tokenizer, messages, recipe) for number, messages in enumerate(prompts)}
-    replies: dict[int, Reply] = {}
-    with bar(len(rows), "answering", "row") as progress:
-        for batch in by_length(rows, batch_size):
-            replies |= zip(batch, answer_batch(model, tokenizer, [rows[i] for i in batch], recipe), strict=True)
-            progress.update(len(batch))
-    return [replies[number] for number in rows]
 
 
 def answer_batch(model: Any, tokenizer: Any, rows: list[list[int]], recipe: Recipe) -> list[Reply]:

@@ -56,7 +56,7 @@ class Journal:
         if error is KeyboardInterrupt:
             print(f"\n{len(self.done):,} rows are answered and kept: the same command resumes", file=sys.stderr)
         # By what is in the file: Ctrl-C may come between the writing of answers and the counting of them.
-        if not self.file.closed and self.path.exists() and self.path.read_bytes().count(b"\n") <= 1:
+        if self.path.exists() and self.path.read_bytes().count(b"\n") <= 1:
             self.path.unlink()  # nothing to resume
         self.file.close()
 
@@ -68,10 +68,6 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self.file.fileno())
         self.done.update(answers)
-
-    def remove(self) -> None:
-        self.path.unlink()
-        self.file.close()
 
     def _read(self) -> None:
         self.file.seek(0)

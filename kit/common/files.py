@@ -124,9 +124,5 @@ def hashes_of(folder: Path, paths: list[Path] | None = None) -> dict[str, str]:
     """{path in the folder: sha256} of `paths`; without them, of a model's weights and config."""
     if paths is None:
         paths = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    hashes = {}
-    with bar(len(paths), "hashing", "file", leave=False, delay=2) as progress:
-        for path in paths:
-            hashes[path.relative_to(folder).as_posix()] = sha256(path)
-            progress.update()
-    return hashes
+    progress = bar(len(paths), "hashing", "file", iterable=paths, leave=False, delay=2)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in progress}

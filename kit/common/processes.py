@@ -4,14 +4,12 @@ Everything here also holds for one process: it is then the main one and agrees w
 several processes need it: the command's parent process asks `is_main` without it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from kit.common.errors import KitError
 
@@ -92,7 +90,7 @@ class StopWish:
     def __init__(self) -> None:
         self.asked = ""
 
-    def __enter__(self) -> StopWish:
+    def __enter__(self) -> Self:
         # Python gives signals to the main thread only; a training in another one is stopped by its owner.
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():

@@ -163,7 +163,7 @@ class Report:
         lines = ["tokens          rows"]
         for bar in bars:
             eighths = round(bar["rows"] / most * 40 * 8)
-            drawn = "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
+            drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]
             lines.append(f"{bar['from']:>6,}–{bar['to']:<7,} {bar['rows']:>7,} {drawn}".rstrip())
         return "\n".join(lines)
 

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
 from kit.common.errors import KitError
@@ -64,13 +65,12 @@ class Formatter:
 
     def lost_character(self, messages: list[Message]) -> str | None:
         """The first character that byte-level tokens can't spell, as some small vocabularies lack rare bytes."""
-        if self._lost:
-            for m in messages:
-                data = m["content"].encode()
-                if len(data.translate(None, self._lost)) < len(data):
-                    rare = {c for c in m["content"] if any(byte in self._lost for byte in c.encode())}
-                    if gone := [c for c in sorted(rare) if not self._survives(c)]:
-                        return gone[0]
+        for text in [m["content"] for m in messages] if self._lost else []:
+            data = text.encode()
+            if len(data.translate(None, self._lost)) < len(data):
+                rare = {c for c in text if any(byte in self._lost for byte in c.encode())}
+                if gone := next((c for c in sorted(rare) if not self._survives(c)), None):
+                    return gone
         return None
 
     def _survives(self, character: str) -> bool:
@@ -126,11 +126,8 @@ class Formatter:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, labels = list(encoded["input_ids"]), []
         edges = [(0, False)]
-        for segment in segments:
-            end = edges[-1][0] + len(segment.text)
-            if len(edges) > 1 and edges[-1][1] == segment.trained:
-                edges.pop()
-            edges.append((end, segment.trained))
+        for trained, neighbours in groupby(segments, key=lambda segment: segment.trained):
+            edges.append((edges[-1][0] + sum(len(segment.text) for segment in neighbours), trained))
         k = 1
         for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True):
             while k < len(edges) - 1 and start >= edges[k][0]:

@@ -104,9 +104,7 @@ def read_json(path: Path, progress: Progress) -> Rows:
     if text[start] != "[":
         raise _no_list(path, text, start)
     at, row, line, counted = _skip(text, start + 1), 1, 1, 0
-    more, problem, torn = True, "", False
-    if text.startswith("]", at):
-        at, more, problem, torn = _behind(text, at)
+    more, problem = not text.startswith("]", at), ""
     while more:
         line, counted = line + text.count("\n", counted, at), at
         try:
@@ -118,25 +116,20 @@ def read_json(path: Path, progress: Progress) -> Rows:
             break
         yield _whole_text(value, text[at:end], row, line)
         progress.at(progress.size * end // len(text))
-        row += 1
-        at, more, problem, torn = _behind(text, end)
+        row, at = row + 1, _skip(text, end)
+        if more := text.startswith(",", at):
+            at = _skip(text, at + 1)
+    else:
+        torn = at == len(text)
+        if torn:
+            problem = f"{_place(text, at)}: the list has no end"
+        elif text[at] != "]":
+            problem = f"{_place(text, at)}: a comma or ] is missing before {excerpt(text, at)}"
+        elif (at := _skip(text, at + 1)) < len(text):
+            problem = f"{_place(text, at)}: text after the end of the list: {excerpt(text, at)}"
     if problem:
         yield Problem("torn_line" if torn else "invalid_json", problem + TORN * torn, row,
                       line + text.count("\n", counted, at))
-
-
-def _behind(text: str, end: int) -> tuple[int, bool, str, bool]:
-    """The next place behind a row, whether a row follows there, what is wrong there, and whether the text just ends."""
-    at = _skip(text, end)
-    if text.startswith(",", at):
-        return _skip(text, at + 1), True, "", False
-    if at == len(text):
-        return at, False, f"{_place(text, at)}: the list has no end", True
-    if text[at] != "]":
-        return at, False, f"{_place(text, at)}: a comma or ] is missing before {excerpt(text, at)}", False
-    at = _skip(text, at + 1)
-    after = f"{_place(text, at)}: text after the end of the list: {excerpt(text, at)}" if at < len(text) else ""
-    return at, False, after, False
 
 
 def _whole_text(value: Any, source: str, row: int, line: int) -> Record | Problem:

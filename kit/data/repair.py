@@ -3,7 +3,7 @@
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ from kit.recipe.recipe import Recipe
 
 ROW_NAMES = (*NAMES, "input", "system")
 SHOWN = 5  # places kept of each repair
+# In this order: "\r" is a control character too.
+TEXT_REPAIRS: dict[str, Callable[[str], str]] = {
+    "line ends written as \\n": lambda text: text.replace("\r\n", "\n").replace("\r", "\n"),
+    "control characters removed": lambda text: CONTROL.sub("", text),
+    "characters composed as usual (NFC)": lambda text: unicodedata.normalize("NFC", text)}
 NEAR = 0.8  # how alike a name must be to be taken for a known one (difflib's ratio)
 
 
@@ -135,13 +140,8 @@ def _text(value: Any, changes: list[str]) -> Any:
         return str(value)
     if not isinstance(value, str):
         return value
-    text = value.replace("\r\n", "\n").replace("\r", "\n")
-    if text != value:
-        changes.append("line ends written as \\n")
-    clean = CONTROL.sub("", text)
-    if clean != text:
-        changes.append("control characters removed")
-    normal = unicodedata.normalize("NFC", clean)
-    if normal != clean:
-        changes.append("characters composed as usual (NFC)")
-    return normal
+    for what, mended in TEXT_REPAIRS.items():
+        if (text := mended(value)) != value:
+            changes.append(what)
+            value = text
+    return value

@@ -54,10 +54,8 @@ def _no_split(source: str | Path, recipe: Recipe, known: Iterable[str]) -> KitEr
 
 def _split_of(path: Path) -> str | None:
     text = "/".join(path.with_suffix("").parts).lower()
-    for split, words in SPLIT_WORDS.items():
-        if re.search(rf"(?<![a-z])({words})(?![a-z])", text):
-            return split
-    return None
+    return next((split for split, words in SPLIT_WORDS.items()
+                 if re.search(rf"(?<![a-z])({words})(?![a-z])", text)), None)
 
 
 def _is_data_set(folder: Path, recipe: Recipe) -> bool:

@@ -48,7 +48,7 @@ class DiskRows:
     """Rows of an Arrow file, which goes with the last of these objects that has it."""
 
     def __init__(self, dataset: Dataset, *folders: tempfile.TemporaryDirectory[str]) -> None:
-        self.dataset, self._folders = dataset, folders
+        self.dataset, self.folders = dataset, folders
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,13 +62,7 @@ class DiskRows:
 
     def select(self, places: Iterable[int]) -> DiskRows:
         """The rows at these places, in this order; nothing is copied."""
-        return DiskRows(self.dataset.select(places), *self._folders)
-
-    def behind(self, first: DiskRows) -> DiskRows:
-        """The rows of `first`, then these."""
-        from datasets import concatenate_datasets
-
-        return DiskRows(concatenate_datasets([first.dataset, self.dataset]), *first._folders, *self._folders)
+        return DiskRows(self.dataset.select(places), *self.folders)
 
 
 Examples = list[Example] | DiskRows
@@ -191,7 +185,9 @@ def _without_overlap(train: Examples, held_out: Examples, recipe: Recipe) -> Exa
 
 def _joined(one: Examples, other: Examples) -> Examples:
     if isinstance(one, DiskRows) and isinstance(other, DiskRows):
-        return other.behind(one)
+        from datasets import concatenate_datasets
+
+        return DiskRows(concatenate_datasets([one.dataset, other.dataset]), *one.folders, *other.folders)
     return [*one, *other] if one else other
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from kit.common.errors import GateError, KitError
 from kit.common.files import PROJECT, cache_dir, read_json, unwritable, write_json, write_text
 from kit.common.show import size
-from kit.export.hub_card import base_of, check_hub_id, write_card
+from kit.export.hub_card import HUB_ID, base_of, write_card
 from kit.export.hub_sites import Site, hub_errors, login
 from kit.export.modelfile import go_template, modelfile_of
 from kit.gguf.formats import quantization_of, read_header
@@ -50,7 +50,8 @@ def push(run: Run | str | Path, what: Sequence[str] | None = None, repo_id: str 
     kinds = _kinds(run, recipe.push_to_hub if what is None else what)
     if not kinds:
         return []
-    check_hub_id(base_model)
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
+        raise KitError(f"base_model: {base_model!r} is no hub id", "write it as user/name, for example Qwen/Qwen3-4B")
     site = login(recipe.hub)
     ids = repositories(repo_id or recipe.hub_model_id or recipe.run_name, site.user, kinds)
     private = recipe.hub_private_repo if private is None else private
@@ -143,16 +144,13 @@ def _stage(run: Run, kind: str, folder: Path, recipe: Recipe, base_model: str | 
             if not target.exists():
                 shutil.copyfile(path, target)
             if path.suffix == ".json" and path.name not in NOT_TEXT:
-                _without_places(target, base_of(recipe, base_model)[1])
+                config = read_json(target)
+                if {BASE, *PLACES} & set(config):
+                    write_json(target, {key: base_of(recipe, base_model)[1] if key == BASE else value
+                                        for key, value in config.items() if key not in PLACES})
         if (folder / "Modelfile").is_file():
             _for_ollama(run, folder, recipe)
     return folder
-
-
-def _without_places(path: Path, base: str) -> None:
-    config = read_json(path)
-    if {BASE, *PLACES} & set(config):
-        write_json(path, {key: base if key == BASE else value for key, value in config.items() if key not in PLACES})
 
 
 def _for_ollama(run: Run, folder: Path, recipe: Recipe) -> None:

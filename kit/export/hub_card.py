@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from kit.common.errors import KitError
 from kit.common.files import PROJECT
 from kit.data.readers import SUFFIXES
 from kit.gguf.formats import quantization_of
@@ -28,12 +27,6 @@ def hub_id(name: str) -> str | None:
     """The id if `name` is one of a hub; None for a file, a folder or `starter`."""
     local = Path(name).expanduser().exists() or (PROJECT / name).exists() or Path(name).suffix.lower() in SUFFIXES
     return name if HUB_ID.fullmatch(name) and not local else None
-
-
-def check_hub_id(base_model: str | None) -> None:
-    """KitError unless the base model's id as the user names it, if they do, is one."""
-    if base_model is not None and not HUB_ID.fullmatch(base_model):
-        raise KitError(f"base_model: {base_model!r} is no hub id", "write it as user/name, for example Qwen/Qwen3-4B")
 
 
 def base_of(recipe: Recipe, base_model: str | None = None) -> tuple[str | None, str]:

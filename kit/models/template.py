@@ -4,9 +4,7 @@ Training text, the mask (kit.data.masks), the prompt at inference, the GGUF's te
 from `tokenizer.chat_template`, which `prepare_tokenizer` settles once.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -14,9 +12,6 @@ from kit.common.errors import KitError, one_line
 from kit.gguf.child import Message
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CHATML = (
     "{% for message in messages %}"
@@ -60,8 +55,7 @@ def with_system(messages: list[Message], recipe: Recipe) -> list[Message]:
     return messages
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: Recipe,
-           add_generation_prompt: bool = False) -> str:
+def render(tokenizer: Any, messages: list[Message], recipe: Recipe, add_generation_prompt: bool = False) -> str:
     """The conversation as the model sees it; with the opening of the answer if asked.
 
     Raises KitError when the template refuses these turns.
@@ -76,13 +70,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: 
                        "change the rows' roles, or set prompt_style: chatml") from None
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], recipe: Recipe) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: list[Message], recipe: Recipe) -> list[int]:
     """Token ids of a conversation up to where the answer begins."""
     text = render(tokenizer, messages, recipe, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
     """Settle template, stop token and pad token; the same tokenizer is saved with every artefact.
 
     Afterwards `eos_token` is what ends an answer in the template and `pad_token` is another token, so
@@ -109,7 +103,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Pre
     return tokenizer
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer with its template, without the model: what the data check needs."""
     from transformers import AutoTokenizer
 
@@ -120,7 +114,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return prepare_tokenizer(tokenizer, recipe)
 
 
-def _bos_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def _bos_of(tokenizer: Any) -> str:
     """The beginning-of-text token as template text, if this tokenizer opens every text with one."""
     opens = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     return "{{ '" + _literal(tokenizer.bos_token) + "' }}" if opens and tokenizer.bos_token else ""
@@ -130,7 +124,7 @@ def _literal(text: str | None) -> str:
     return (text or "").replace("\\", "\\\\").replace("'", "\\'")
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
+def _pad_token(tokenizer: Any, stop: str) -> str:
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     known = [token for token in PAD_CANDIDATES if token in tokenizer.get_vocab()]
     for token in [*known, tokenizer.unk_token, *reversed(special)]:
@@ -140,7 +134,7 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
                    "add a pad token to the model's tokenizer_config.json")
 
 
-def stop_token(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> str:
+def stop_token(tokenizer: Any, recipe: Recipe) -> str:
     """The special token that ends an assistant turn in this template."""
     messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     turns = marked(with_system(messages, recipe))

@@ -5,7 +5,6 @@ conversion, quantisation, llama.cpp and the Modelfile follow by the code that wi
 """
 
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -191,7 +190,6 @@ def _export(run: Run, recipe: Recipe, gates: Gates) -> list[Path]:
     """
     exact = [quant for quant in recipe.gguf if quant in ("f16", "bf16")] or ["f16"]
     steps = {quant: f"{'convert' if quant in exact else 'quantise'} {quant}" for quant in [*exact, *recipe.gguf]}
-    began = time.time()
     try:
         files = export_gguf(run.merged, run.gguf, list(steps), "rehearsal")
     except GateError as error:
@@ -199,9 +197,7 @@ def _export(run: Run, recipe: Recipe, gates: Gates) -> list[Path]:
         gates.check(steps[missing], False, "failed", detail=error.message, hint=NO_EXPORT)
         return []
     for step, file in zip(steps.values(), files, strict=True):
-        written = file.stat().st_mtime
-        gates.check(step, True, f"{file.stat().st_size / 1e6:.1f} MB in {written - began:.1f} s")
-        began = written
+        gates.check(step, True, f"{file.stat().st_size / 1e6:.1f} MB")
     return files
 
 

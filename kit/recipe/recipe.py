@@ -4,11 +4,9 @@ A YAML file states what differs from the defaults; the same file drives the note
 papermill and the command line. `Recipe.load(path, learning_rate="1e-4")` reads and checks it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import ValidationError, field_validator, model_validator
@@ -65,7 +63,7 @@ class Recipe(Fields):
         return size
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> Recipe:
+    def _no_contradictions(self) -> Self:
         both = [
             ("max_steps", "num_train_epochs", "max_steps would win silently; keep one of them"),
             ("load_in_4bit", "load_in_8bit", "the base model has one precision; keep one of them"),
@@ -107,7 +105,7 @@ class Recipe(Fields):
         return dict.fromkeys([self.dataset] if isinstance(self.dataset, str) else self.dataset, 1.0)
 
     @classmethod
-    def load(cls, source: str | Path | dict[str, Any] | Recipe, **overrides: Any) -> Recipe:
+    def load(cls, source: str | Path | dict[str, Any] | Fields, **overrides: Any) -> Self:
         """Read a YAML file (or take a dict or a recipe), put `overrides` on top, check everything.
 
         Raises KitError that lists up to 20 problems, each with its line in the file.

@@ -1,11 +1,9 @@
 """Gates: checks that say pass or fail with their figure, the tolerance beside it, and the cause of a failure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from kit.common.errors import GateError, KitError, one_line
 from kit.common.show import Table
@@ -73,7 +71,7 @@ class Gates:
         return [asdict(gate) for gate in self.gates]
 
     @classmethod
-    def from_json(cls, title: str, gates: list[dict[str, Any]]) -> Gates:
+    def from_json(cls, title: str, gates: list[dict[str, Any]]) -> Self:
         return cls(title, [Gate(**gate) for gate in gates])
 
     @property

@@ -3,8 +3,6 @@
 `result.json` is the truth about a run: its `status` is `running` until `finish` or `fail` is called.
 """
 
-from __future__ import annotations
-
 import atexit
 import hashlib
 import json
@@ -15,7 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -46,14 +44,14 @@ class Run:
         self._stage_began = 0.0
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Run:
+    def of(cls, recipe: Recipe) -> Self:
         run = cls(Path(recipe.output_dir).expanduser() / recipe.run_name)
         if recipe.checkpoint_dir:
             run.checkpoints = Path(recipe.checkpoint_dir).expanduser() / recipe.run_name
         return run
 
     @classmethod
-    def start(cls, recipe: Recipe) -> Run:
+    def start(cls, recipe: Recipe) -> Self:
         """Make the folder and write what is known before the first step.
 
         Raises KitError when it holds a finished run. What an unfinished run left is replaced, but for its checkpoints,
@@ -73,7 +71,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Run:
+    def open(cls, path: str | Path) -> Self:
         """A run folder that exists; a bare name is looked for in runs/."""
         for folder in (Path(path).expanduser(), Path("runs") / path):
             if (folder / "recipe.yaml").is_file():
@@ -132,7 +130,7 @@ class Run:
             "data_sha256": data,
             # A hub id's is known when the adapter has been merged into it.
             "base_sha256": hashes_of(base) if base.is_dir() else None,
-            "adapter_name_or_path": _adapter_hashes(recipe),
+            "adapter_name_or_path": _adapter_hashes(adapter_folder(recipe)) if recipe.adapter_name_or_path else None,
             "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
             "stop_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token,
             "versions": versions(), "machine": vars(machine(self.folder)), "settings": notes,
@@ -148,11 +146,8 @@ class Run:
         self._stage_began = now
 
 
-def _adapter_hashes(recipe: Recipe) -> dict[str, str] | None:
-    """Of the adapter that is trained on, if there is one. Raises KitError when its folder holds none."""
-    if recipe.adapter_name_or_path is None:
-        return None
-    folder = adapter_folder(recipe)
+def _adapter_hashes(folder: Path) -> dict[str, str]:
+    """Of the adapter that is trained on. Raises KitError when the folder holds none."""
     read_adapter_config(folder)
     return hashes_of(folder, [folder / "adapter_config.json", folder / "adapter_model.safetensors"])
 

@@ -40,7 +40,7 @@ def identity(recipe: Recipe, tokenizer: Any, rows: Any, held_out: Any, sharding:
     """What a training is made of, as a flat dict of plain values: two with the same identity take the same steps."""
     base = read_json(Run.of(recipe).folder / "manifest.json").get("base_sha256")
     # Of the others, data is compared by its rows and the processes by `sharding`.
-    fields = {name: value for name, value in recipe.model_dump(mode="json").items() if name in TRAINED}
+    fields = recipe.model_dump(mode="json", include=set(TRAINED))
     return {"training rows": rows_sha256(rows), "held-out rows": rows_sha256(held_out) if held_out else None,
             "chat template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
             "base model": hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest() if base else None,

@@ -88,7 +88,7 @@ def check_loss(gates: Gates, loss: float, vocabulary: int) -> None:
                 "look at the highlighted tokens of the first row, and at the model's files")
 
 
-class FirstStepCallback(TrainerCallback):  # type: ignore[misc]
+class FirstStepCallback(TrainerCallback):
     """Adds `gradients` and `first loss` to `gates` in the first step, and stops the training if one fails.
 
     The gates see the step as it is really taken, with the trainer's precision, checkpointing and batches.

@@ -32,7 +32,7 @@ def best_step(history: list[dict[str, Any]]) -> int | None:
     return min(evaluations, key=lambda entry: entry["eval_loss"])["step"] if evaluations else None
 
 
-class SaveCallback(TrainerCallback):  # type: ignore[misc]
+class SaveCallback(TrainerCallback):
     """`saved` is the step of the last sealed checkpoint, `stopping` whether a signal ended the training.
 
     `identity` is the training's `checkpoints.identity`, `resumed` the checkpoint it resumes from.

@@ -1,20 +1,15 @@
 """Optimiser steps, tokens and time of a training, before it and after its first two steps; without torch."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pyarrow.compute as pc
 
 from kit.common.processes import world_size
 from kit.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-
-def token_counts(rows: Dataset) -> list[int]:
+def token_counts(rows: Any) -> list[int]:
     """Tokens of each row; [] where rows are tokenised only when they are taken."""
     if "input_ids" not in rows.column_names or not len(rows):
         return []
@@ -35,7 +30,7 @@ def _steps_a_pass(recipe: Recipe, rows: int) -> int:
     return max(1, math.ceil(batches / recipe.gradient_accumulation_steps))
 
 
-def tokens_of(recipe: Recipe, rows: Dataset, steps: int) -> int | None:
+def tokens_of(recipe: Recipe, rows: Any, steps: int) -> int | None:
     """Tokens without padding that `steps` steps over these rows read; None for rows tokenised when they are taken."""
     if not (lengths := token_counts(rows)):
         return None

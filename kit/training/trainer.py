@@ -30,7 +30,7 @@ from kit.training.steps import seconds_of, tokens_of
 LOGGED = ("loss", "learning_rate", "grad_norm", *(f"eval_{name}" for name in METRICS))
 
 
-class PaceCallback(TrainerCallback):  # type: ignore[misc]
+class PaceCallback(TrainerCallback):
     """Says after two steps how long the training will take: `seconds`, None until then."""
 
     def __init__(self, recipe: Recipe, rows: Any) -> None:
@@ -49,7 +49,7 @@ class PaceCallback(TrainerCallback):  # type: ignore[misc]
             print(f"forecast after two steps: {duration(self.seconds)} for all {state.max_steps}", flush=True)
 
 
-class LogCallback(TrainerCallback):  # type: ignore[misc]
+class LogCallback(TrainerCallback):
     """log.jsonl, and a bar with the loss, tokens per second and the time that is left."""
 
     def __init__(self, run: Run) -> None:
@@ -87,7 +87,7 @@ class LogCallback(TrainerCallback):  # type: ignore[misc]
         self.bar.close()
 
 
-class KitTrainer(SFTTrainer):  # type: ignore[misc]
+class KitTrainer(SFTTrainer):
     """SFTTrainer with the evaluation of kit.training.evaluate, whose memory does not grow with the vocabulary."""
 
     eval_batch_size: int
@@ -136,8 +136,6 @@ def tokens_since_resume(trainer: SFTTrainer) -> int:
 def training_arguments(recipe: Recipe, lazy: bool) -> SFTConfig:
     """TRL's settings for a recipe; `lazy` when tokens are made as a row is taken, so none are to prepare or remove."""
     settings = resolved(recipe)
-    duration = {"max_steps": recipe.max_steps} if recipe.max_steps else \
-        {"num_train_epochs": recipe.num_train_epochs or 1.0}
     same = {name: getattr(recipe, name) for name in fields_affecting("SFTConfig")}
     if recipe.deepspeed:
         same |= {"deepspeed": deepspeed_settings(recipe)}
@@ -147,7 +145,8 @@ def training_arguments(recipe: Recipe, lazy: bool) -> SFTConfig:
         output_dir=str(Run.of(recipe).checkpoints), max_length=recipe.max_seq_length, packing=settings.packing,
         optim=settings.optim, bf16=settings.bf16, fp16=settings.fp16,
         gradient_checkpointing=bool(recipe.use_gradient_checkpointing), include_num_input_tokens_seen="non_padding",
-        disable_tqdm=True, save_strategy="no", **duration, **same)
+        disable_tqdm=True, save_strategy="no", max_steps=recipe.max_steps or -1,
+        num_train_epochs=recipe.num_train_epochs or 1.0, **same)
 
 
 def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) -> SFTTrainer:

@@ -15,7 +15,7 @@ import kit.common.unsloth
 
 from transformers import AutoTokenizer
 
-from kit.answering.infer import answer
+from kit.answering.engines import answer
 from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.gguf.formats import quantization_of, read_header
@@ -62,7 +62,13 @@ def check_answers(gates: Gates, evidence: Evidence,
         return {}
     scores = {name: score([answers[n][0] for n in numbers], expected, recipe.metric)
               for name, answers in replies.items()}
-    _check_scores(gates, scores, len(numbers))
+    least = scores["adapter"]["exact"] - max(POINTS, 1 / len(numbers)) - 1e-9  # one answer of a few is no trend
+    low = [name for name in ("f16", "bf16", "q8_0") if name in scores and scores[name]["exact"] < least]
+    gates.check("held-out score", not low,
+                ", ".join(f"{name} {values['exact']:.1%}" for name, values in scores.items()),
+                f"f16, bf16, q8_0: at most {100 * POINTS:.0f} points, or one answer, below the adapter",
+                f"{len(numbers)} rows" + "".join(f"; {name} is below" for name in low),
+                "export again; a k-quant that loses too much: q8_0" if low else "")
     return scores
 
 
@@ -83,16 +89,6 @@ def _check_rates(gates: Gates, rates: dict[str, float], count: int, fits: bool) 
                 f"as the adapter, at most {FEWER:.0%} or one fewer", cause or remark,
                 "raise max_new_tokens if answers are cut off; train longer if they ramble" if adapter == 0 else
                 "the template or the stop token of that file is not the trained one: export again")
-
-
-def _check_scores(gates: Gates, scores: dict[str, dict[str, float]], count: int) -> None:
-    least = scores["adapter"]["exact"] - max(POINTS, 1 / count) - 1e-9  # one answer of a few is no trend
-    low = [name for name in ("f16", "bf16", "q8_0") if name in scores and scores[name]["exact"] < least]
-    gates.check("held-out score", not low,
-                ", ".join(f"{name} {values['exact']:.1%}" for name, values in scores.items()),
-                f"f16, bf16, q8_0: at most {100 * POINTS:.0f} points, or one answer, below the adapter",
-                f"{count} rows" + "".join(f"; {name} is below" for name in low),
-                "export again; a k-quant that loses too much: q8_0" if low else "")
 
 
 def check_stops(gates: Gates, evidence: Evidence) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from kit.common.errors import KitError
 from kit.common.weight_files import weight_files
-from kit.export.merging import LowRank, changes_of, fitting, merged_tensor
+from kit.export.adapter import LowRank, changes_of, fitting, merged_tensor
 from kit.gguf.formats import Header
 from kit.runs.gates import Gates
 
@@ -34,17 +34,13 @@ VALUES = {
 
 def check_merge(gates: Gates, base: Path, adapter: Path, merged: Path) -> None:
     """Add the gates `merged config` and `merge`. One tensor is in memory at a time."""
-    _check_config(gates, base, merged)
-    _check_weights(gates, base, adapter, merged)
-
-
-def _check_config(gates: Gates, base: Path, merged: Path) -> None:
     configs = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (merged, base))
     ours, bases = ({key: value for key, value in config.items() if key not in SETTLED} for config in configs)
     differ = sorted(key for key in {*ours, *bases} if ours.get(key) != bases.get(key))
     cause = "; ".join(f"{key} is {ours.get(key)!r}, in the base model {bases.get(key)!r}" for key in differ[:4])
     gates.check("merged config", not differ, f"{len(ours) - len(differ)} of {len(ours)} values as in the base",
                 "all", f"merged/config.json: {cause}" if differ else "", AGAIN)
+    _check_weights(gates, base, adapter, merged)
 
 
 def _check_weights(gates: Gates, base: Path, adapter: Path, merged: Path) -> None:

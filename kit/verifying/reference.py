@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from kit.answering.infer import Reply, answer
+from kit.answering.engines import answer
+from kit.answering.replies import Reply
 from kit.common.errors import KitError
 from kit.common.files import whole_file
 from kit.common.padding import padded

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from kit.common.errors import KitError
 from kit.common.files import timestamp, write_json
@@ -17,7 +16,7 @@ from kit.gguf.child import LlamaChild
 from kit.gguf.formats import check_gguf, quantization_of, read_header
 from kit.models.fetch import base_folder
 from kit.models.load import free_memory
-from kit.runs.gates import Gates
+from kit.runs.gates import Gate, Gates
 from kit.runs.provenance import about, check_hashes, check_origin, check_secrets
 from kit.runs.report import write_report
 from kit.runs.run import Run, read_manifest
@@ -39,7 +38,11 @@ def verify(run: Run | str | Path) -> Gates:
         raise KitError(f"{run.folder} holds no trained model ({run.result.get('status', 'not started')} at "
                        f"{run.result.get('stage', 'the start')})", "let the run come to its end first")
     began = time.perf_counter()
-    gates = Gates(f"verify {run.folder.name}", _recorded(run))
+    # What was checked before training stands first, a line for each stage.
+    stages = [Gates.from_json(name, recorded) for name, recorded in run.result.get("gates", {}).items()]
+    gates = Gates(f"verify {run.folder.name}", [
+        Gate(stage.title, stage.passed, stage.verdict, detail="; ".join(gate.detail for gate in stage.failed))
+        for stage in stages])
     scores = _check_all(gates, run, trained)
     write_json(run.folder / "verify.json", {
         "passed": gates.passed, "verdict": gates.verdict, "checked": timestamp(),
@@ -48,15 +51,6 @@ def verify(run: Run | str | Path) -> Gates:
         "tolerances": {name: tolerance._asdict() for name, tolerance in TOLERANCES.items()}})
     write_report(run)
     return gates
-
-
-def _recorded(run: Run) -> list[Any]:
-    """The gates that passed before training, a line for each stage."""
-    summary = Gates("")
-    for stage, recorded in run.result.get("gates", {}).items():
-        earlier = Gates.from_json(stage, recorded)
-        summary.check(stage, earlier.passed, earlier.verdict, "", "; ".join(gate.detail for gate in earlier.failed))
-    return summary.gates
 
 
 def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, float]]:

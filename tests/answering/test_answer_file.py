@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kit.answering.answer_file import answer_file, answer_rows
-from kit.answering.engines import Engine, Prompt, fitted
+from kit.answering.engines import Engine, InMemory, Prompt, fitted
 from kit.answering.journal import Answer, Journal
 from kit.answering.question_files import LONGEST_CELL, SUFFIXES, read_questions, write_answers
 from kit.common.errors import GateError, KitError
@@ -185,10 +185,8 @@ def test_files_that_cannot_be_read(name: str, content: bytes, words: str, tmp_pa
             read_questions(tmp_path / missing)
 
 
-class Fake:
+class Fake(InMemory):
     """Stands in for a model where only the order of work matters: it answers with the question, backwards."""
-
-    together = True
 
     def __init__(self, room: int = 100) -> None:
         self.recipe, self.room = Recipe.load({}), room
@@ -216,14 +214,14 @@ class Fake:
 
 
 def asked(model: Fake, *texts: str) -> dict[int, Prompt]:
-    return {place: fitted(model, [{"role": "user", "content": text}]) for place, text in enumerate(texts)}  # type: ignore[arg-type]
+    return {place: fitted(model, [{"role": "user", "content": text}]) for place, text in enumerate(texts)}
 
 
 def run(model: Fake, prompts: dict[int, Prompt], out: Path,
         batch_size: int = 2) -> tuple[dict[int, str], dict[int, str]]:
     """Answers and failures by place."""
     with Journal(out, {"file": "f"}) as journal:
-        failed = answer_rows(model, prompts, journal, batch_size)  # type: ignore[arg-type]
+        failed = answer_rows(model, prompts, journal, batch_size)
         return {place: answer.text for place, answer in journal.done.items()}, failed
 
 
@@ -289,11 +287,11 @@ def test_when_nothing_works_any_more_it_stops(tmp_path: Path) -> None:
 
 def test_the_middle_of_a_long_prompt_is_cut() -> None:
     model = Fake(room=21)
-    found = fitted(model, [{"role": "system", "content": "sys"}, {"role": "user", "content": "b" * 50 + "e" * 50}])  # type: ignore[arg-type]
+    found = fitted(model, [{"role": "system", "content": "sys"}, {"role": "user", "content": "b" * 50 + "e" * 50}])
     assert found.messages[1]["content"] == "b" * 7 + " … " + "e" * 7
     assert len(found.ids) == 20 and found.cut == 83
     with pytest.raises(KitError, match="30 tokens where 21 fit"):
-        fitted(model, [{"role": "system", "content": "s" * 20}, {"role": "user", "content": "b" * 10}])  # type: ignore[arg-type]
+        fitted(model, [{"role": "system", "content": "s" * 20}, {"role": "user", "content": "b" * 10}])
 
 
 def test_a_journal_of_another_request_is_refused(tmp_path: Path) -> None:

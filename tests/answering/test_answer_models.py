@@ -120,8 +120,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     ("gguf", {}), ("merged", {"dtype": "float32"}), ("adapter", {"dtype": "float32"}), ("base", {}),
     ("base", {"load_in_4bit": True})])
 def test_every_engine(engine: str, fields: dict[str, Any], finished_run: Path, tmp_path: Path) -> None:
-    from kit.answering.engines import choose
-    from kit.answering.infer import stream
+    from kit.answering.engines import choose, stream
 
     file = tmp_path / "q.txt"
     file.write_text(f"{QUESTIONS[0]}\n\n{QUESTIONS[3]}\n{QUESTIONS[1]}\n", encoding="utf-8")

@@ -17,8 +17,7 @@ import pytest
 import kit
 from kit.common.errors import GateError, KitError
 from kit.common.files import sha256, whole_folder
-from kit.export.adapter import merge_adapter, save_adapter
-from kit.export.merging import changes_of
+from kit.export.adapter import changes_of, merge_adapter, save_adapter
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 

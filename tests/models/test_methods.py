@@ -15,7 +15,7 @@ import pytest
 
 import kit
 from kit.common.errors import GateError, KitError
-from kit.export.merging import check_mergeable
+from kit.export.adapter import check_mergeable
 from kit.models.load import load_from
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run

@@ -117,7 +117,7 @@ def test_a_gguf_cut_in_half(finished_run: Path, tmp_path: Path) -> None:
 
 
 def test_streams_token_by_token(finished_run: Path) -> None:
-    from kit.answering.infer import answer, stream
+    from kit.answering.engines import answer, stream
     from kit.models.load import reload
 
     run = Run.open(finished_run)
@@ -134,7 +134,7 @@ def test_a_character_of_several_tokens_is_streamed_whole(starter: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kit.answering.infer import stream
+    from kit.answering.engines import stream
     from kit.recipe.recipe import Recipe
 
     tokenizer = AutoTokenizer.from_pretrained(starter)
