@@ -62,8 +62,8 @@ def score(answers: list[str], references: list[str], metric: str) -> dict[str, f
     fields = dict.fromkeys(name for _, reference in pairs for name in reference or {})
     scores = {"exact": fmean([answer is not None and _same(answer, reference) for answer, reference in pairs])}
     for name in fields:
-        scores[name] = fmean([answer is not None and name in answer and _same(answer[name], (reference or {})[name])
-                               for answer, reference in pairs])
+        scores[name] = fmean([name in (answer or {}) and name in (reference or {})
+                              and _same((answer or {})[name], (reference or {})[name]) for answer, reference in pairs])
     return scores
 
 

@@ -520,6 +520,9 @@ def test_scores() -> None:
         "exact": 0, "order": 0.5, "topic": 0}
     # 1 and true are equal in Python, but not in JSON.
     assert score(['{"order":true,"topic":"x"}'], [right], "json")["exact"] == 0
+    # A field that only another row's reference has.
+    assert score(['{"a":1,"b":2}', '{"a":1,"b":2}'], ['{"a":1}', '{"a":1,"b":2}'], "json") == {
+        "exact": 0.5, "a": 1, "b": 0.5}
     assert score(["a\n", "b"], ["a", "c"], "exact") == {"exact": 0.5}
     assert score(["a"], ["a"], "none") == {}
 
