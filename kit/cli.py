@@ -84,9 +84,12 @@ def doctor(
 @app.command()
 def verify(what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder")]) -> int:
     """Check that what a run ships is what it trained: every gate, with its figure; writes verify.json, report.html."""
+    from kit.runs.run import Run
+
+    opened = Run.open(what)  # a wrong name is refused before unsloth is imported, which takes seconds
     from kit.verifying.verify import verify as check
 
-    gates = check(what)
+    gates = check(opened)
     print(gates)
     return 0 if gates.passed else 1
 
