@@ -4,19 +4,22 @@ tests/training/test_trainer.py says by name when the installed transformers no l
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import kit.common.unsloth
 
+import torch
 from datasets import DatasetDict, disable_progress_bars, enable_progress_bars
+from filelock import FileLock
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from kit.common.files import unwritable
+from kit.common.files import cache_dir, unwritable
 from kit.common.processes import is_main
 from kit.common.show import bar, duration
 from kit.recipe.fields import fields_affecting
@@ -133,11 +136,30 @@ def tokens_since_resume(trainer: SFTTrainer) -> int:
     return int(trainer.state.num_input_tokens_seen) - int(trainer._initial_num_input_tokens_seen)
 
 
+def load_deepspeed_operator() -> None:
+    """Compile and load DeepSpeed's operator for CPUs, one process after the other.
+
+    PyTorch guards its build folder by a file that a killed process leaves behind, and waits for that file's end for
+    ever. The system ends a FileLock with its process: who holds it knows that a file left there is nobody's.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    folder = cache_dir() / "torch_extensions"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    with FileLock(folder / "kit.lock"):
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
 def training_arguments(recipe: Recipe, lazy: bool) -> SFTConfig:
     """TRL's settings for a recipe; `lazy` when tokens are made as a row is taken, so none are to prepare or remove."""
     settings = resolved(recipe)
     same = {name: getattr(recipe, name) for name in fields_affecting("SFTConfig")}
     if recipe.deepspeed:
+        if not torch.cuda.is_available():
+            load_deepspeed_operator()
         same |= {"deepspeed": deepspeed_settings(recipe)}
     if lazy:
         same |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
