@@ -24,35 +24,33 @@ UINT64 = struct.Struct("<Q")
 
 
 class Quantization(NamedTuple):
-    """What is known of a GGUF's format, and what it may cost.
+    """What is known of a GGUF's format.
 
-    `mean_kl` (nats per token) and `top1` (a share, None: not judged) are the parity gate's tolerances against the model
-    that was trained; `tiny_kl` is that of the rehearsal's random tiny model, None for a format that is only reported.
+    `types` are the tensor types (enum ggml_type in ggml.h) that llama.cpp's quantiser uses for it, the fallbacks for
+    narrow matrices among them. `tiny_kl` (nats per token) is what it may cost the rehearsal's random tiny model, None
+    for a format that is only reported there.
     """
 
     file_type: int  # llama.cpp's number for it, enum llama_ftype in llama.h
     bits: float  # an upper bound for the disk check: narrow models fall back to larger types for most k-quant tensors
     about: str
-    mean_kl: float
-    top1: float | None
+    types: frozenset[int]
     tiny_kl: float | None
-    why: str
 
 
-# f16 and bf16 hold the merged weights exactly (f16: all within its range), so only the merge's own rounding is left:
-# 0.000004 on the demo. q8_0 rounds each block of 32 weights to 8 bits: 0.00014 there, 0.007 on a model that was hardly
-# trained. Below 4.5 bits a narrow model loses visibly; beyond 0.3 its answers are others.
+FLOAT32, FLOAT16, BFLOAT16, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K = 0, 1, 30, 6, 7, 8, 12, 13, 14
+EXACT = frozenset((FLOAT32, FLOAT16, BFLOAT16))
 QUANTIZATIONS = {
     "f16": Quantization(1, 16.1, "16 bits per weight: exact for nearly every trained weight; the reference when sizes "
-                        "are compared", 1e-3, 1.0, 1e-3, "holds the merged weights exactly"),
+                        "are compared", EXACT, 1e-3),
     "bf16": Quantization(32, 16.1, "16 bits per weight: exact for a bfloat16 model, runs best on hardware that has "
-                         "bfloat16", 1e-3, 1.0, 1e-3, "holds the merged weights exactly"),
+                         "bfloat16", EXACT, 1e-3),
     "q8_0": Quantization(7, 8.6, "8.5 bits per weight: answers as the 16-bit file does; the safe choice where it fits",
-                         0.02, 0.97, 0.05, "8-bit blocks of 32 weights"),
+                         EXACT | {Q8_0}, 0.05),
     "q5_k_m": Quantization(17, 7.2, "about 5.7 bits per weight: a little better than q4_k_m for a fifth more room",
-                           0.3, None, None, "about 5.7 bits; reported"),
+                           EXACT | {Q5_1, Q8_0, Q5_K, Q6_K}, None),
     "q4_k_m": Quantization(15, 6.6, "about 4.9 bits per weight: the usual choice for a small machine; small models "
-                           "lose most by it", 0.3, None, None, "about 4.9 bits; reported"),
+                           "lose most by it", EXACT | {Q5_0, Q8_0, Q4_K, Q5_K, Q6_K}, None),
 }
 
 

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit.common.errors import GateError, KitError, one_line
-from kit.common.files import whole_folder
+from kit.common.files import read_json, whole_folder
 from kit.export.adapter import merge_adapter, save_adapter
 from kit.export.modelfile import modelfile_of
 from kit.gguf.child import LlamaChild
@@ -108,8 +108,9 @@ def _rehearse_gguf(run: Run, tokenizer: Any, recipe: Recipe, gates: Gates) -> No
     with _step(gates, "convert"):
         files = _export(run, recipe, gates)
     with _step(gates, "tokenizer"):  # before llama.cpp reads them: a wrong one ends its process
+        config = read_json(run.merged / "config.json")
         for file in files:
-            check_contents(gates, quantization_of(file), read_header(file), run.merged)
+            check_contents(gates, quantization_of(file), read_header(file), run.merged, config)
     options = template_kwargs(recipe)
     with ExitStack() as stack:
         with _step(gates, "load"):

@@ -1,15 +1,17 @@
-"""What ends an answer, how many held-out answers of each shipped file end by themselves, and their scores.
+"""What ends an answer, whether every shipped file ends its answers there, and the scores of its answers.
 
 The stop contract: one token ends an answer, and everything that is shipped agrees on which.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import kit.common.unsloth
 
@@ -20,75 +22,106 @@ from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.gguf.formats import quantization_of, read_header
 from kit.runs.gates import Gates
+from kit.verifying.parity import Figures
 from kit.verifying.reference import Evidence, greedy
 
-POINTS = 0.05  # by which a GGUF's held-out score may be below the adapter's
-FEWER = 0.05  # share of held-out answers; a GGUF may stop that much more seldom than the adapter
+# Two-sided chance of a false alarm in one comparison of scores, and how many rows it takes to come below it.
+ALPHA = 1 / 500
+ENOUGH = math.ceil(math.log2(1 / ALPHA))
+JUDGED = ("f16", "bf16", "q8_0")  # whose held-out score has to be the adapter's
+SECONDS = 60  # for the answers of one GGUF that have to be generated
+ENDS = 3.0  # times the allowed spread by which a stop token may be less likely, on average
 
-Answer = tuple[str, bool]  # the text, and whether it stopped by itself
+
+class Shipped(NamedTuple):
+    """A GGUF as it was compared: its figures, the spread in nats that its format explains, and its answers."""
+
+    figures: Figures
+    allowed: float
+    answers: dict[int, str]
 
 
-def gguf_answers(path: Path, evidence: Evidence, same: dict[int, bool]) -> dict[int, Answer]:
-    """The GGUF's greedy answers to the reference's rows.
+def gguf_answers(path: Path, evidence: Evidence, same: dict[int, bool]) -> dict[int, str]:
+    """The GGUF's greedy answers to the reference's rows; without a metric none, as they would settle nothing.
 
-    Where `same` says that it gives the adapter's answer, that one; only the others are generated.
+    Where `same` says that it gives the adapter's whole answer, that one; only the others are generated, as many as
+    there is time for.
     """
-    replies = {number: evidence.reference.answers[number] for number, equal in same.items() if equal}
-    others = [number for number, equal in same.items() if not equal]
-    if others:
-        questions = [evidence.held_out[number][:-1] for number in others]
-        generated = answer(path, None, questions, greedy(evidence.recipe))
-        replies |= {number: (reply.text, reply.stopped) for number, reply in zip(others, generated, strict=True)}
-    return replies
+    if evidence.recipe.metric == "none":
+        return {}
+    reference, recipe = evidence.reference, greedy(evidence.recipe)
+    whole = {row.number for row in reference.rows if row.own and row.whole}
+    replies = {number: reference.answers[number][0] for number, equal in same.items() if equal and number in whole}
+    others = [number for number in same if number not in replies]
+    questions = [reference.held_out[number][:-1] for number in others]
+    generated = answer(path, None, questions, recipe) if questions else []
+    return replies | {number: reply.text for number, reply in zip(others, generated, strict=False)}
 
 
-def check_answers(gates: Gates, evidence: Evidence,
-                  shipped: dict[str, dict[int, Answer]]) -> dict[str, dict[str, float]]:
-    """Add `stops by itself` and `held-out score` of adapter and GGUFs, `shipped` by quantisation; returns the scores.
+def check_ends(gates: Gates, evidence: Evidence, shipped: dict[str, Shipped]) -> None:
+    """Add `stops by itself`: each GGUF holds the stop token as likely as the trained model where answers end.
 
-    They count over the rows that the model in memory answered.
+    Nothing has to be generated for that, and answers that were cut off by max_new_tokens do not count.
     """
-    reference, recipe = evidence.reference, evidence.recipe
+    if not shipped:
+        return
+    ends = {name: one.figures.ends for name, one in shipped.items()}
+    places = next(iter(ends.values()))
+    sure = sum(end.sure for end in places)
+    kept = ", ".join(f"{name} {sum(end.sure and end.kept for end in each)}" for name, each in ends.items())
+    figure = f"of {len(places)} ends the trained model is sure of {sure}, of those {kept}"
+    tolerance = f"at most {ENDS:g} times the spread less likely"
+    if not places:
+        gates.check("stops by itself", None, "no end", tolerance,
+                    "too few to judge: no answer that is compared comes to its end, 1 would do")
+        return
+    loss = {name: fmean(end.loss for end in each) for name, each in ends.items()}
+    low = [name for name, one in shipped.items() if not loss[name] <= ENDS * one.allowed]
+    cause = "; ".join(f"{name} holds the stop token {loss[name]:.2g} nats less likely than the trained model"
+                      for name in low)
+    remark = "" if sure else "the trained model itself would go on in each: train longer if its answers ramble"
+    gates.check("stops by itself", not low, figure, tolerance, cause or remark, evidence.remedy(low[0]) if low else "")
+
+
+def check_scores(gates: Gates, evidence: Evidence, shipped: dict[str, Shipped]) -> dict[str, dict[str, float]]:
+    """Add `held-out score`, where there is a metric; returns the scores of adapter and GGUFs.
+
+    A GGUF is compared with the adapter on the rows that both answered, by a sign test: rounding changes an answer for
+    the better about as often as for the worse.
+    """
+    reference, metric = evidence.reference, evidence.recipe.metric
     numbers = sorted({row.number for row in reference.rows if row.own})
-    if not numbers:
+    if metric == "none" or not numbers:
         return {}
-    replies = {"adapter": {number: reference.answers[number] for number in numbers}, **shipped}
-    expected = [evidence.held_out[number][-1]["content"] for number in numbers]
-    fits = any(len(evidence.tokenizer(text, add_special_tokens=False)["input_ids"]) < recipe.max_new_tokens
-               for text in expected)
-    rates = {name: sum(answers[n][1] for n in numbers) / len(numbers) for name, answers in replies.items()}
-    _check_rates(gates, rates, len(numbers), fits)
-    if recipe.metric == "none":
-        return {}
-    scores = {name: score([answers[n][0] for n in numbers], expected, recipe.metric)
-              for name, answers in replies.items()}
-    least = scores["adapter"]["exact"] - max(POINTS, 1 / len(numbers)) - 1e-9  # one answer of a few is no trend
-    low = [name for name in ("f16", "bf16", "q8_0") if name in scores and scores[name]["exact"] < least]
-    gates.check("held-out score", not low,
-                ", ".join(f"{name} {values['exact']:.1%}" for name, values in scores.items()),
-                f"f16, bf16, q8_0: at most {100 * POINTS:.0f} points, or one answer, below the adapter",
-                f"{len(numbers)} rows" + "".join(f"; {name} is below" for name in low),
-                "export again; a k-quant that loses too much: q8_0" if low else "")
+    answers = {"adapter": {number: reference.answers[number][0] for number in numbers},
+               **{name: one.answers for name, one in shipped.items()}}
+    expected = [evidence.reference.held_out[number][-1]["content"] for number in range(len(reference.held_out))]
+    scores = {name: score([each[n] for n in sorted(each)], [expected[n] for n in sorted(each)], metric)
+              for name, each in answers.items() if each}
+    right = {name: {n: score([text], [expected[n]], metric)["exact"] == 1 for n, text in each.items()}
+             for name, each in answers.items()}
+    chances = {name: _chance_of_worse(right["adapter"], right[name]) for name in JUDGED if right.get(name)}
+    low = [name for name, chance in chances.items() if chance < ALPHA]
+    counts = {len(each) for each in answers.values()}
+    figure = ", ".join(f"{name} {values['exact']:.1%}" for name, values in scores.items())
+    remark = f"{' to '.join(str(n) for n in sorted({min(counts), max(counts)}))} rows"
+    if max(counts) < ENOUGH:
+        remark, passed = f"too few to judge: {max(counts)}, {ENOUGH} would do", None
+    else:
+        passed = not low if chances else None
+    cause = "".join(f"; {name} answers fewer rows as expected than the adapter, by chance once in "
+                    f"{1 / chances[name]:,.0f} runs" for name in low)
+    gates.check("held-out score", passed, figure, f"{', '.join(JUDGED)}: as the adapter, but for chance",
+                remark + cause, evidence.remedy(low[0]) if low else "")
     return scores
 
 
-def _check_rates(gates: Gates, rates: dict[str, float], count: int, fits: bool) -> None:
-    """The shares of `count` held-out answers that ended with the stop token.
-
-    `fits` says whether any of the expected answers is shorter than max_new_tokens: none could end otherwise.
-    """
-    adapter, worst = rates["adapter"], min(rates, key=lambda name: rates[name])
-    figure = ", ".join(f"{name} {rate:.0%}" for name, rate in rates.items())
-    cause = ""
-    if rates[worst] < adapter - max(FEWER, 1 / count) - 1e-9:  # one of a few is no trend
-        cause = f"{worst} ends {rates[worst]:.0%} of its answers by itself, the adapter {adapter:.0%}"
-    elif adapter == 0 and fits:
-        cause = f"none of {count} answers ended before max_new_tokens"
-    remark = "" if fits else "max_new_tokens is too small for every held-out answer: none could end by itself"
-    gates.check("stops by itself", not cause if cause or fits else None, figure,
-                f"as the adapter, at most {FEWER:.0%} or one fewer", cause or remark,
-                "raise max_new_tokens if answers are cut off; train longer if they ramble" if adapter == 0 else
-                "the template or the stop token of that file is not the trained one: export again")
+def _chance_of_worse(before: dict[int, bool], after: dict[int, bool]) -> float:
+    """The sign test: how likely as many of the rows that changed got worse, if each way were as likely."""
+    worse = sum(before[n] and not after[n] for n in after)
+    better = sum(after[n] and not before[n] for n in after)
+    changed = worse + better
+    return sum(math.comb(changed, k) for k in range(worse, changed + 1)) / 2 ** changed
 
 
 def check_stops(gates: Gates, evidence: Evidence) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from kit.common.errors import KitError
 from kit.common.weight_files import weight_files
 from kit.export.adapter import LowRank, changes_of, fitting, merged_tensor
-from kit.gguf.formats import Header
+from kit.gguf.formats import QUANTIZATIONS, Header
 from kit.runs.gates import Gates
 
 # What a merge settles, or what only says who wrote the file.
@@ -113,19 +113,20 @@ def _tensors(folder: Path) -> dict[str, Callable[[str], Any]]:
     return readers
 
 
-def check_contents(gates: Gates, name: str, header: Header, merged: Path) -> bool:
+def check_contents(gates: Gates, name: str, header: Header, trained: Path, config: dict[str, Any]) -> bool:
     """Add `tokenizer <name>` and `shape <name>`; returns whether llama.cpp can load the file safely.
 
-    The tokenizer must be of the same kind, with the same tokens and the same merges in the same order: a file that
-    declares byte-level tokens as SentencePiece's ends llama.cpp's process, so this is read before it is loaded.
+    `trained` is a folder with the trained tokenizer, `config` the model's config.json. The tokenizer must be of the
+    same kind, with the same tokens and the same merges in the same order: a file that declares byte-level tokens as
+    SentencePiece's ends llama.cpp's process, so this is read before it is loaded.
     """
-    safe = _check_tokenizer(gates, name, header.fields, merged)
-    _check_shape(gates, name, header.fields, merged)  # what a wrong one does is for parity to say
+    safe = _check_tokenizer(gates, name, header.fields, trained)
+    _check_shape(gates, name, header, config)  # what a wrong one does is for parity to say
     return safe
 
 
-def _check_tokenizer(gates: Gates, name: str, fields: dict[str, Any], merged: Path) -> bool:
-    trained = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
+def _check_tokenizer(gates: Gates, name: str, fields: dict[str, Any], folder: Path) -> bool:
+    trained = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokens: list[str] = fields.get("tokenizer.ggml.tokens", [])
     merges: list[str] = fields.get("tokenizer.ggml.merges", [])
     kind = str(fields.get("tokenizer.ggml.model"))
@@ -150,8 +151,9 @@ def _check_tokenizer(gates: Gates, name: str, fields: dict[str, Any], merged: Pa
     return gates.check(f"tokenizer {name}", not cause, figure, "the trained tokenizer's", cause, EXPORT_AGAIN)
 
 
-def _check_shape(gates: Gates, name: str, fields: dict[str, Any], merged: Path) -> None:
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+def _check_shape(gates: Gates, name: str, header: Header, config: dict[str, Any]) -> None:
+    """Add `shape <name>`: layers and widths are the model's, and each tensor is of a type that the format has."""
+    fields = header.fields
     config = {**config, **config.get("text_config", {})}
     rope = config.get("rope_parameters") or {}
     config.setdefault("rope_theta", rope.get("rope_theta", rope.get("full_attention", {}).get("rope_theta")))
@@ -164,6 +166,10 @@ def _check_shape(gates: Gates, name: str, fields: dict[str, Any], merged: Path) 
             continue
         compared += 1
         if abs(shipped - due) > 1e-6 * abs(due):
-            wrong.append(f"{architecture}.{field} is {shipped:g}, {key} of the merged model {due:g}")
-    gates.check(f"shape {name}", not wrong, f"{compared - len(wrong)} of {compared} values of {architecture}",
-                "as in merged/config.json", "; ".join(wrong), EXPORT_AGAIN)
+            wrong.append(f"{architecture}.{field} is {shipped:g}, {key} of the model {due:g}")
+    figure = f"{compared - len(wrong)} of {compared} values of {architecture}, {len(header.tensors)} tensors"
+    if known := QUANTIZATIONS.get(name):
+        other = [tensor for tensor in header.tensors if tensor.kind not in known.types]
+        wrong += [f"{tensor.name} is of GGML's type {tensor.kind}, which {name} does not have" for tensor in other[:3]]
+    gates.check(f"shape {name}", not wrong, figure, "as in config.json, types of the format", "; ".join(wrong),
+                EXPORT_AGAIN)

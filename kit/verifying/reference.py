@@ -2,7 +2,8 @@
 
 `reference.safetensors` has, for each place where an answer's token is predicted, the 256 likeliest tokens with their
 log probabilities, the likeliest one, and that of the token that follows. Next to the conversations lie the model's own
-greedy answers: an artefact whose likeliest tokens along such an answer are the answer's gives that answer too.
+greedy answers: an artefact whose likeliest tokens along such an answer are the answer's gives that answer too. The
+conversations themselves lie there as well, so that a run can be verified where its data is not.
 """
 
 import json
@@ -25,20 +26,23 @@ from kit.common.errors import KitError
 from kit.common.files import whole_file
 from kit.common.padding import padded
 from kit.common.show import bar
-from kit.data.formatting import fit
 from kit.data.masks import Formatter
-from kit.data.splits import read_splits
+from kit.models.fetch import base_folder
 from kit.models.precision import in_float32
 from kit.models.template import Message, prompt_ids
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 from kit.verifying.template import Case, cases
 
-ROWS = 32  # conversations compared: about 600 answer tokens on the demo, where q8_0's top-1 has an error of 0.2 points
+ROWS, FEWEST = 32, 8  # conversations compared
 LONGEST = 1024  # tokens of a conversation that is compared
+PLACES, OWN_PLACES = 64, 128  # tokens compared of an answer that the data has, and of the model's own
+# Tokens compared in all, once there are FEWEST conversations: on two cores a model of SMALL weights reads them in about
+# ten seconds. A larger one reads fewer on a CPU, so that the verdict takes minutes there too.
+COMPARED, LEAST_COMPARED, SMALL = 8192, 2048, 150e6
 TOP = 256  # likeliest tokens kept at each place
 BATCH_TOKENS = 1024
-TRAINING_ROWS = 200  # whose labels are made again and looked at
+TRAINING_ROWS = 32  # whose labels are made again and looked at
 
 
 class Predictions(NamedTuple):
@@ -59,22 +63,28 @@ class Row(NamedTuple):
     where: list[int]  # places whose next token belongs to an answer or is its stop token
     held_out: bool
     own: bool
+    whole: bool  # whether every token of the answers is compared
+    ends: bool  # whether the last of `where` is followed by the token that ends an answer
 
 
 class Reference(NamedTuple):
     """Of each row the predictions for its TOP likeliest tokens.
 
-    `answers[i]` are the text of the answer to held-out row i and whether it stopped.
+    `answers[i]` are the text of the answer to held-out row i and whether it stopped, `held_out[i]` is that row's
+    conversation; `trained` are some of the training rows'.
     """
 
     precision: str
     rows: list[Row]
     answers: list[tuple[str, bool]]
+    held_out: list[list[Message]]
+    trained: list[list[Message]]
     predictions: list[Predictions]
 
     def save(self, path: Path) -> None:
         """One safetensors file, whole or not at all."""
-        about = {"precision": self.precision, "rows": [row._asdict() for row in self.rows], "answers": self.answers}
+        about = {"precision": self.precision, "rows": [row._asdict() for row in self.rows], "answers": self.answers,
+                 "held_out": self.held_out, "trained": self.trained}
         top_ids, top, best, following = map(np.concatenate, zip(*self.predictions, strict=True))
         tensors = {"top_ids": top_ids.astype(np.int32), "top": top, "best": best.astype(np.int32), "next": following}
         with whole_file(path) as partial:
@@ -94,9 +104,10 @@ class Reference(NamedTuple):
             ends = np.cumsum([len(row.where) for row in rows])[:-1]
             parts = zip(*(np.split(tensor, ends) for tensor in tensors), strict=True)
             return cls(about["precision"], rows, [(text, stopped) for text, stopped in about["answers"]],
-                       [Predictions(*of_row) for of_row in parts])
+                       about["held_out"], about["trained"], [Predictions(*of_row) for of_row in parts])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise KitError(f"{path} is damaged: {error}", "run the recipe again") from None
+            raise KitError(f"{path} is damaged, or of an earlier version of the kit: {type(error).__name__}: {error}",
+                           "run the recipe again") from None
 
 
 def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe, run: Run) -> Path:
@@ -108,11 +119,13 @@ def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: 
     split = data["test" if len(data["test"]) else "train"]
     if greedy(recipe) != recipe:
         replies = answer(model, tokenizer, split[: min(ROWS, len(replies))]["prompt"], greedy(recipe))
-    rows = _rows_compared(tokenizer, split, replies, recipe)
-    answers = [(reply.text, reply.stopped) for reply in replies[: 1 + max(row.number for row in rows)]]
+    rows = _rows_compared(tokenizer, split, replies, recipe, _tokens_compared(model))
+    count = 1 + max(row.number for row in rows)
     path = run.folder / "reference.safetensors"
     with in_float32(model) as precision:
-        Reference(precision, rows, answers, predict(model, rows)).save(path)
+        Reference(precision, rows, [(reply.text, reply.stopped) for reply in replies[:count]],
+                  split[:count]["messages"], data["train"][:TRAINING_ROWS]["messages"],
+                  predict(model, rows)).save(path)
     return path
 
 
@@ -121,9 +134,16 @@ def greedy(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"temperature": 0.0, "repetition_penalty": 1.0})
 
 
-def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Recipe) -> list[Row]:
-    """Rows to compare: conversations of at most LONGEST tokens, and the own answers that differ from theirs."""
-    rows = []
+def _tokens_compared(model: Any) -> int:
+    """How many tokens of conversations are compared."""
+    share = SMALL / model.num_parameters() if model.device.type == "cpu" else 1
+    return int(max(LEAST_COMPARED, COMPARED * min(share, 1)))
+
+
+def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Recipe, tokens: int) -> list[Row]:
+    """Rows to compare, of about `tokens` tokens: conversations, and the own answers that differ from theirs."""
+    rows: list[Row] = []
+    compared = 0
     for number in range(min(ROWS, len(replies))):
         row, reply = split[number], replies[number]
         ids, labels = row["input_ids"], row["labels"]
@@ -131,15 +151,30 @@ def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Rec
         ids = ids[: where[-1] + 2] if where else ids  # what a template writes behind the stop token is of no account
         prompt = prompt_ids(tokenizer, row["prompt"], recipe)
         answered = [*prompt, *reply.ids, *([tokenizer.eos_token_id] if reply.stopped else [])]
-        both = [Row(number, ids, where, held_out=True, own=False),
-                Row(number, answered, list(range(len(prompt) - 1, len(answered) - 1)), held_out=False, own=True)]
-        if both[0][1:3] == both[1][1:3]:
-            both = [both[0]._replace(own=True)]
-        rows += [compared for compared in both if compared.where and len(compared.ids) <= LONGEST]
+        own = Row(number, answered, list(range(len(prompt) - 1, len(answered) - 1)), held_out=False, own=True,
+                  whole=True, ends=reply.stopped)
+        both = [Row(number, ids, where, held_out=True, own=own[1:3] == (ids, where), whole=True, ends=True), own]
+        fitting = [cut for cut in map(_beginning, both[:1] if both[0].own else both)
+                   if cut.where and len(cut.ids) <= LONGEST]
+        rows += fitting
+        compared += sum(len(cut.ids) for cut in fitting)
+        if compared > tokens and len({row.number for row in rows}) >= FEWEST:
+            break
     if not any(row.held_out for row in rows):
         raise KitError(f"all of the first {ROWS} held-out conversations are longer than {LONGEST} tokens",
                        "hold out some shorter ones (eval_dataset), so that exported models can be compared on them")
     return rows
+
+
+def _beginning(row: Row) -> Row:
+    """The row with the first of its answers' places, and the last one where an answer of the data is not too long."""
+    places = OWN_PLACES if row.own else PLACES
+    if len(row.where) <= places:
+        return row
+    if row.held_out and len(row.ids) <= LONGEST:
+        return row._replace(where=[*row.where[: places - 1], row.where[-1]], whole=False)
+    where = row.where[:places]
+    return row._replace(ids=row.ids[: where[-1] + 2], where=where, whole=False, ends=False)
 
 
 def predict(model: Any, rows: list[Row], like: list[Predictions] | None = None) -> list[Predictions]:
@@ -181,7 +216,8 @@ def _log_probs(model: Any, rows: list[Row]) -> Iterator[tuple[int, Any]]:
 class Evidence:
     """`trained` is adapter/, or merged/ where all weights were trained: the trained tokenizer lies there.
 
-    `encoded` are token ids and labels of some training and held-out rows, as that tokenizer makes them.
+    `encoded` are token ids and labels of some training and held-out rows, as that tokenizer makes them. What is found
+    on the way: `base`, the predictions of the model without its adapter, and `sensitivity` (kit.verifying.noise).
     """
 
     run: Run
@@ -189,27 +225,38 @@ class Evidence:
     trained: Path
     reference: Reference
     tokenizer: Any
-    held_out: list[list[Message]]
     encoded: list[tuple[list[int], list[int]]]
     cases: list[Case]
+    base: list[Predictions] | None = None
+    sensitivity: float | None = None
 
     @classmethod
     def load(cls, run: Run, trained: Path) -> Self:
         """Raises KitError when the reference is missing or damaged."""
         recipe, reference = run.recipe, Reference.load(run.folder / "reference.safetensors")
         tokenizer = AutoTokenizer.from_pretrained(trained)
-        formatter = Formatter(tokenizer, recipe)
-        train, held_out = read_splits(recipe)
-        first = [row.messages for row in train[:TRAINING_ROWS]]
-        numbered = _kept(formatter, [row.messages for row in held_out]) or _kept(formatter, first)
-        encoded = list(formatter.encode(first + numbered[:TRAINING_ROWS]))
-        return cls(run, recipe, trained, reference, tokenizer, numbered, encoded,
-                   list(cases(tokenizer, recipe, numbered)))
+        encoded = list(Formatter(tokenizer, recipe).encode(reference.trained + reference.held_out))
+        return cls(run, recipe, trained, reference, tokenizer, encoded,
+                   list(cases(tokenizer, recipe, reference.held_out)))
 
     @property
     def merged(self) -> Path | None:
         """The folder of the merged model, if there is one."""
         return self.run.merged if (self.run.merged / "config.json").is_file() else None
+
+    def remedy(self, name: str) -> str:
+        """The command that makes an artefact again."""
+        folder = self.run.folder
+        if name == "adapter":
+            return "don't ship it: copy adapter/ from the machine that trained it, or train again"
+        what = {"merged": "--save-merged 16bit", "merged-4bit": "--save-merged 4bit"}.get(name, f"--gguf {name}")
+        return f"don't ship it: kit export {folder} {what} makes it again"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the merged model, or of the base, which is of the same shape, where merged/ is gone."""
+        folder = self.merged or base_folder(self.recipe)
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
     @property
     def ggufs(self) -> list[Path]:
@@ -219,10 +266,3 @@ class Evidence:
     def remark(self) -> str:
         """What files made of a quantised base's merge are compared with."""
         return "against merged, whose base was quantised in training" if self.recipe.quantised else ""
-
-
-def _kept(formatter: Formatter, conversations: list[list[Message]]) -> list[list[Message]]:
-    """As kit.load_data numbers them: without those that are too long, or shortened."""
-    encoded = zip(conversations, formatter.encode(conversations), strict=True)
-    fitted = (fit(formatter, messages, *tokens) for messages, tokens in encoded)
-    return [row.messages for row in fitted if row.ids]

@@ -20,9 +20,9 @@ from kit.runs.gates import Gate, Gates
 from kit.runs.provenance import about, check_hashes, check_origin, check_secrets
 from kit.runs.report import write_report
 from kit.runs.run import Run, read_manifest
-from kit.verifying.answers import Answer, check_answers, check_stops, gguf_answers
+from kit.verifying.answers import Shipped, check_ends, check_scores, check_stops, gguf_answers
 from kit.verifying.contents import check_contents, check_merge
-from kit.verifying.parity import TOLERANCES, check_adapter, check_merged, compare, gguf_predictions, judge
+from kit.verifying.parity import check_adapter, check_merged, compare, gguf_predictions, judge_gguf
 from kit.verifying.reference import Evidence
 from kit.verifying.template import check_folder_template, check_gguf_template, check_modelfile
 
@@ -47,15 +47,15 @@ def verify(run: Run | str | Path) -> Gates:
     write_json(run.folder / "verify.json", {
         "passed": gates.passed, "verdict": gates.verdict, "checked": timestamp(),
         "seconds": round(time.perf_counter() - began, 1), "gates": gates.as_json(), "scores": scores,
-        "artefacts": read_manifest(run.folder).get("artefacts"),
-        "tolerances": {name: tolerance._asdict() for name, tolerance in TOLERANCES.items()}})
+        "artefacts": read_manifest(run.folder).get("artefacts")})
     write_report(run)
     return gates
 
 
 def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, float]]:
     """Every gate, the cheap ones first; returns the held-out scores by artefact."""
-    with _stage(gates, "files", "sha256"):
+    steps = Steps(run, trained)
+    with steps.next(gates, "sha256"):
         check_hashes(gates, run)
     check_secrets(gates, run)
     evidence = None
@@ -69,71 +69,86 @@ def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, flo
                 f"{sum(row.held_out for row in reference.rows)} held-out conversations, in {reference.precision}", "",
                 "what the others are compared with")
     check_stops(gates, evidence)
-    _check_folders(gates, evidence)
-    return check_answers(gates, evidence, check_ggufs(gates, evidence))
+    _check_folders(gates, evidence, steps)
+    shipped = check_ggufs(gates, evidence, steps)
+    check_ends(gates, evidence, shipped)
+    return check_scores(gates, evidence, shipped)
 
 
-def _check_folders(gates: Gates, evidence: Evidence) -> None:
+def _check_folders(gates: Gates, evidence: Evidence, steps: "Steps") -> None:
     """The folders that transformers and PEFT load: adapter, merged model and its 4-bit copy."""
     run, merged = evidence.run, evidence.merged
     if evidence.trained == run.adapter:
         if merged:
-            with _stage(gates, "merge", "merge"):
+            with gates.guard("merge"):
                 check_merge(gates, base_folder(evidence.recipe), run.adapter, merged)
-        with _stage(gates, "adapter and base", "parity adapter"):
+        with steps.next(gates, "parity adapter"):
             check_adapter(gates, evidence)
-    if not merged:
-        return
-    with _stage(gates, "merged model", "parity merged"):
-        check_merged(gates, evidence, merged, "merged from a quantised base" if evidence.recipe.quantised else "merged")
-    with gates.guard("template merged"):
-        check_folder_template(gates, merged, evidence.cases)
+    if merged:
+        with steps.next(gates, "parity merged"):
+            check_merged(gates, evidence, merged)
+        with gates.guard("template merged"):
+            check_folder_template(gates, merged, evidence.cases)
     if run.merged_4bit.is_dir():
-        with _stage(gates, "4-bit model", "parity merged-4bit"):
-            check_merged(gates, evidence, run.merged_4bit, "merged-4bit")
+        with steps.next(gates, "parity merged-4bit"):
+            check_merged(gates, evidence, run.merged_4bit)
             check_folder_template(gates, run.merged_4bit, evidence.cases)
 
 
-def check_ggufs(gates: Gates, evidence: Evidence) -> dict[str, dict[int, Answer]]:
-    """The GGUFs and their Modelfile; returns the answers by quantisation and held-out row, of sound files."""
-    answers = {}
-    for path in evidence.ggufs if evidence.merged else []:
-        with _stage(gates, path.name, f"file {path.stem}"):
-            if replies := _check_gguf(gates, path, evidence):
-                answers[quantization_of(path)] = replies
+def check_ggufs(gates: Gates, evidence: Evidence, steps: "Steps | None" = None) -> dict[str, Shipped]:
+    """The GGUFs and their Modelfile; returns the sound files by quantisation."""
+    steps = steps or Steps(evidence.run, evidence.trained)
+    shipped = {}
+    for path in evidence.ggufs:
+        with steps.next(gates, f"file {path.stem}"):
+            if one := _check_gguf(gates, path, evidence):
+                shipped[quantization_of(path)] = one
     if (evidence.run.gguf / "Modelfile").is_file() and not any(g.name == "template Modelfile" for g in gates.gates):
         gates.check("template Modelfile", False, "not checked", "the training's token ids",
                     "the GGUF that it names is not there or not sound", "export again")
-    return answers
+    return shipped
 
 
-def _check_gguf(gates: Gates, path: Path, evidence: Evidence) -> dict[int, Answer]:
-    """Add the gates of one GGUF, and of the Modelfile if it names this one; returns its answers by held-out row.
+def _check_gguf(gates: Gates, path: Path, evidence: Evidence) -> Shipped | None:
+    """Add the gates of one GGUF, and of the Modelfile if it names this one; None when the file is not sound.
 
-    There are none when the file is not sound. Raises KitError for a damaged file, GateError when llama.cpp fails.
+    Raises KitError for a damaged file, GateError when llama.cpp fails.
     """
     run, reference = evidence.run, evidence.reference
     quantization = quantization_of(path)
     check_gguf(path)
     header = read_header(path)
     check_origin(gates, quantization, header, about(run))
-    if not check_contents(gates, quantization, header, run.merged):
-        return {}  # llama.cpp would split text in another way, or end its process
+    if not check_contents(gates, quantization, header, evidence.trained, evidence.config):
+        return None  # llama.cpp would split text in another way, or end its process
     longest = max(map(len, [*(row.ids for row in reference.rows), *(case.ids for case in evidence.cases)]))
     with LlamaChild(path, n_ctx=longest + 16, logits=True) as child:
         check_gguf_template(gates, quantization, child, evidence.tokenizer, evidence.cases)
-        figures = compare(reference, gguf_predictions(child, reference))
-        judge(gates, quantization, figures, quantization, reference.precision, evidence.remark)
+        predictions = list(gguf_predictions(child, reference))
         modelfile = run.gguf / "Modelfile"
         if modelfile.is_file() and f"FROM ./{path.name}\n" in modelfile.read_text(encoding="utf-8", errors="replace"):
             check_modelfile(gates, modelfile, child, evidence.tokenizer, evidence.cases, evidence.recipe)
-    return gguf_answers(path, evidence, figures.answers)
+    figures = compare(reference, predictions)
+    allowed = judge_gguf(gates, quantization, header, figures, predictions, evidence)
+    return Shipped(figures, allowed, gguf_answers(path, evidence, figures.answers))
 
 
-@contextmanager
-def _stage(gates: Gates, label: str, gate: str) -> Iterator[None]:
-    """Say what is being checked; an error inside becomes a failed gate, and the memory of models is given back."""
-    print(f"verify: {label} …", flush=True)
-    with gates.guard(gate):
-        yield
-    free_memory()
+class Steps:
+    """Says which of the long steps begins, and what is still to come."""
+
+    def __init__(self, run: Run, trained: Path) -> None:
+        models = [name for folder, name in ((run.adapter, "adapter and base"), (run.merged, "merged"),
+                                            (run.merged_4bit, "merged-4bit")) if folder.is_dir()]
+        self.names = ["files", *models, *(quantization_of(path) for path in sorted(run.gguf.glob("*.gguf")))]
+        self.done = 0
+
+    @contextmanager
+    def next(self, gates: Gates, gate: str) -> Iterator[None]:
+        """One step; an error inside becomes a failed gate, and the memory of models is given back."""
+        name, later = self.names[self.done], self.names[self.done + 1:]
+        self.done += 1
+        print(f"verify {self.done}/{len(self.names)}: {name} …" + (f" (then {', '.join(later)})" if later else ""),
+              flush=True)
+        with gates.guard(gate):
+            yield
+        free_memory()
