@@ -163,7 +163,7 @@ def _check_shape(gates: Gates, name: str, fields: dict[str, Any], merged: Path) 
         if not isinstance(shipped, (int, float)) or not isinstance(due, (int, float)):
             continue
         compared += 1
-        if abs(shipped - due) > 1e-6 * abs(due):
+        if not abs(shipped - due) <= 1e-6 * abs(due):  # so that a NaN is wrong
             wrong.append(f"{architecture}.{field} is {shipped:g}, {key} of the merged model {due:g}")
     gates.check(f"shape {name}", not wrong, f"{compared - len(wrong)} of {compared} values of {architecture}",
                 "as in merged/config.json", "; ".join(wrong), EXPORT_AGAIN)
