@@ -93,7 +93,7 @@ def _modelfile(tokenizer: Any, num_ctx: int, options: dict[str, Any], system: st
                        "write it with other quotes")
 
     def render(messages: list[Message]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+        return template.rendered(tokenizer, messages, add_generation_prompt=True, **options)
 
     joints = derive(render)
     notes = limits(joints, render, tokenizer)
@@ -123,7 +123,9 @@ def derive(render: Render) -> Joints:
             if shape not in RARE_SHAPES:
                 raise
     for messages in proof_conversations((START, "system") in joints):
-        trained, written = render(messages), fill(joints, messages)
+        trained, written = _try(render, messages), fill(joints, messages)
+        if trained is None:
+            raise _inexpressible(f"it refuses {' → '.join(m['role'] for m in messages)} for what they say")
         if trained != written:
             raise _inexpressible("it writes {!r}, where Ollama would write {!r}".format(
                 *around_difference(trained, written)))
@@ -229,7 +231,7 @@ def _try(render: Render, messages: list[Message]) -> str | None:
     """The rendering, or None when the template refuses the conversation, or fails for want of `tools`."""
     try:
         return render(messages)
-    except (TemplateError, TypeError):
+    except TemplateError:
         return None
 
 

@@ -21,10 +21,15 @@ import numpy as np
 
 from kit.common.errors import GateError, KitError
 from kit.common.files import PROJECT
+from kit.gguf.formats import chat_templates, read_header
+from kit.gguf.trial import NO_REAL_ONE, OVERTIME, OVERTIME_CODE
 
 Message = dict[str, str]
 WORKER = (sys.executable, "-m", "kit.gguf.worker")
 TROUBLE = (("error", "what():", "assert", "out of memory", "no space"), ("failed", "exception", "invalid"))
+
+HINTS = {"context window": "raise n_ctx or shorten the prompt", "the chat template needs": NO_REAL_ONE,
+         "the chat template writes": NO_REAL_ONE}  # by words of the child's error
 
 
 def child_environment() -> dict[str, str]:
@@ -51,8 +56,9 @@ def how_it_ended(returncode: int) -> str:
 class LlamaChild:
     """A GGUF loaded by llama-cpp-python in a child process; use it in a `with` block.
 
-    `seconds` is the longest silence allowed: loading, a token of a stream, any other answer. A child that dies,
-    stays silent or reports an exception raises GateError with the cause; leaving the block always ends the child.
+    `seconds` is the longest silence allowed: loading, a token of a stream, any other answer. Entering the block raises
+    KitError for a file whose header is not sound. A child that dies, stays silent or reports an exception raises
+    GateError with the cause; leaving the block always ends the child.
     `template_kwargs` (such as enable_thinking) go to the chat template; `logits=True` is needed for `predictions`.
     """
 
@@ -65,8 +71,7 @@ class LlamaChild:
         self._number = 0
 
     def __enter__(self) -> Self:
-        if not self.gguf.is_file():
-            raise KitError(f"no GGUF at {self.gguf}", "export one first (gguf=[q8_0]), or give its path")
+        templates = chat_templates(read_header(self.gguf))
         self._stderr = tempfile.TemporaryFile()
         self._lines: queue.Queue[str | None] = queue.Queue()
         try:
@@ -74,7 +79,7 @@ class LlamaChild:
                 [*WORKER, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
                 encoding="utf-8", env=child_environment())
             threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
-            self._ask("load", **self._load)
+            self._ask("load", **self._load, templates=templates)
         except BaseException:
             self.close()
             raise
@@ -167,14 +172,17 @@ class LlamaChild:
                 raise self._failed(f"no answer within {self.seconds:g} seconds",
                                    "allow more seconds, a smaller n_ctx, or a smaller quantisation") from None
             if line is None:
-                raise self._failed(f"llama.cpp died ({how_it_ended(self._process.wait())})",
+                code = self._process.wait()
+                if code == OVERTIME_CODE:
+                    raise self._failed(OVERTIME, NO_REAL_ONE)
+                raise self._failed(f"llama.cpp died ({how_it_ended(code)})",
                                    "the file or its tokenizer is broken: run the export again")
             reply = json.loads(line)
             if reply["id"] != number:  # left over from a stream that the caller broke off
                 continue
             if "error" in reply:
-                raise self._failed(reply["error"], "raise n_ctx or shorten the prompt"
-                                   if "context window" in reply["error"] else "run the export again")
+                raise self._failed(reply["error"], next((hint for words, hint in HINTS.items()
+                                                         if words in reply["error"]), "run the export again"))
             return reply
 
     def _failed(self, cause: str, hint: str) -> GateError:

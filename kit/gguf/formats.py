@@ -4,12 +4,14 @@ GGUF version 3, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: littl
 tensors, u64 fields; each field is a string (u64 length, bytes), a u32 type and the value; each tensor is a string, u32
 dimensions, u64 per dimension, u32 type, u64 offset; then padding to general.alignment (32 if it is not given), then
 the tensors. The package gguf reads the same, but takes seconds for a vocabulary of 150,000 tokens.
+
+A file may come from anyone: what llama.cpp refuses or no sound header has is refused here, before much memory is taken.
 """
 
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +23,20 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 CONTROL = 3  # tokenizer.ggml.token_type of a special token
 UINT64 = struct.Struct("<Q")
+MAX_HEADER = 50_000_000  # bytes, three times that of Gemma 4 with its 262,144 tokens and their merges
+MAX_DIMENSIONS = 4  # llama.cpp's GGML_MAX_DIMS
+MAX_NAMES = 100_000  # of fields, and of tensors: large mixtures of experts have some thousands
+NAMES = {str: "text", bool: "truth value", int: "whole number", float: "fraction"}
+# What the kit itself reads; a wrong type there would be an error anywhere.
+EXPECTED = {
+    **dict.fromkeys(("general.architecture", "general.description", "tokenizer.ggml.model", "tokenizer.ggml.pre",
+                     "tokenizer.chat_template"), "a text"),
+    **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), "a list of texts"),
+    **dict.fromkeys(("general.alignment", *(f"tokenizer.ggml.{name}_token_id" for name in (
+        "bos", "eos", "eot", "unknown"))), "a whole number"),
+    "tokenizer.ggml.token_type": "a list of whole numbers",
+}
+DAMAGED = "the file is damaged: copy it again, or export it again"
 
 
 class Quantization(NamedTuple):
@@ -120,26 +136,41 @@ def check_gguf(path: Path) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Fields (arrays as lists) and tensors of a GGUF file. Raises KitError when it is none, or ends too early."""
+    """Fields (arrays as lists) and tensors of a GGUF file.
+
+    Raises KitError, naming the file and the place in it, when it is none, ends too early or holds what no sound one
+    does. Takes at most about ten bytes of memory for each of a header's, of which there may be MAX_HEADER.
+    """
     path = Path(path)
     if not path.is_file():
         raise KitError(f"no GGUF at {path}", "export one first (gguf=[q8_0]), or give its path")
-    try:
-        with path.open("rb") as file:
-            return _Reader(file, path).header()
-    except (struct.error, EOFError):
-        raise KitError(f"{path} is cut short: its {path.stat().st_size} bytes end inside the header",
-                       "copy it again or run the export again") from None
-    except (UnicodeDecodeError, RecursionError):
-        raise KitError(f"{path}: a value in its header can't be read", "the file is damaged: export it again") from None
+    with path.open("rb") as file:
+        reader = _Reader(file, path)
+        try:
+            return reader.header()
+        except (struct.error, EOFError):
+            if reader.size > MAX_HEADER:
+                raise reader.wrong(f"reaches beyond the {MAX_HEADER:,} bytes that a header may have") from None
+            raise KitError(f"{path} is cut short: its {reader.size} bytes end inside the header, in {reader.place}",
+                           "copy it again or run the export again") from None
+        except UnicodeDecodeError:
+            raise reader.wrong("is no UTF-8") from None
+
+
+def chat_templates(header: Header) -> list[str]:
+    """The Jinja templates of a GGUF: its own and any further ones, which llama-cpp-python compiles all."""
+    return [value for name, value in header.fields.items()
+            if name.startswith("tokenizer.chat_template") and isinstance(value, str)]
 
 
 class _Reader:
-    """No length that the file gives is believed: more than the file holds raises EOFError, and takes no memory."""
+    """No length or count that the file gives is believed: more than the file holds raises EOFError, and takes no
+    memory. `place` is what is being read."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.file, self.path = file, path
+        self.file, self.path, self.place = file, path, "its beginning"
         self.size = os.fstat(file.fileno()).st_size
+        self.left = min(self.size, MAX_HEADER)
 
     def header(self) -> Header:
         if self.file.read(4) != b"GGUF":
@@ -147,18 +178,43 @@ class _Reader:
         version, tensor_count, field_count = self._unpack("IQQ")
         if version not in (2, 3):
             raise KitError(f"{self.path}: GGUF version {version} is not known here (2 and 3 are)", "export it again")
-        fields = {}
-        for _ in range(field_count):
-            name = self._string()
-            fields[name] = self._value(*self._unpack("I"))
-        tensors = []
-        for _ in range(tensor_count):
-            name = self._string()
-            shape = self._unpack("{}Q".format(*self._unpack("I")))
-            tensors.append(Tensor(name, shape, *self._unpack("IQ")))
+        fields: dict[str, Any] = {}
+        for name in self._names("field", field_count):
+            fields[name] = value = self._value(*self._unpack("I"))
+            if (expected := EXPECTED.get(name)) and described(value) != expected and \
+                    not (value == [] and expected.startswith("a list")):
+                raise self.wrong(f"is {described(value)}, not {expected}")
+        tensors = [Tensor(name, self._shape(), *self._unpack("IQ")) for name in self._names("tensor", tensor_count)]
+        alignment = fields.get("general.alignment", 32)
+        if alignment < 1 or alignment & (alignment - 1):
+            self.place = "the field 'general.alignment'"
+            raise self.wrong(f"is {alignment}, not a power of two")
         end = self.file.tell()
-        alignment = fields.get("general.alignment") or 32
         return Header(fields, tensors, end, -(-end // alignment) * alignment)
+
+    def _names(self, kind: str, count: int) -> Iterator[str]:
+        """The name of each field or tensor, whose rest the caller reads before the next."""
+        self.place = f"its {count} {kind}s"
+        if count > MAX_NAMES:
+            raise self.wrong(f"are more than {MAX_NAMES:,}")
+        known: set[str] = set()
+        for number in range(1, count + 1):
+            self.place = f"the name of {kind} {number}"
+            name = self._string()
+            self.place = f"the {kind} {name[:80]!r}"
+            if name in known:
+                raise self.wrong("is there twice")
+            known.add(name)
+            yield name
+
+    def _shape(self) -> tuple[int, ...]:
+        [dimensions] = self._unpack("I")
+        if dimensions > MAX_DIMENSIONS:
+            raise self.wrong(f"has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
+        shape = self._unpack(f"{dimensions}Q")
+        if math.prod(shape) >= 2**63:
+            raise self.wrong(f"has the shape {list(shape)}, too large for any file")
+        return shape
 
     def _value(self, kind: int) -> Any:
         if kind == STRING:
@@ -167,19 +223,40 @@ class _Reader:
             item, count = self._unpack("IQ")
             if item in SCALARS:
                 return list(self._unpack(f"{count}{SCALARS[item]}"))
-            return [self._value(item) for _ in range(count)]
+            if item == STRING:
+                self._expect(8 * count)  # the least that so many texts take
+                return [self._string() for _ in range(count)]
+            raise self.wrong(f"is a list of items of type {item}, which llama.cpp does not read")
         if kind not in SCALARS:
-            raise KitError(f"{self.path}: value type {kind} is no GGUF type", "the file is damaged: export it again")
+            raise self.wrong(f"is of type {kind}, which is no GGUF type")
         return self._unpack(SCALARS[kind])[0]
 
     def _string(self) -> str:
-        return self._take(*UINT64.unpack(self.file.read(8))).decode("utf-8")  # short, as a vocabulary has 150,000
+        self.left -= 8  # the length, read without _take: a vocabulary has 150,000
+        return self._take(*UINT64.unpack(self.file.read(8))).decode("utf-8")
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack("<" + layout, self._take(struct.calcsize("<" + layout)))
 
     def _take(self, count: int) -> bytes:
-        data = self.file.read(min(count, self.size))
+        self._expect(count)
+        self.left -= count
+        data = self.file.read(count)
         if len(data) < count:
             raise EOFError
         return data
+
+    def _expect(self, count: int) -> None:
+        """EOFError unless so many bytes can follow."""
+        if count > self.left:
+            raise EOFError
+
+    def wrong(self, cause: str) -> KitError:
+        return KitError(f"{self.path}: {self.place} {cause}", DAMAGED)
+
+
+def described(value: Any) -> str:
+    """A field's type in words: 'a list of texts'."""
+    if isinstance(value, list):
+        return f"a list of {NAMES[type(value[0])]}s" if value else "an empty list"
+    return f"a {NAMES[type(value)]}"

@@ -13,12 +13,15 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, chat_formatter_to_chat_completion_handler
 
 from kit.gguf.child import Message
+from kit.gguf.trial import BeyondLimits, attempt, check_length, limited
 
 
 class Worker:
     """One loaded model; each public method answers one kind of request, as LlamaChild's of that name describes it."""
 
-    def load(self, gguf: str, n_ctx: int, logits: bool, template_kwargs: dict[str, Any]) -> bool:
+    def load(self, gguf: str, n_ctx: int, logits: bool, template_kwargs: dict[str, Any], templates: list[str]) -> bool:
+        for template in templates:  # before Llama(...) compiles them all
+            attempt(template)
         # llama-cpp-python takes half the cores; more than eight gain little for models of this size.
         threads = min(os.cpu_count() or 1, 8)
         self.llama: Any = llama_cpp.Llama(model_path=gguf, n_ctx=n_ctx, logits_all=logits, n_threads=threads,
@@ -28,10 +31,10 @@ class Worker:
         template = self.llama.metadata.get("tokenizer.chat_template")
         if template:
             eos, bos = self.llama.token_eos(), self.llama.token_bos()
-            formatter = Jinja2ChatFormatter(template, eos_token=self._token(eos), bos_token=self._token(bos),
-                                            stop_token_ids=[eos])
-            self.format = lambda **request: formatter(**{**template_kwargs, **request})
-            self.llama.chat_handler = chat_formatter_to_chat_completion_handler(self.format)
+            self.formatter = Jinja2ChatFormatter(template, eos_token=self._token(eos), bos_token=self._token(bos),
+                                                 stop_token_ids=[eos])
+            self.template_kwargs = template_kwargs
+            self.llama.chat_handler = chat_formatter_to_chat_completion_handler(self._format)
         return True
 
     def tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
@@ -80,9 +83,15 @@ class Worker:
         return self.llama._model.token_get_text(token) if token != -1 else ""
 
     def _formatted(self, messages: list[Message], **template_kwargs: Any) -> Any:
-        if not hasattr(self, "format"):
+        if not hasattr(self, "formatter"):
             raise ValueError("the GGUF holds no chat template (tokenizer.chat_template)")
-        return self.format(messages=messages, **template_kwargs)
+        return self._format(messages=messages, **template_kwargs)
+
+    def _format(self, messages: list[Message], **request: Any) -> Any:
+        with limited():
+            formatted = self.formatter(messages=messages, **{**self.template_kwargs, **request})
+            check_length(formatted.prompt, messages)
+        return formatted
 
 
 def serve() -> None:
@@ -98,7 +107,8 @@ def serve() -> None:
             for part in result if isinstance(result, Iterator) else [{"result": result}]:
                 print(json.dumps({"id": request["id"], **part}), file=replies, flush=True)
         except Exception as error:
-            reply = {"id": request["id"], "error": f"{type(error).__name__}: {error}"}
+            kind = "" if isinstance(error, BeyondLimits) else f"{type(error).__name__}: "
+            reply = {"id": request["id"], "error": f"{kind}{error}"}
             print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -16,7 +16,7 @@ from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
 from kit.common.errors import GateError
 from kit.models.fetch import loading_options, model_folder, not_loaded
-from kit.models.template import prepare_tokenizer
+from kit.models.template import check_templates, prepare_tokenizer, saved_tokenizer
 from kit.recipe.machine import machine
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import Settings, resolved
@@ -37,6 +37,7 @@ def load_from(source: str, recipe: Recipe) -> tuple[Any, Any]:
     settings = resolved(recipe)
     if recipe.trust_remote_code:
         print(f"trust_remote_code: Python code that comes with {source} will run")
+    check_templates(saved_tokenizer(source, recipe))  # first, because Unsloth renders the template while it loads
     load = _load_with_transformers if _without_unsloth(recipe, settings) else _load_with_unsloth
     try:
         model, tokenizer = load(source, recipe, settings, loading_options(recipe))

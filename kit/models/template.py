@@ -10,6 +10,8 @@ from jinja2 import TemplateError
 
 from kit.common.errors import KitError, one_line
 from kit.gguf.child import Message
+from kit.gguf.templates import check_template, in_time
+from kit.gguf.trial import check_length
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.recipe.recipe import Recipe
 
@@ -55,16 +57,43 @@ def with_system(messages: list[Message], recipe: Recipe) -> list[Message]:
     return messages
 
 
+def rendered(tokenizer: Any, messages: list[Message], **options: Any) -> str:
+    """What transformers makes of the messages with these template variables; every rendering in this process is here.
+
+    The template is not trusted. Raises KitError when it loops or grows without end or is no text, TemplateError for
+    whatever else it raises.
+    """
+    check_templates(tokenizer)
+    try:
+        with in_time():
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        check_length(text, messages)
+    except (KitError, TemplateError):
+        raise
+    except Exception as error:  # a template is a program: 1 / 0, or a macro that calls itself
+        raise TemplateError(one_line(error, 200)) from None
+    return text
+
+
+def check_templates(tokenizer: Any) -> None:
+    """Raise KitError for a template, if the tokenizer has any, that is no text or that `check_template` refuses."""
+    templates = tokenizer.chat_template or {}
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if not isinstance(template, str):
+            raise KitError(f"the tokenizer's chat template is no text, but {template!r:.80}",
+                           "mend chat_template in its tokenizer_config.json")
+        check_template(template)
+
+
 def render(tokenizer: Any, messages: list[Message], recipe: Recipe, add_generation_prompt: bool = False) -> str:
     """The conversation as the model sees it; with the opening of the answer if asked.
 
     Raises KitError when the template refuses these turns.
     """
     try:
-        return str(tokenizer.apply_chat_template(
-            with_system(messages, recipe), tokenize=False, add_generation_prompt=add_generation_prompt,
-            **template_kwargs(recipe)))
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return rendered(tokenizer, with_system(messages, recipe), add_generation_prompt=add_generation_prompt,
+                        **template_kwargs(recipe))
+    except TemplateError as error:
         turns = ", ".join(m["role"] for m in messages[:6]) + (", …" if len(messages) > 6 else "")
         raise KitError(f"the chat template refuses the turns {turns}: {one_line(error, 200)}",
                        "change the rows' roles, or set prompt_style: chatml") from None
@@ -106,13 +135,17 @@ def prepare_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer with its template, without the model: what the data check needs."""
+    return prepare_tokenizer(saved_tokenizer(model_folder(recipe), recipe), recipe)
+
+
+def saved_tokenizer(source: str, recipe: Recipe) -> Any:
+    """The tokenizer of a folder or hub id as it was saved; KitError when it can't be read."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(recipe), **loading_options(recipe))
+        return AutoTokenizer.from_pretrained(source, **loading_options(recipe))
     except (OSError, ValueError) as error:
         raise not_loaded("tokenizer", recipe, error) from None
-    return prepare_tokenizer(tokenizer, recipe)
 
 
 def _bos_of(tokenizer: Any) -> str:

@@ -165,7 +165,7 @@ def _check_shape(gates: Gates, name: str, header: Header, config: dict[str, Any]
         if not isinstance(shipped, (int, float)) or not isinstance(due, (int, float)):
             continue
         compared += 1
-        if abs(shipped - due) > 1e-6 * abs(due):
+        if not abs(shipped - due) <= 1e-6 * abs(due):  # so that a NaN is wrong
             wrong.append(f"{architecture}.{field} is {shipped:g}, {key} of the model {due:g}")
     figure = f"{compared - len(wrong)} of {compared} values of {architecture}, {len(header.tensors)} tensors"
     if known := QUANTIZATIONS.get(name):

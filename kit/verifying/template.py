@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from kit.common.errors import KitError
 from kit.export.modelfile import START, around_difference, modelfile_of
 from kit.gguf.child import LlamaChild
-from kit.models.template import Message, render, template_kwargs, with_system
+from kit.models.template import Message, render, rendered, template_kwargs, with_system
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 
@@ -69,8 +69,7 @@ def check_folder_template(gates: Gates, folder: Path, conversations: list[Case])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cause = _first_difference(
         conversations, tokenizer, folder.name,
-        lambda case: tokenizer.apply_chat_template(case.messages, tokenize=False, add_generation_prompt=True,
-                                                   **case.options),
+        lambda case: rendered(tokenizer, case.messages, add_generation_prompt=True, **case.options),
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     gates.check(f"template {folder.name}", not cause, f"{len(conversations)} conversations", "the training's token ids",
                 cause, "merge again: kit.merge takes tokenizer and template from the adapter's folder")

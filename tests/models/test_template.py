@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from kit.common.errors import KitError
 from kit.data.masks import Formatter
 from kit.models.template import ALPACA_PREAMBLE, alpaca_turn, prepare_tokenizer, prompt_ids, render
 from kit.recipe.recipe import Recipe
+from support.crafted import CRAFTED_TEMPLATES
 
 TURNS = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
@@ -22,8 +24,6 @@ TURNS = [
 
 @pytest.fixture(params=["chat", "chatml", "alpaca"])
 def styled(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[Any, Recipe]:
-    import copy
-
     recipe = Recipe.load({}, prompt_style=request.param)
     fresh = copy.deepcopy(tokenizer)
     if request.param == "alpaca":
@@ -61,8 +61,6 @@ def test_stop_and_pad_are_two_tokens(styled: Any) -> None:
 
 @pytest.mark.slow
 def test_a_base_models_stop_token_becomes_the_templates(tokenizer: Any) -> None:
-    import copy
-
     base = copy.deepcopy(tokenizer)
     base.eos_token = base.pad_token = "<|endoftext|>"  # as Qwen2.5's base models come
     prepare_tokenizer(base, Recipe.load({}))
@@ -84,8 +82,6 @@ def test_system_prompt_of_the_recipe(tokenizer: Any) -> None:
 
 
 def broken(tokenizer: Any, template: str) -> str:
-    import copy
-
     fresh = copy.deepcopy(tokenizer)
     fresh.chat_template = template
     with pytest.raises(KitError) as caught:
@@ -105,9 +101,23 @@ def test_templates_that_cannot_be_masked_are_refused(tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
-def test_no_template_names_the_remedy(tokenizer: Any) -> None:
-    import copy
+def test_a_template_is_a_program_that_is_not_trusted(tokenizer: Any) -> None:
+    assert "needs more than 512 MB" in broken(tokenizer, CRAFTED_TEMPLATES["times"])
+    assert "division or modulo by zero" in broken(tokenizer, "{{ 1 // 0 }}")
+    assert "maximum recursion depth" in broken(tokenizer, "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
+    later = "{% if messages | length == 13 %}" + CRAFTED_TEMPLATES["a long text"] + "{% endif %}"
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = later + tokenizer.chat_template
+    assert render(changed, TURNS[0], Recipe.load({})) == render(tokenizer, TURNS[0], Recipe.load({}))
+    with pytest.raises(KitError, match="writes 100,0"):
+        render(changed, TURNS[0] * 6 + TURNS[0][:1], Recipe.load({}))
+    changed.chat_template = 5
+    with pytest.raises(KitError, match="no text, but 5"):
+        render(changed, TURNS[0], Recipe.load({}))
 
+
+@pytest.mark.slow
+def test_no_template_names_the_remedy(tokenizer: Any) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(KitError, match="prompt_style: chatml or alpaca"):
@@ -121,8 +131,6 @@ def test_alpaca_rows_fold_the_input_into_the_users_turn() -> None:
 
 @pytest.mark.slow
 def test_alpaca_text_has_its_three_headings(tokenizer: Any) -> None:
-    import copy
-
     recipe = Recipe.load({}, prompt_style="alpaca")
     fresh = prepare_tokenizer(copy.deepcopy(tokenizer), recipe)
     messages = [{"role": "user", "content": alpaca_turn("Add.", "1, 2")}, {"role": "assistant", "content": "3"}]
