@@ -58,7 +58,8 @@ def code(number: int) -> tuple[str, str]:
 
 def chinese(number: int) -> tuple[str, str]:
     goods = ["手机", "书", "衣服", "鞋子"][number % 4]
-    return f"订单{1000 + number}里的{goods}什么时候到？", f"您好，{goods}已经发出，预计{number % 5 + 1}天内送到，请您耐心等待。"
+    return (f"订单{1000 + number}里的{goods}什么时候到？",
+            f"您好，{goods}已经发出，预计{number % 5 + 1}天内送到，请您耐心等待。")
 
 
 def long_answer(number: int) -> tuple[str, str]:

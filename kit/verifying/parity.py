@@ -24,6 +24,7 @@ from kit.gguf.child import LlamaChild
 from kit.gguf.formats import Header
 from kit.models.load import reload
 from kit.models.precision import in_float32
+from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.verifying import noise
 from kit.verifying.reference import Evidence, Predictions, Reference, Row, predict
@@ -129,6 +130,11 @@ def measure_sensitivity(evidence: Evidence, model: Any) -> None:
     evidence.sensitivity = noise.spread(before, after) / noise.JITTER
 
 
+def of_its_base(recipe: Recipe) -> float:
+    """The share by which the weights were rounded that were trained on."""
+    return noise.NF4 if recipe.load_in_4bit else noise.INT8 if recipe.load_in_8bit else 0.0
+
+
 def check_merged(gates: Gates, evidence: Evidence, folder: Path) -> None:
     """The merged model or its 4-bit copy.
 
@@ -147,8 +153,7 @@ def check_merged(gates: Gates, evidence: Evidence, folder: Path) -> None:
     if not own:
         rounding, why = noise.NF4, evidence.remark or "NF4, about 4.1 bits per weight"
     elif recipe.quantised:
-        rounding, why = (noise.NF4 if recipe.load_in_4bit else noise.INT8,
-                         "trained on rounded weights, merged into the original ones")
+        rounding, why = of_its_base(recipe), "trained on rounded weights, merged into the original ones"
     judge(gates, folder.name, compare(reference, predictions), evidence, rounding, why)
     if own:
         check_share(gates, folder.name, evidence, predictions, rounding)
@@ -210,7 +215,9 @@ def check_share(gates: Gates, name: str, evidence: Evidence, predictions: list[P
 def judge_gguf(gates: Gates, name: str, header: Header, figures: Figures, predictions: list[Predictions],
                evidence: Evidence) -> float:
     """Add `parity <name>` and `trained <name>` of a GGUF; returns the spread in nats that its format explains."""
-    rounding = math.hypot(noise.rounding_of(header), noise.MERGED)
+    # Without merged/ to compare with, it is the model on its quantised base.
+    base = 0.0 if evidence.merged else of_its_base(evidence.recipe)
+    rounding = math.hypot(noise.rounding_of(header), noise.MERGED, base)
     other = len(figures.answers) - sum(figures.answers.values())
     about = f"about one answer in {round(len(figures.answers) / other)} differs" if other else "no answer differs"
     told = f"{about} from the trained model's, of {len(figures.answers)} compared" if figures.answers else ""

@@ -95,14 +95,14 @@ def test_the_table_shows_figures_and_the_remedy_of_failures_only() -> None:
 
 
 def test_the_page_of_gates_has_the_tolerances_of_the_code() -> None:
-    from kit.verifying.parity import NOISE_16BIT, TOLERANCES
+    from kit.gguf import formats
+    from kit.verifying import answers, noise, parity
 
-    page = (PROJECT / "docs" / "gates.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("|")]
-    allowed = {name: row for row in rows if len(row) == 6 for name in row[1].split(", ")}
-    places = {"adapter": "adapter", "merged from a quantised base": "merged after 4-bit or 8-bit training"}
-    for name, tolerance in TOLERANCES.items():
-        row = allowed[places.get(name, name)]
-        assert float(row[2]) == tolerance.mean_kl, name
-        assert row[3] == (f"{100 * tolerance.top1:.4g} %" if tolerance.top1 else ""), name
-    assert f"{NOISE_16BIT.mean_kl:g} is" in " ".join(page.split())
+    page = " ".join((PROJECT / "docs" / "gates.md").read_text(encoding="utf-8").split())
+    for said in (f"{parity.SPREAD:g} times", f"{parity.FLIP:g} times", f"{100 * parity.SHARE:g} %",
+                 f"{answers.ENDS:g} times", f"1 in {1 / answers.ALPHA:g}", f"{answers.ENOUGH} rows"):
+        assert said in page, said
+    names = "FLOAT32 FLOAT16 BFLOAT16 Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K".split()
+    assert {getattr(formats, name) for name in names} == set(noise.ROUNDING)
+    for name in names:
+        assert f"| {name} | {100 * noise.ROUNDING[getattr(formats, name)]:.3g} % |" in page, name

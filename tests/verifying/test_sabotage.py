@@ -130,11 +130,10 @@ def test_an_untouched_run_passes(finished: Path) -> None:
     assert names >= {"sha256", "secrets", "labels", "stop token", "merged config", "merge", "template Modelfile",
                      "template merged",
                      "control: the base differs", "parity adapter", "parity merged", "stops by itself"}
-    assert names >= {f"{gate} {kind}" for gate in ("origin", "tokenizer", "shape", "template", "parity")
+    assert names >= {f"{gate} {kind}" for gate in ("origin", "tokenizer", "shape", "template", "parity", "trained")
                      for kind in ("f16", "q8_0")}
     assert {name: values["exact"] for name, values in said["scores"].items()} == {
         "adapter": 1.0, "f16": 1.0, "q8_0": 1.0}
-    assert said["tolerances"]["q8_0"]["mean_kl"] > said["tolerances"]["f16"]["mean_kl"] > 0
 
 
 # The merged model
@@ -265,14 +264,14 @@ def base_in_4bit(run: Run, another: Path) -> None:
 
 @pytest.mark.parametrize(("sabotage", "gates", "cause"), by_name([
     (adapter_of_another_run, ["parity adapter", "merge"],
-     "^adapter does not predict what the trained model predicts: mean KL"),
+     "^adapter does not predict what the trained model predicts: its logits"),
     (adapter_without_effect, ["parity adapter", "merge"],
-     "^adapter does not predict what the trained model predicts: mean KL"),
+     "^adapter does not predict what the trained model predicts: its logits"),
     (untrained, ["control: the base differs"], "^the adapter changes nothing: the base model predicts the same"),
     (base_models_eos, ["stop token"],
      r"^merged/generation_config\.json has <\|endoftext\|> \(151643\), trained is <\|im_end\|> \(151645\)"),
     (another_template_in_merged, ["template merged"], r"^one turn: the training has '.*', merged '.* '"),
-    (base_in_4bit, ["parity merged-4bit"], "^merged-4bit does not predict what the trained model predicts: mean KL"),
+    (base_in_4bit, ["parity merged-4bit"], "^merged-4bit does not predict what the trained model predicts: its logits"),
     (pad_is_the_stop, ["labels"], r"^the pad token is the stop token <\|im_end\|> \(151645\)"),
 ]))
 def test_the_folders(finished: Path, another: Path, tmp_path: Path, sabotage: Callable[[Run, Path], None],
@@ -338,7 +337,7 @@ def file_of_another_run(run: Run, another: Path) -> None:
 
 @pytest.mark.parametrize(("sabotage", "gates", "cause"), by_name([
     (another_rope_base, ["shape f16", "parity f16"],
-     r"^qwen3\.rope\.freq_base is 10000, rope_theta of the merged model 1e\+06"),
+     r"^qwen3\.rope\.freq_base is 10000, rope_theta of the model 1e\+06"),
     (shuffled_merges, ["tokenizer f16"], "^merge 7 is 'Ġ a', in the trained tokenizer 'o n'"),
     (declared_sentencepiece, ["tokenizer f16"],
      r"^it declares a tokenizer of the kind 'llama', the trained one is byte-level \(gpt2\)"),
@@ -351,7 +350,7 @@ def file_of_another_run(run: Run, another: Path) -> None:
      r"^one turn: the training has '<\|im_start\|>user\\n.*, the GGUF '<\|endoftext\|><\|start_header_id\|>"),
     (base_models_eos_in_gguf, ["stop token"], r"^eos of f16 has <\|endoftext\|> \(151643\), trained is <\|im_end\|>"),
     (cut_in_the_tensors, ["file tiny-f16"], "is cut short: 100000 of [0-9]+ bytes are missing$"),
-    (random_bytes, ["parity f16"], "^f16 does not predict what the trained model predicts: mean KL nan"),
+    (random_bytes, ["parity f16"], "^f16 does not predict what the trained model predicts: its logits are nan"),
     (file_of_another_run, ["origin f16", "parity f16"],
      "^it was made from 'tiny: .*adapter [0-9a-f]{12}', this run is 'tiny: .*: it is another run's file"),
 ]))
@@ -612,7 +611,7 @@ def test_the_reference(finished: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content, cause in [(None, "no reference.safetensors in .*: what the model in memory answered was not kept"),
                            (whole[:-1000], "reference.safetensors is damaged"), (b"", "is damaged"),
-                           (without_metadata(whole), "is damaged: 'reference'")]:
+                           (without_metadata(whole), "is damaged.*'reference'")]:
         path.unlink() if content is None else replace(path, content)
         kit.seal(run)
         found = failed(run)
