@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 RESULT = PROJECT / "benchmarks" / "results" / "gates.json"
 FORMATS = ["f16", "q8_0", "q5_k_m", "q4_k_m"]
-DRAWS, DRAWN = 500, (4, 8, 32)
+DRAWS, DRAWN = 200, (4, 8, 32)
 COMMON: dict[str, Any] = {
     "local_files_only": True, "test_size": 32, "max_seq_length": 512, "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1, "use_gradient_checkpointing": False, "max_new_tokens": 32, "metric": "none",
@@ -126,11 +126,10 @@ def predictions_of(path: Path, reference: Any) -> list[Any]:
         return list(gguf_predictions(child, reference))
 
 
-def judged(evidence: Any, path: Path, name: str, predictions: list[Any], numbers: list[int] | None = None) -> Any:
+def judged(evidence: Any, header: Any, name: str, predictions: list[Any], numbers: list[int] | None = None) -> Any:
     """The gates of a GGUF on all compared rows, or on those of the held-out rows `numbers`; and its figures."""
     from dataclasses import replace
 
-    from kit.gguf.formats import read_header
     from kit.runs.gates import Gates
     from kit.verifying.answers import Shipped, check_ends
     from kit.verifying.parity import compare, judge_gguf
@@ -145,7 +144,7 @@ def judged(evidence: Any, path: Path, name: str, predictions: list[Any], numbers
         predictions = pick(predictions)
     gates = Gates(name)
     figures = compare(evidence.reference, predictions)
-    allowed = judge_gguf(gates, name, read_header(path), figures, predictions, evidence)
+    allowed = judge_gguf(gates, name, header, figures, predictions, evidence)
     check_ends(gates, evidence, {name: Shipped(figures, allowed, {})})
     return gates, figures, allowed
 
@@ -192,6 +191,7 @@ def measure(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     import kit
     from kit.common.weight_files import weight_files
+    from kit.gguf.formats import read_header
     from kit.runs.gates import Gates
     from kit.verifying import noise
     from kit.verifying.parity import check_adapter, check_merged
@@ -210,10 +210,10 @@ def measure(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
                               "conversations": len(numbers), "sound": {}, "faults": {}}
     for path in evidence.ggufs:
         quantization = path.stem.rpartition("-")[2]
-        predictions = predictions_of(path, evidence.reference)
-        _, figures, allowed = judged(evidence, path, quantization, predictions)
+        header, predictions = read_header(path), predictions_of(path, evidence.reference)
+        _, figures, allowed = judged(evidence, header, quantization, predictions)
         failed = {str(count): Counter(gate.name for _ in range(DRAWS) for gate in judged(
-            evidence, path, quantization, predictions, random_.choices(numbers, k=count))[0].failed)
+            evidence, header, quantization, predictions, random_.choices(numbers, k=count))[0].failed)
             for count in DRAWN}
         result["sound"][quantization] = {
             "spread": figures.spread, "allowed": allowed, "mean_kl": figures.mean_kl, "top1": figures.top1,
@@ -232,7 +232,8 @@ def measure(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
         result["faults"][fault] = {}
         for path in files:
             quantization = path.stem.rpartition("-")[2]
-            gates, figures, allowed = judged(evidence, path, quantization, predictions_of(path, evidence.reference))
+            gates, figures, allowed = judged(evidence, read_header(path), quantization,
+                                             predictions_of(path, evidence.reference))
             result["faults"][fault][quantization] = {
                 "failed": [gate.name.split()[0] for gate in gates.failed], "spread": figures.spread / allowed,
                 "mean_kl": figures.mean_kl, "answers_changed": sum(not same for same in figures.answers.values()),
