@@ -102,7 +102,7 @@ def test_the_page_of_gates_has_the_tolerances_of_the_code() -> None:
     for said in (f"{parity.SPREAD:g} times", f"{parity.FLIP:g} times", f"{100 * parity.SHARE:g} %",
                  f"{answers.ENDS:g} times", f"1 in {1 / answers.ALPHA:g}", f"{answers.ENOUGH} rows"):
         assert said in page, said
-    names = "FLOAT32 FLOAT16 BFLOAT16 Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K".split()
+    names = ["FLOAT32", "FLOAT16", "BFLOAT16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K"]
     assert {getattr(formats, name) for name in names} == set(noise.ROUNDING)
     for name in names:
         assert f"| {name} | {100 * noise.ROUNDING[getattr(formats, name)]:.3g} % |" in page, name

@@ -1,7 +1,10 @@
-"""The Kullback-Leibler divergence that parity and rehearsal judge by."""
+"""The figures that verdicts are made of: KL, spread, what training changed, flips, ends, the sign test."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -19,3 +22,93 @@ def test_kl_is_torchs_and_over_the_likeliest_tokens_never_more() -> None:
     shortened = _kl(top.numpy(), q.gather(-1, places).numpy())
     assert (shortened <= expected + 1e-6).all() and (shortened > 0).all()
     assert kl_divergence(p.numpy(), p.numpy()) == pytest.approx(0)
+
+
+def predictions(logits: np.ndarray, following: list[int], top_ids: np.ndarray | None = None) -> Any:
+    """Predictions of made logits (n, vocabulary)."""
+    from kit.verifying.reference import Predictions
+
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids = np.argsort(-log_probs, axis=-1)[:, :64] if top_ids is None else top_ids
+    return Predictions(ids, np.take_along_axis(log_probs, ids, -1), log_probs.argmax(-1),
+                       log_probs[np.arange(len(logits)), following])
+
+
+def made(places: int = 40, seed: int = 0) -> tuple[Any, np.ndarray, Any]:
+    """A reference of one held-out row that ends, its logits, and a random generator."""
+    from kit.verifying.reference import Reference, Row
+
+    dice = np.random.default_rng(seed)
+    logits = dice.normal(size=(places, 200)) * 2
+    ids = [0, *logits.argmax(-1).tolist()]
+    row = Row(0, ids, list(range(places)), held_out=True, own=True, whole=True, ends=True)
+    return Reference("float32", [row], [("", True)], [[]], [], [predictions(logits, ids[1:])]), logits, dice
+
+
+def test_the_spread_is_that_of_the_noise_however_sure_the_model_is() -> None:
+    from kit.verifying.noise import spread
+
+    _, logits, dice = made(400)
+    off = dice.normal(size=logits.shape) * 0.1
+    for sure in (1, 30):  # with 30 the likeliest token has nearly all of the probability
+        before = predictions(logits * sure, logits.argmax(-1).tolist())
+        after = predictions(logits * sure + off, logits.argmax(-1).tolist(), before.top_ids)
+        assert spread([before], [after]) == pytest.approx(0.1, rel=0.1)
+    assert spread([before], [before]) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, -1.0])
+def test_what_is_missing_of_the_training(share: float) -> None:
+    from kit.verifying.noise import lost
+
+    reference, logits, dice = made(100)
+    following, top_ids = logits.argmax(-1).tolist(), reference.predictions[0].top_ids
+    change = dice.normal(size=logits.shape)
+    base = predictions(logits + change, following, top_ids)
+    artefact = predictions(logits + share * change + 0.1 * dice.normal(size=logits.shape), following, top_ids)
+    missing, size = lost(reference.predictions, [artefact], [base])
+    assert missing == pytest.approx(share, abs=0.02) and size == pytest.approx(1, rel=0.1)
+
+
+def test_near_ties_are_flips_with_a_small_gap() -> None:
+    from kit.verifying.parity import compare
+
+    reference, logits, _ = made(3)
+    following, top_ids = logits.argmax(-1).tolist(), reference.predictions[0].top_ids
+    changed = logits.copy()
+    first, second = top_ids[0, :2]
+    changed[0, second] = changed[0, first] + 0.01
+    unknown = next(token for token in range(200) if token not in top_ids[2])  # not among the tokens kept
+    changed[2, unknown] = 99
+    figures = compare(reference, [predictions(changed, following, top_ids)])
+    near, far = figures.flips
+    assert near == pytest.approx(float(logits[0, first] - logits[0, second]), abs=1e-5)
+    assert far > near and figures.answers == {0: False}
+    [end] = figures.ends
+    assert end.sure and not end.kept and end.loss > 50
+
+
+@pytest.mark.parametrize("worse, better, fails", [(0, 0, False), (3, 2, False), (8, 0, False), (9, 0, True),
+                                                  (20, 12, False), (30, 5, True)])
+def test_the_sign_test(worse: int, better: int, fails: bool) -> None:
+    from kit.verifying.answers import ALPHA, _chance_of_worse
+
+    count = worse + better + 3
+    before = {n: n < worse or n >= worse + better for n in range(count)}
+    after = {n: n >= worse for n in range(count)}
+    chance = _chance_of_worse(before, after)
+    assert 0 < chance <= 1 and (chance < ALPHA) == fails
+
+
+def test_a_file_of_many_types_is_rounded_as_its_matrices_are_on_average() -> None:
+    from kit.gguf.formats import FLOAT32, Q4_K, Q8_0, Header, Tensor
+    from kit.verifying.noise import ACTIVATIONS, ROUNDING, rounding_of
+
+    def header(*kinds: int) -> Header:
+        return Header({}, [Tensor("norm", (8,), FLOAT32, 0), *(Tensor("w", (8, 8), kind, 0) for kind in kinds)], 0, 0)
+
+    eight, four = (np.hypot(ROUNDING[kind], ACTIVATIONS) for kind in (Q8_0, Q4_K))
+    assert rounding_of(header(Q8_0)) == pytest.approx(eight)
+    assert rounding_of(header(Q8_0, Q4_K)) == pytest.approx(np.sqrt((eight ** 2 + four ** 2) / 2))
+    assert rounding_of(header(99)) >= four  # a type that is not known is taken for the coarsest
+    assert rounding_of(header()) == 0
