@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from kit.common.processes import is_main
+from kit.common.secrets import redacted
 
 TEXT_WIDTH = 110  # characters of a table
 # What a token is to the training, with its looks in a terminal and in a notebook.
@@ -141,8 +142,11 @@ def ipython() -> Any:
 
 
 def side_by_side(prompts: list[Any], references: list[str], limit: int = 3, **answers: list[Any]) -> Table:
-    """The first prompts with the answers of each stage: `side_by_side(p, r, before=…, after=…)`."""
-    rows = [[prompts[i][-1]["content"], *(column[i].text for column in answers.values()), references[i]]
+    """The first prompts with the answers of each stage: `side_by_side(p, r, before=…, after=…)`.
+
+    What looks like a secret is replaced by its kind: a model makes some up, and the notebook is passed on.
+    """
+    rows = [[prompts[i][-1]["content"], *(redacted(column[i].text) for column in answers.values()), references[i]]
             for i in range(min(limit, len(prompts)))]
     return Table(["prompt", *answers, "reference"], rows)
 

@@ -270,14 +270,14 @@ def test_what_cannot_be_seen_or_written_is_named(run: Run) -> None:
 
 
 SECRET = {
-    "AWS key": "AKIA" + "Q" * 16,
-    "GitHub token": "ghp_" + "a1" * 18,
-    "Hugging Face token": "hf_" + "a1" * 17,
-    "API key": "sk-" + "a1" * 12,
-    "Google key": "AIza" + "a1" * 17 + "a",
-    "Slack token": "xoxb-" + "1" * 12,
+    "AWS key": "AKIA" + "QWERTZUI" * 2,
+    "GitHub token": "ghp_" + "a1B2" * 9,
+    "Hugging Face token": "hf_" + "a1B2" * 8,
+    "API key": "sk-" + "a1B2" * 6,
+    "Google key": "AIza" + "a1B2" * 8 + "a1B",
+    "Slack token": "xoxb-" + "a1B2" * 6,
     "signed token": "eyJ" + "a" * 12 + ".eyJ" + "b" * 12 + "." + "c" * 12,
-    "private key": "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA\n-----END RSA PRIVATE KEY-----",
+    "private key": "-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEowIBAAKCAQEA" * 4,
 }
 
 
