@@ -151,12 +151,17 @@ def side_by_side(prompts: list[Any], references: list[str], limit: int = 3, **an
     return Table(["prompt", *answers, "reference"], rows)
 
 
-def scores(**columns: dict[str, float]) -> Table:
-    """Scores of several stages in per cent, one row per field."""
+def scores(answered: dict[str, int] | None = None, /, **columns: dict[str, float]) -> Table:
+    """Scores of several stages in per cent, one row per field.
+
+    `answered` is how many rows each stage answered, and how many there are; where that is more, the heading says so.
+    """
+    count, total = (min(answered.values()), max(answered.values())) if answered else (0, 0)
+    heading = f"held-out score, first {count:,} of {total:,} rows" if count < total else "held-out score"
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [["whole answer" if name == "exact" else name,
              *(f"{column[name]:.1%}" if name in column else "–" for column in columns.values())] for name in names]
-    return Table(["held-out score", *columns], rows) if rows else Table(["held-out score"], [["metric: none"]])
+    return Table([heading, *columns], rows) if rows else Table([heading], [["metric: none"]])
 
 
 def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:

@@ -69,7 +69,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "name": run.folder.resolve().name, "result": result, "manifest": manifest, "recipe": recipe,
         "verdict": _verdict(run, result, gates, doubt),
         "gates": sorted(gates.gates, key=lambda gate: gate.passed is not False) if gates else [],
-        "stages": stages, "scores": scores(**stages) if any(stages.values()) else None,
+        "stages": stages, "scores": scores(result.get("answered"), **stages) if any(stages.values()) else None,
         "train": _training(run, result), "forecast": _forecast(result), "figures": _figures(run),
         "files": _files(run, result, manifest), "differences": _differences(recipe),
         "run": run, "adapter": (run.adapter / "adapter_config.json").is_file(),

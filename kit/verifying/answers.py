@@ -15,7 +15,7 @@ import kit.common.unsloth
 
 from transformers import AutoTokenizer
 
-from kit.answering.engines import answer
+from kit.answering.prompts import answer
 from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.gguf.formats import quantization_of, read_header

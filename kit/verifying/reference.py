@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from kit.answering.engines import answer
+from kit.answering.prompts import LEAST, answer
 from kit.answering.replies import Reply
 from kit.common.errors import KitError
 from kit.common.files import whole_file
@@ -34,7 +34,8 @@ from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 from kit.verifying.template import Case, cases
 
-ROWS = 32  # conversations compared: about 600 answer tokens on the demo, where q8_0's top-1 has an error of 0.2 points
+# About 600 answer tokens on the demo, where q8_0's top-1 has an error of 0.2 points.
+ROWS = LEAST  # conversations compared
 LONGEST = 1024  # tokens of a conversation that is compared
 TOP = 256  # likeliest tokens kept at each place
 BATCH_TOKENS = 1024
@@ -102,8 +103,8 @@ class Reference(NamedTuple):
 def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe, run: Run) -> Path:
     """Write the run's reference: what `model`, in memory, predicts in the first held-out conversations.
 
-    `replies` are its answers to all of them, in order; where the recipe samples, greedy ones are made instead. On a
-    CPU everything is computed in float32, on a GPU in the model's own format (the file says which).
+    `replies` are its answers to all of them or the first ones, in order; where the recipe samples, greedy ones are made
+    instead. On a CPU everything is computed in float32, on a GPU in the model's own format (the file says which).
     """
     split = data["test" if len(data["test"]) else "train"]
     if greedy(recipe) != recipe:
@@ -123,8 +124,8 @@ def greedy(recipe: Recipe) -> Recipe:
 
 def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Recipe) -> list[Row]:
     """Rows to compare: conversations of at most LONGEST tokens, and the own answers that differ from theirs."""
-    rows = []
-    for number in range(min(ROWS, len(replies))):
+    rows, count = [], min(ROWS, len(replies))
+    for number in range(count):
         row, reply = split[number], replies[number]
         ids, labels = row["input_ids"], row["labels"]
         where = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
@@ -137,7 +138,7 @@ def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Rec
             both = [both[0]._replace(own=True)]
         rows += [compared for compared in both if compared.where and len(compared.ids) <= LONGEST]
     if not any(row.held_out for row in rows):
-        raise KitError(f"all of the first {ROWS} held-out conversations are longer than {LONGEST} tokens",
+        raise KitError(f"all of the first {count} held-out conversations are longer than {LONGEST} tokens",
                        "hold out some shorter ones (eval_dataset), so that exported models can be compared on them")
     return rows
 

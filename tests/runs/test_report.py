@@ -326,6 +326,8 @@ def test_figures_recipe_files_and_manifest_are_told(run: Run) -> None:
         assert text in shown.below["numbers"], text
     assert shown.rows["scores"] == [["Share that is right", "before", "after", "q8_0"],
                                     ["whole answer", "10.0%", "90.0%", "80.0%"], ["city", "25.0%", "75.0%", "–"]]
+    change(run, "result.json", answered={"rows": 200, "before": 60, "after": 60, "q8_0": 40})
+    assert page(run).rows["scores"][0][0] == "Share that is right, first 40 of 200 rows"
     assert shown.rows["stages"] == [["load", "0.5", ""], ["train", "40.2", ""], ["gguf", "6.1", ""]]
     assert [row[:3] for row in shown.rows["recipe"][1:]] == [
         ["run_name", "tickets", "run"], ["learning_rate", "0.001", "0.0002"], ["gguf", "[f16, q8_0]", "[]"]]
