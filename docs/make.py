@@ -45,7 +45,7 @@ def bounds(name: str) -> str:
 def findings_page() -> str:
     """findings.md: every finding of the data check."""
     rows = ["# What the data check finds", "", "Made by `make docs` from `kit/data/findings.py`. An error is a row "
-            "that would not be trained, or not as it is meant; a warning is for you to judge.", "",
+            "that would not be trained, or not as it is meant, or must not be; a warning is for you to judge.", "",
             "| finding | severity | what it means | what to do |", "|---|---|---|---|"]
     rows += [f"| `{code}` | {severity} | {meaning} | {remedy} |"
              for code, (severity, meaning, remedy) in FINDINGS.items()]

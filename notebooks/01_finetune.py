@@ -159,15 +159,17 @@ run.note(forecast=forecast.as_json())
 # %% [markdown]
 # ## 9. Answers before training
 #
-# The held-out rows, which training never sees, answered by the untrained model.
+# The held-out rows, which training never sees, answered by the untrained model. Where that would take longer than
+# `answer_seconds`, the first of them; every later score is then over the rows that all stages answered.
 
 # %%
 run.stage("before")
-before = kit.answer(model, tokenizer, prompts, recipe)
-score_before = kit.score([reply.text for reply in before], references, recipe.metric)
+before = kit.answer(model, tokenizer, prompts, recipe, seconds=recipe.answer_seconds)
+answered = {"rows": len(prompts), "before": len(before)}
+scores = kit.score_stages(references, recipe.metric, before=before)
 kit.show(kit.side_by_side(prompts, references, before=before))
-kit.show(kit.scores(before=score_before))
-run.note(score_before=score_before)
+kit.show(kit.scores(answered, **scores))
+run.note(score_before=scores["before"], answered=answered)
 
 # %% [markdown]
 # ## 10. Train
@@ -216,11 +218,13 @@ for piece in kit.stream(model, tokenizer, prompts[0], recipe):
 print()
 
 # %%
-after = kit.answer(model, tokenizer, prompts, recipe)
-score_after = kit.score([reply.text for reply in after], references, recipe.metric)
+after = kit.answer(model, tokenizer, prompts[:len(before)], recipe, seconds=recipe.answer_seconds)
+answered["after"] = len(after)
+scores = kit.score_stages(references, recipe.metric, before=before, after=after)
 kit.show(kit.side_by_side(prompts, references, before=before, after=after))
-kit.show(kit.scores(before=score_before, after=score_after))
-run.note(score_after=score_after, stopped_after=sum(reply.stopped for reply in after) / len(after))
+kit.show(kit.scores(answered, **scores))
+run.note(score_before=scores["before"], score_after=scores["after"], answered=answered,
+         stopped_after=sum(reply.stopped for reply in after) / len(after))
 
 # %% [markdown]
 # ## 12. Save the adapter
@@ -265,13 +269,15 @@ kit.show(kit.Table(["file", "size"], rows))
 
 # %%
 run.stage("ask")
-scores = {"before": score_before, "after": score_after}
+replies = {"before": before, "after": after}
 for path in files[-1:]:
-    replies = kit.answer(path, None, prompts, recipe)
-    kit.show(kit.side_by_side(prompts, references, llama_cpp=replies))
-    scores[path.stem.rpartition("-")[2]] = kit.score([reply.text for reply in replies], references, recipe.metric)
-kit.show(kit.scores(**scores))
-run.note(scores=scores)
+    name = path.stem.rpartition("-")[2]
+    replies[name] = kit.answer(path, None, prompts[:len(after)], recipe, seconds=recipe.answer_seconds)
+    answered[name] = len(replies[name])
+    kit.show(kit.side_by_side(prompts, references, llama_cpp=replies[name]))
+scores = kit.score_stages(references, recipe.metric, **replies)
+kit.show(kit.scores(answered, **scores))
+run.note(scores=scores, answered=answered)
 
 # %%
 figure = plots.before_after(scores, run.figures / "scores.png")

@@ -1,4 +1,4 @@
-"""What answers, and how: a question, streamed; a list of prompts; the rows of a file.
+"""What answers, and how: a question, streamed; the rows of a file.
 
 For `kit ask` and `kit answer` it is a run's GGUF, merged folder, adapter or base, or a GGUF file. torch is imported
 only where a model in memory answers.
@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kit.answering.journal import Answer
-from kit.answering.replies import Reply, by_length, gguf_sampling
+from kit.answering.replies import gguf_sampling
 from kit.common.errors import GateError, KitError, nearest
-from kit.common.show import bar
 from kit.data.shapes import longest_user_turn
 from kit.gguf.child import LlamaChild
 from kit.gguf.formats import check_gguf
@@ -99,7 +98,7 @@ def stream(model: Any, tokenizer: Any, prompt: str | list[Message], recipe: Reci
     recipe = recipe or Recipe.load({})
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(model, (str, Path)):
-        with _opened(model, recipe) as child:
+        with opened(model, recipe) as child:
             yield from child.stream(with_system(messages, recipe), **gguf_sampling(recipe))
     else:
         from kit.answering.in_memory import stream_in_memory
@@ -107,32 +106,8 @@ def stream(model: Any, tokenizer: Any, prompt: str | list[Message], recipe: Reci
         yield from stream_in_memory(model, tokenizer, messages, recipe)
 
 
-def answer(model: Any, tokenizer: Any, prompts: list[list[Message]], recipe: Recipe,
-           batch_size: int = 20) -> list[Reply]:
-    """Answers in the order of `prompts`, with a progress bar; a model in memory answers a batch of like length at once.
-
-    `model` and `tokenizer` are those of `stream`.
-    """
-    replies: dict[int, Reply] = {}
-    if isinstance(model, (str, Path)):
-        with _opened(model, recipe) as child, \
-                bar(len(prompts), f"answering with {child.gguf.name}", "row") as progress:
-            for number, messages in enumerate(prompts):
-                text = "".join(child.stream(with_system(messages, recipe), **gguf_sampling(recipe)))
-                replies[number] = Reply(text, child.finish_reason == "stop")
-                progress.update()
-    else:
-        from kit.answering.in_memory import answer_batch
-
-        rows = {number: prompt_ids(tokenizer, messages, recipe) for number, messages in enumerate(prompts)}
-        with bar(len(rows), "answering", "row") as progress:
-            for batch in by_length(rows, batch_size):
-                replies |= zip(batch, answer_batch(model, tokenizer, [rows[i] for i in batch], recipe), strict=True)
-                progress.update(len(batch))
-    return [replies[number] for number in range(len(prompts))]
-
-
-def _opened(gguf: str | Path, recipe: Recipe) -> LlamaChild:
+def opened(gguf: str | Path, recipe: Recipe) -> LlamaChild:
+    """llama.cpp in a process of its own, with the recipe's context and template settings; a context manager."""
     return LlamaChild(Path(gguf), n_ctx=recipe.num_ctx or recipe.max_seq_length,
                       template_kwargs=template_kwargs(recipe))
 

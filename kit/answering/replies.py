@@ -67,6 +67,13 @@ def score(answers: list[str], references: list[str], metric: str) -> dict[str, f
     return scores
 
 
+def score_stages(references: list[str], metric: str, **replies: list[Reply]) -> dict[str, dict[str, float]]:
+    """{stage: its `score`} over the same rows for all stages: the first ones, as many as every stage answered."""
+    count = min(map(len, replies.values()))
+    return {stage: score([reply.text for reply in given[:count]], references[:count], metric)
+            for stage, given in replies.items()}
+
+
 def _same(a: Any, b: Any) -> bool:
     """Equal as JSON: unlike Python, 1 is not true there; the order of keys does not count."""
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from kit.common.processes import is_main
+from kit.common.secrets import redacted
 
 TEXT_WIDTH = 110  # characters of a table
 # What a token is to the training, with its looks in a terminal and in a notebook.
@@ -141,18 +142,26 @@ def ipython() -> Any:
 
 
 def side_by_side(prompts: list[Any], references: list[str], limit: int = 3, **answers: list[Any]) -> Table:
-    """The first prompts with the answers of each stage: `side_by_side(p, r, before=…, after=…)`."""
-    rows = [[prompts[i][-1]["content"], *(column[i].text for column in answers.values()), references[i]]
+    """The first prompts with the answers of each stage: `side_by_side(p, r, before=…, after=…)`.
+
+    What looks like a secret is replaced by its kind: a model makes some up, and the notebook is passed on.
+    """
+    rows = [[prompts[i][-1]["content"], *(redacted(column[i].text) for column in answers.values()), references[i]]
             for i in range(min(limit, len(prompts)))]
     return Table(["prompt", *answers, "reference"], rows)
 
 
-def scores(**columns: dict[str, float]) -> Table:
-    """Scores of several stages in per cent, one row per field."""
+def scores(answered: dict[str, int] | None = None, /, **columns: dict[str, float]) -> Table:
+    """Scores of several stages in per cent, one row per field.
+
+    `answered` is how many rows each stage answered, and how many there are; where that is more, the heading says so.
+    """
+    count, total = (min(answered.values()), max(answered.values())) if answered else (0, 0)
+    heading = f"held-out score, first {count:,} of {total:,} rows" if count < total else "held-out score"
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [["whole answer" if name == "exact" else name,
              *(f"{column[name]:.1%}" if name in column else "–" for column in columns.values())] for name in names]
-    return Table(["held-out score", *columns], rows) if rows else Table(["held-out score"], [["metric: none"]])
+    return Table([heading, *columns], rows) if rows else Table([heading], [["metric: none"]])
 
 
 def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:

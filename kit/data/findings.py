@@ -9,7 +9,7 @@ from kit.data.shapes import Fault
 
 SHOWN = 100  # places kept of each finding
 
-# code: (severity, what it means, remedy). An error is a row that would not be trained, or not as it is meant.
+# code: (severity, what it means, remedy). An error is a row that would not be trained, or not as meant, or must not be.
 FINDINGS = {
     "invalid_json": ("error", "not JSON", "correct the line; each is one complete JSON object"),
     "torn_line": ("error", "the last line is cut off", "write the file again, or leave the line out with --fix"),
@@ -30,6 +30,8 @@ FINDINGS = {
                       "take it out, or write it in another way, such as with a space inside"),
     "lost_character": ("error", "a character that the tokenizer has no token for: it would vanish",
                        "take it out, or choose another model"),
+    "secret": ("error", "what looks like a token or key: a model can repeat what it learnt",
+               "revoke it if it is one, and write a placeholder in its place, or leave the row out with --fix"),
     "template_refused": ("error", "the chat template can't take this row", "change its roles or contents, or set "
                          "another prompt_style"),
     "fully_masked": ("error", "no token of the answer is trained", "look at the row: its text is lost in tokenising"),
@@ -51,7 +53,8 @@ FINDINGS = {
     "mojibake": ("warning", "text decoded with the wrong encoding", "read the source again with its real encoding"),
     "not_normalised": ("warning", "characters composed otherwise than usual (not NFC)", "normalise; --fix does"),
     "unknown_token": ("warning", "text that the tokenizer does not know", "remove it, or choose another model"),
-    "secret": ("warning", "possible secret or personal address", "remove it: a model can repeat what it learnt"),
+    "personal_address": ("warning", "an e-mail address that may be a person's",
+                         "remove it if it is: a model can repeat what it learnt"),
     "near_duplicate": ("info", "nearly the same as another row", "keep one, unless variety is meant"),
     "outlier": ("info", "far longer than the others", "look at it: is it one row?"),
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from kit.common.errors import KitError
+from kit.common.secrets import secret
 from kit.common.show import bar
 from kit.data.findings import FINDINGS
 from kit.data.masks import Formatter, Located
@@ -153,6 +154,8 @@ class _Fitting:
                         if typed := self.formatter.typed(row.messages):
                             raise KitError(f"the text holds the control token {typed[0]!r}, which the model would take "
                                            "for its own")
+                        if kind := next(filter(None, (secret(m["content"]) for m in row.messages)), None):
+                            raise KitError(f"the text holds what looks like a secret ({kind})")
                         located = self.formatter.locate(row.messages)
                     except KitError as error:
                         self._refuse(row, error.message)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.common.errors import KitError
-from kit.common.secrets import secret
+from kit.common.secrets import address, secret
 from kit.common.show import show
 from kit.data.findings import FINDINGS, Findings, control_characters, mojibake, not_normalised
 from kit.data.formatting import fit, rare_collections
@@ -114,7 +114,7 @@ class _Check:
         """What is wrong with the contents as text."""
         faults = []
         for code, check in (("control_character", control_characters), ("mojibake", mojibake),
-                            ("secret", secret)):
+                            ("secret", secret), ("personal_address", address)):
             if detail := next((text for m in messages if (text := check(m["content"]))), None):
                 faults.append(Fault(code, detail))
         if any(not_normalised(m["content"]) for m in messages):

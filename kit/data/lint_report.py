@@ -12,6 +12,7 @@ from typing import Any
 
 from kit.common.errors import GateError
 from kit.common.files import write_text
+from kit.common.secrets import redacted
 from kit.common.show import MarkedText, Table, spans
 from kit.data.masks import IGNORED, Encoded, Formatter
 from kit.data.rows import Place, Row, progress, rows_of
@@ -64,14 +65,17 @@ class Samples:
                         return
 
     def _keep(self, row: Row, split: str, faults: list[Fault], tokens: Encoded | None) -> None:
-        ids, labels = tokens or ([], [])
+        ids, labels = shown = tokens or ([], [])
         limit = self.recipe.max_seq_length
+        messages = [{**m, "content": redacted(m["content"])} for m in row.messages]
+        if tokens and messages != row.messages:  # the page is passed on
+            [shown] = self.formatter.encode([messages])
         self.rows.append({
             **row.place._asdict(), "split": split, "findings": [fault.code for fault in faults],
             "details": [fault.message for fault in faults], "tokens": len(ids),
             "trained": len(labels) - labels.count(IGNORED), "lost": max(0, len(ids) - limit),
-            "spans": spans(self.formatter.tokenizer, ids, labels, limit) if tokens else
-            [("masked", "" if row.raw is None else str(row.raw)[:2000])]})
+            "spans": spans(self.formatter.tokenizer, *shown, limit) if tokens else
+            [("masked", "" if row.raw is None else redacted(str(row.raw))[:2000])]})
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Report:
     def verdict(self) -> str:
         f = self.figures
         if f["errors"]:
-            return f"{_count(f['errors'], 'kind')} of error: these rows would not be trained as they are meant"
+            return f"{_count(f['errors'], 'kind')} of error: a run would stop at these rows"
         warnings = f", {_count(f['warnings'], 'kind')} of warning" if f["warnings"] else ""
         return f"{f['usable_rows']:,} of {f['rows']:,} rows can be trained{warnings}"
 

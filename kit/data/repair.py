@@ -10,9 +10,10 @@ from typing import Any
 
 from kit.common.errors import KitError
 from kit.common.files import writing
+from kit.common.secrets import secret
 from kit.data.findings import CONTROL
 from kit.data.rows import Place, progress, rows_of
-from kit.data.shapes import NAMES, TURNS, renamed, to_messages
+from kit.data.shapes import NAMES, TURNS, Fault, renamed, to_messages
 from kit.data.sources import local_path
 from kit.recipe.recipe import Recipe
 
@@ -42,8 +43,8 @@ class Repairs(Counter[str]):
 def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
     """Write the rows of `source`, repaired, to `out` (.jsonl); what was done, and to which rows.
 
-    Rows that still can't be trained are left out, and so is the second of two equal ones. Raises KitError when `out`
-    exists already.
+    Left out are rows that still can't be trained or hold a secret, and the second of two equal ones. Raises KitError
+    when `out` exists already.
     """
     check_out(source, out)
     done = Repairs()
@@ -55,6 +56,8 @@ def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
                 continue
             value, changes = repaired(renamed(row.raw, recipe.columns))
             _, messages, faults = to_messages(value)
+            if any(secret(m["content"]) for m in messages):
+                faults = [Fault("secret", "")]
             key = hash(tuple((m["role"], m["content"].strip()) for m in messages))
             if faults or key in seen:
                 done.add(f"left out: {faults[0].code if faults else 'duplicate'}", row.place)

@@ -105,7 +105,11 @@ class Fields(BaseModel):
     eval_overlap: Literal["error", "drop", "keep"] = _rows(
         "error", "Held-out rows whose prompt is also trained on: refuse, leave them out of the held-out rows, or keep.")
     max_train_samples: int | None = _rows(None, "Train on the first rows only.", "rows", ge=1)
-    max_eval_samples: int = _rows(100, "Held-out rows answered before and after training.", "rows", ge=0)
+    max_eval_samples: int = _rows(100, "Held-out rows, answered before and after training.", "rows", ge=0)
+    answer_seconds: float | None = _run(
+        300, "Time for the held-out answers of each stage (before, after, llama.cpp). If all would take longer, only "
+        "the first rows are answered, at least 20; scores are compared over the same rows. null for all.",
+        "seconds", gt=0)
     prompt_style: Literal["chat", "chatml", "alpaca"] = _answers_too(
         "chat", "Template: the model's own (chat), ChatML, or Alpaca's three headings.")
     system_prompt: str | None = _answers_too(None, "System message for rows that have none of their own.")

@@ -69,7 +69,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            shown = secret(pair, addresses=False) or repr(pair)  # a secret is not to be repeated in a log
+            shown = secret(pair) or repr(pair)  # a secret is not to be repeated in a log
             raise KitError(f"{shown} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
         _refuse_secret(name, text)
         if name not in Fields.model_fields:
@@ -87,7 +87,7 @@ def _refuse_secret(name: str, value: Any, why: str = "every field is written int
     # A slip of a field's name is none (max_new_token).
     if SECRET_NAME.search(name) and not nearest(name, Fields.model_fields, cutoff=0.9):
         raise KitError(f"{name!r} looks like a secret, and {why}", remedy)
-    if kind := secret(json.dumps(value, ensure_ascii=False, default=str), addresses=False):
+    if kind := secret(json.dumps(value, ensure_ascii=False, default=str)):
         raise KitError(f"{name} holds what looks like a secret ({kind}), and {why}", remedy)
 
 

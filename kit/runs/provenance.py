@@ -76,10 +76,11 @@ def check_secrets(gates: Gates, run: Run) -> bool:
     for path in sorted(paths):
         text = path.read_text(encoding="utf-8", errors="replace")
         known = [f"the value of {name}" for name, value in values.items() if value in text]
-        if kind := known[0] if known else secret(text, addresses=False):
+        if kind := known[0] if known else secret(text):
             leaks.append(f"{path.relative_to(run.folder)} holds {kind}")
     return gates.check("secrets", not leaks, f"{len(paths)} texts", "none", "; ".join(leaks[:3]),
-                       "revoke that token now, remove it there, and run again with it in the environment only")
+                       "revoke that token now, remove it there, and run again with it in the environment only; one "
+                       "that the model made up in an answer need only be removed")
 
 
 def _digest(part: Any) -> str:

@@ -18,7 +18,7 @@ from jinja2 import ChainableUndefined, Environment
 from markupsafe import Markup
 
 from kit.common.files import read_json, write_text
-from kit.common.secrets import SECRETS
+from kit.common.secrets import redacted
 from kit.common.show import duration, scores, size
 from kit.data.findings import CONTROL
 from kit.recipe.recipe import Recipe
@@ -46,7 +46,7 @@ def write_report(run: Run) -> Path:
     """Write `report.html` into the run's folder from what lies there, and return its path.
 
     A run that failed, was stopped or was not verified gets a page as well, which says so. Secrets in the run's files
-    (kit.common.secrets.SECRETS, e-mail addresses excepted) are replaced by their kind. KitError when the disk refuses.
+    (kit.common.secrets.SECRETS) are replaced by their kind. KitError when the disk refuses.
     """
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=ChainableUndefined, finalize=_printed, trim_blocks=True,
@@ -69,7 +69,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "name": run.folder.resolve().name, "result": result, "manifest": manifest, "recipe": recipe,
         "verdict": _verdict(run, result, gates, doubt),
         "gates": sorted(gates.gates, key=lambda gate: gate.passed is not False) if gates else [],
-        "stages": stages, "scores": scores(**stages) if any(stages.values()) else None,
+        "stages": stages, "scores": scores(result.get("answered"), **stages) if any(stages.values()) else None,
         "train": _training(run, result), "forecast": _forecast(result), "figures": _figures(run),
         "files": _files(run, result, manifest), "differences": _differences(recipe),
         "run": run, "adapter": (run.adapter / "adapter_config.json").is_file(),
@@ -188,13 +188,7 @@ def _printed(value: Any) -> Any:
     """Every value on its way into the page (jinja2's finalize, before escaping): no secret, nothing unseen."""
     if isinstance(value, Markup):  # a picture, or parts that came through here already
         return value
-    text = str(value)
-    for kind, pattern in SECRETS.items():
-        if kind == "private key" and (begin := pattern.search(text)):
-            text = f"{text[:begin.start()]}[{kind}]"  # the pattern finds its heading: the key follows
-        elif kind != "e-mail address":
-            text = pattern.sub(f"[{kind}]", text)
-    return UNSEEN.sub(lambda match: f"U+{ord(match[0]):04X}", text)
+    return UNSEEN.sub(lambda match: f"U+{ord(match[0]):04X}", redacted(str(value)))
 
 
 def _number(value: Any, digits: int = 0) -> str:

@@ -17,7 +17,7 @@ import kit.common.unsloth
 
 from transformers import AutoTokenizer
 
-from kit.answering.engines import answer
+from kit.answering.prompts import answer
 from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.gguf.formats import quantization_of, read_header
@@ -54,7 +54,7 @@ def gguf_answers(path: Path, evidence: Evidence, same: dict[int, bool]) -> dict[
     replies = {number: reference.answers[number][0] for number, equal in same.items() if equal and number in whole}
     others = [number for number in same if number not in replies]
     questions = [reference.held_out[number][:-1] for number in others]
-    generated = answer(path, None, questions, recipe) if questions else []
+    generated = answer(path, None, questions, recipe, seconds=SECONDS, least=1) if questions else []
     return replies | {number: reply.text for number, reply in zip(others, generated, strict=False)}
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
-from kit.answering.engines import answer
+from kit.answering.prompts import answer
 from kit.answering.replies import Reply
 from kit.common.errors import KitError
 from kit.common.files import whole_file
@@ -113,8 +113,8 @@ class Reference(NamedTuple):
 def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe, run: Run) -> Path:
     """Write the run's reference: what `model`, in memory, predicts in the first held-out conversations.
 
-    `replies` are its answers to all of them, in order; where the recipe samples, greedy ones are made instead. On a
-    CPU everything is computed in float32, on a GPU in the model's own format (the file says which).
+    `replies` are its answers to all of them or the first ones, in order; where the recipe samples, greedy ones are made
+    instead. On a CPU everything is computed in float32, on a GPU in the model's own format (the file says which).
     """
     split = data["test" if len(data["test"]) else "train"]
     if greedy(recipe) != recipe:
@@ -143,8 +143,8 @@ def _tokens_compared(model: Any) -> int:
 def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Recipe, tokens: int) -> list[Row]:
     """Rows to compare, of about `tokens` tokens: conversations, and the own answers that differ from theirs."""
     rows: list[Row] = []
-    compared = 0
-    for number in range(min(ROWS, len(replies))):
+    compared, count = 0, min(ROWS, len(replies))
+    for number in range(count):
         row, reply = split[number], replies[number]
         ids, labels = row["input_ids"], row["labels"]
         where = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
@@ -161,7 +161,7 @@ def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Rec
         if compared > tokens and len({row.number for row in rows}) >= FEWEST:
             break
     if not any(row.held_out for row in rows):
-        raise KitError(f"all of the first {ROWS} held-out conversations are longer than {LONGEST} tokens",
+        raise KitError(f"all of the first {count} held-out conversations are longer than {LONGEST} tokens",
                        "hold out some shorter ones (eval_dataset), so that exported models can be compared on them")
     return rows
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kit.common.show import TEXT_WIDTH, MarkedText, Table, duration, size
+from kit.answering.replies import Reply
+from kit.common.show import TEXT_WIDTH, MarkedText, Table, duration, side_by_side, size
 
 
 def test_a_table_is_wrapped_and_loses_nothing() -> None:
@@ -29,6 +30,12 @@ def test_kinds_of_text_are_told_apart_without_colours() -> None:
     assert repr(text).splitlines()[-1] == "ask <s>⟦answer</s>⟧⟪cut⟫"
     assert "lost" in repr(text).splitlines()[0]
     assert "&lt;s&gt;" in text._repr_html_() and "<s>" not in text._repr_html_()
+
+
+def test_a_token_that_a_model_makes_up_is_not_shown() -> None:
+    token = "hf_" + "Ab3dE5gH" * 5
+    table = side_by_side([[{"role": "user", "content": "Log in?"}]], ["No."], after=[Reply(f"With {token}!", True)])
+    assert table.rows == [["Log in?", "With [Hugging Face token]!", "No."]]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (41.23, "41.2 s"), (270, "4.5 min"), (8280, "2.3 h")])

@@ -16,13 +16,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kit.common.errors import KitError
+from kit.common.errors import GateError, KitError
 from kit.data.findings import FINDINGS, SHOWN
 from kit.data.formatting import load_data
 from kit.data.lint import lint
 from kit.data.lint_report import SAMPLES, Report
 from kit.models.template import CHATML, prepare_tokenizer, render
 from kit.recipe.recipe import Recipe
+from kit.runs.gates import Gates
+from kit.runs.provenance import check_secrets
+from kit.runs.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +130,9 @@ def pieces(_: Any) -> Any:
     return with_template(CHATML.replace("assistant\n", "assistant ").replace("['role'] + '\n'", "['role'] + ' '"))(made)
 
 
+TOKEN = "hf_" + "Ab3dE5gH" * 5  # made up
+
+
 class Case(NamedTuple):
     """A file with one thing wrong, and where."""
 
@@ -180,7 +186,8 @@ CASES = {
     "unknown_token": Case(jsonl(lambda i: talk(f"Where is 北 {i}?", f"Here is {i}.")), "warning",
                           tokenizer=characters),
     "lost_character": Case(jsonl(lambda i: talk(f"Where is \U00050000 {i}?", f"Here is {i}.")), "error"),
-    "secret": Case(jsonl(lambda i: talk(f"Who is {i}?", f"Write to jane.{i}@company.de today.")), "warning"),
+    "secret": Case(jsonl(lambda i: talk(f"How do I log in, {i}?", f"With {TOKEN}, {i} times."))),
+    "personal_address": Case(jsonl(lambda i: talk(f"Who is {i}?", f"Write to jane.{i}@company.de today.")), "warning"),
     "near_duplicate": Case(jsonl(lambda i: talk(f"What is row {i}?", numbers(2, 200)), at=(2, 4)), "info", ((4, 5),)),
     "outlier": Case(jsonl(lambda i: talk(f"Where is {i}?", numbers(i, 200)), at=(4,), rows=24), "info", ((4, 5),)),
 }
@@ -539,10 +546,45 @@ def test_text_and_notebook_tell_the_same(reported: Report) -> None:
     text, page = repr(reported), reported._repr_html_()
     for finding in reported.figures["findings"]:
         assert finding["message"] in text and finding["remedy"] in text and finding["code"] in page
-    assert text.endswith("2 kinds of error: these rows would not be trained as they are meant")
+    assert text.endswith("2 kinds of error: a run would stop at these rows")
     assert reported.verdict in page and Tags(page).open == []
     assert "<b>\x07" not in page
     assert [tokens.title.split(":")[0] for tokens in reported.examples(2)] == ["row 3", "row 4"]
+
+
+def gate_of(report: Report, folder: Path) -> bool:
+    """Whether the `secrets` gate of a finished run passes the page."""
+    folder.mkdir()
+    report.save(folder / "data.html")
+    return check_secrets(Gates(""), Run(folder))
+
+
+def test_what_the_check_passes_the_gate_of_the_finished_run_passes(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [talk(f"Where does hf_{'x' * 34} go?", f"Into HF_TOKEN:\nHF_TOKEN=hf_{'X' * 34}")]
+    report = checked(tokenizer, write(tmp_path / "rows.jsonl", rows))
+    assert codes(report) == [] and "x" * 34 in report.page()
+    assert gate_of(report, tmp_path / "run")
+
+
+def test_a_secret_is_on_no_page_whether_its_row_can_be_formatted_or_not(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [talk(f"What is {TOKEN}?", "A token."), talk("令牌？", f"令牌是{TOKEN}。\n{TOKEN}"),
+            talk("Say.", TOKEN, "More.", ""), {"text": TOKEN}, talk("Where is it?", "x " * 250 + TOKEN), good(1)]
+    report = checked(tokenizer, write(tmp_path / "rows.jsonl", rows), max_seq_length=256)
+    found = finding_of(report, "secret")
+    assert found and [place["row"] for place in found["places"]] == [1, 2, 5]
+    assert {place["detail"] for place in found["places"]} == {"Hugging Face token hf_A…"}
+    assert report.figures["usable_rows"] == 1
+    assert TOKEN[4:] not in repr(report) + repr(report.examples(9)) + json.dumps(report.figures) + report.page()
+    assert report.page().count("[Hugging Face token]") == 6
+    assert gate_of(report, tmp_path / "run")
+
+
+def test_a_secret_in_a_held_out_row_or_a_system_message_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
+    held = write(tmp_path / "held.jsonl", [talk("Where?", "Here.", system=f"Log in with {TOKEN}.")])
+    report = checked(tokenizer, write(tmp_path / "rows.jsonl", [good(1)]), eval_dataset=str(held))
+    assert codes(report) == ["secret"] and report.errors == 1
+    with pytest.raises(GateError, match=r"a token or key.*held\.jsonl row 1"):
+        report.require()
 
 
 def test_a_file_without_one_good_row_still_gives_a_report(tmp_path: Path, tokenizer: Any) -> None:

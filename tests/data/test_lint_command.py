@@ -65,6 +65,17 @@ def test_errors_exit_with_1_and_page_and_copy_are_written_all_the_same(tmp_path:
     assert "4 of 4 rows can be trained" in lint(tmp_path / "out.jsonl").stdout
 
 
+def test_a_token_in_a_row_exits_with_1_and_is_nowhere_repeated(tmp_path: Path) -> None:
+    token = "hf_" + "Ab3dE5gH" * 5
+    rows = write(tmp_path / "rows.jsonl", [*CLEAN, {"instruction": "How do I log in?", "output": f"With {token}."}])
+    done = lint(rows, "--html", tmp_path / "page.html", "--fix", tmp_path / "out.jsonl", code=1)
+    assert "✗ error secret" in done.stdout and "row 7: Hugging Face token hf_A…" in done.stdout
+    assert "--fix" in done.stdout and "left out: secret: row 7" in done.stderr
+    for text in (done.stdout, done.stderr, *map(Path.read_text, (tmp_path / "page.html", tmp_path / "out.jsonl"))):
+        assert token[4:] not in text
+    assert "6 of 6 rows can be trained" in lint(tmp_path / "out.jsonl").stdout
+
+
 def test_json_is_all_that_goes_to_standard_output(tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", FAULTY)
     done = lint(rows, "max_seq_length=64", "per_device_train_batch_size=1", "--json", "--html", tmp_path / "page.html",

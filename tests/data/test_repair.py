@@ -118,10 +118,11 @@ BROKEN = [
     {"instrution": "Where is 1?", "output": "Here\x07."}, {"instruction": "Where is 2?", "output": 2},
     {"instruction": "Where is 3?", "output": "cafe\u0301"}, {"instruction": "a\r\nb", "output": "b"}, b"", GOOD,
     {"output": " Here. ", "instruction": " Where?"}, {"instruction": "", "output": "b"}, [1], b'{"instruction": ',
+    {"instruction": "e", "output": "Log in with hf_" + "Ab3dE5gH" * 5},
     {"instruction": "c", "output": "\x07"}, {"instruction": "d", "output": " "}, b'{"instruction": "cut',
 ]
 MENDED = ("invalid_json", "torn_line", "not_an_object", "misnamed_field", "not_text", "empty_response", "empty_prompt",
-          "duplicate", "control_character", "not_normalised")
+          "duplicate", "control_character", "not_normalised", "secret")
 
 
 def test_the_copy_holds_what_can_be_trained_and_the_source_stays(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_the_copy_holds_what_can_be_trained_and_the_source_stays(tmp_path: Path)
         "rows written": 5, "renamed: instrution to instruction": 1, "control characters removed": 1,
         "numbers written as text": 1, "characters composed as usual (NFC)": 1, "line ends written as \\n": 1,
         "left out: invalid_json": 1, "left out: torn_line": 1, "left out: duplicate": 1, "left out: empty_prompt": 1,
-        "left out: not_an_object": 1, "left out: empty_response": 2}
+        "left out: not_an_object": 1, "left out: empty_response": 2, "left out: secret": 1}
     assert [row["output"] for row in read(out)] == ["Here.", "2", "café", "b", "Here."]
     assert len(list(good_rows(out, Recipe.load({})))) == 5
     assert source.read_bytes() == before

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import random
 import time
 import unicodedata
 
 import pytest
 
-from kit.common.secrets import SECRETS, secret
+from kit.common.secrets import SECRETS, address, redacted, secret
 from kit.data.findings import control_characters, mojibake, not_normalised
 from kit.data.lint_figures import NearDuplicates
 
@@ -71,17 +72,29 @@ def test_space_and_joiners_are_no_control_characters(text: str) -> None:
 
 
 # Put together here, so that no one who looks for secrets finds one in this file.
+BODY = "\n".join(["MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7x0+/8aZ1bQ2Kd"] * 3)
+HEADERS = ["-----BEGIN " + "PRIVATE KEY-----", "-----BEGIN RSA " + "PRIVATE KEY-----"]
 KEYS = {
-    "private key": ["-----BEGIN " + "PRIVATE KEY-----", "-----BEGIN RSA " + "PRIVATE KEY-----"],
-    "AWS key": ["AKIA" + "0AZ9" * 4],
+    "private key": [f"{HEADERS[0]}\n{BODY}\n-----END PRIVATE KEY-----", f"{HEADERS[1]}\n{BODY}",
+                    f"{HEADERS[1]}\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,{'0A' * 16}\n\n{BODY}\n"],
+    "AWS key": ["AKIA" + "0AZ9" * 4, "AKIA" + "QWRZTPSD" * 2],
     "GitHub token": [f"gh{letter}_" + "0aZ9" * 9 for letter in "pousr"] + ["github_pat_" + "0aZ_9" * 9],
-    "Hugging Face token": ["hf_" + "0aZ9" * 9],
-    "API key": ["sk-" + "0aZ9" * 6, "sk-proj-" + "0aZ9" * 9, "sk-ant-api03-" + "0aZ9" * 9],
+    "Hugging Face token": ["hf_" + "0aZ9" * 9, "hf_" + "RqMhVvSbQx" * 3 + "Ozkw"],  # most have no digit
+    "API key": ["sk-" + "0aZ9" * 6, "sk-proj-" + "0aZ9" * 9, "sk-ant-api03-" + "0aZ9" * 9, "sk-" + "0af9" * 8,
+                "sk-" + "lf-5c1de07a-3b9f-4e62-a8d4-91f0c37be25d"],
     "Google key": ["AIza" + "0aZ_9" * 7],
     "Slack token": [f"xox{letter}-" + "0aZ9" * 5 for letter in "abprs"],
     "signed token": [".".join(["eyJ" + "0aZ9" * 5] * 2 + ["0aZ9" * 5])],
-    "e-mail address": ["jane.doe@company.de", "j+x@mail.uni-bonn.de", "1234567@qq.com"],
 }
+ADDRESSES = ["jane.doe@company.de", "j+x@mail.uni-bonn.de", "1234567@qq.com"]
+IN_TEXT = ["{}", "token={}\n", "用户的 {}，请保密", '{{"key": "{}"}}', "see\\n{}", "令牌是{}。", "{}这是令牌"]
+
+
+def jwt(payload: str) -> str:
+    """A signed token as far as one can see."""
+    parts = [base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+             for text in ('{"alg":"HS256","typ":"JWT"}', payload)]
+    return ".".join([*parts, "SflKxwRJSMeKKF2QT4fwpMeJf36POk6yJV_adQssw5c"])
 
 
 def test_every_kind_of_secret_has_an_example() -> None:
@@ -90,8 +103,46 @@ def test_every_kind_of_secret_has_an_example() -> None:
 
 @pytest.mark.parametrize("kind, key", [(kind, key) for kind, keys in KEYS.items() for key in keys])
 def test_secrets_are_named_and_not_repeated(kind: str, key: str) -> None:
-    for text in (key, f"token={key}\n", f"用户的 {key}，请保密", f'{{"key": "{key}"}}'):
-        assert secret(text) == f"{kind} {key[:4]}…"
+    for form in IN_TEXT:
+        text = form.format(key)
+        assert secret(text) == f"{kind} {key[:4]}…", text
+        shown = redacted(text)
+        assert f"[{kind}]" in shown and address(text) is None
+        assert not [line for line in key.splitlines() if line in shown and "END" not in line and line]
+
+
+@pytest.mark.parametrize("person", ADDRESSES)
+def test_addresses_are_found_and_are_no_secrets(person: str) -> None:
+    for text in (person, f"mail={person}\n", f"用户的 {person}，请保密", f'{{"mail": "{person}"}}'):
+        assert address(text) == f"{person[:4]}…"
+        assert secret(text) is None and redacted(text) == text
+
+
+def test_a_secret_behind_a_placeholder_is_found() -> None:
+    assert secret(f"not hf_{'x' * 34} but {KEYS['Hugging Face token'][0]}") == "Hugging Face token hf_0…"
+
+
+def test_a_key_after_the_heading_of_another_text_is_not_taken_for_its_body() -> None:
+    assert secret(f'["It begins with {HEADERS[0]}"], ["sha256 {"0a1b2c3d" * 8}"]') is None
+
+
+@pytest.mark.parametrize("text", [
+    "hf_" + "x" * 34, "hf_" + "X" * 34, "hf_yourTokenGoesHere" + "Ab1" * 6, "hf_" + "abcdefghij" * 3 + "1234",
+    "sk-your-api-key-here-" + "a1B2" * 6, "sk-" + "x" * 48, "sk-" + "1234567890abcdef" * 2,
+    "sk-xxxx-xxxx-xxxx-xxxx-xxxx",
+    "ghp_" + "0" * 36, "gho_" + "16C7e42F292c6912E7710c838347Ae178B4a", "github_pat_" + "X" * 40,
+    "AKIA" + "IOSFODNN7EXAMPLE", "AKIA" + "X" * 16, "AIza" + "Sy" + "X" * 33, "xoxb-your-token-goes-here",
+    "xoxb-" + "123456789012-" * 2 + "AbCdEfGhIjKl", HEADERS[0], f"{HEADERS[0]}\n...\n-----END PRIVATE KEY-----",
+    f"{HEADERS[0]}\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASC...\n", f"{HEADERS[0]}\n{'X' * 64}\n",
+    jwt('{"sub":"1234567890","name":"John Doe","iat":1516239022}'), jwt('{"iss":"joe","http://example.com/root":true}'),
+    # Class names of scikit-learn's pages, and words with hyphens.
+    "div.sk-toggleable__content-arrow:hover", "sk-estimator-doc-link-fitted", "#sk-container-id-1 div.sk-parallel-item",
+    "sk-RandomForestClassifier-pipeline-v2", "sk-learn-1-5-2-and-2024-12-31-later", "sk-this-is-no-key-at-all",
+])
+def test_placeholders_are_no_secrets(text: str) -> None:
+    for form in IN_TEXT:
+        assert secret(form.format(text)) is None
+        assert redacted(form.format(text)) == form.format(text)
 
 
 @pytest.mark.parametrize("text", [
@@ -104,7 +155,7 @@ def test_secrets_are_named_and_not_repeated(kind: str, key: str) -> None:
     "sales@shop.example", "jane@mail.example.com", "a@b.test", "a@b.invalid",
 ])
 def test_code_and_examples_are_no_secrets(text: str) -> None:
-    assert secret(text) is None
+    assert secret(text) is None and address(text) is None
 
 
 @pytest.mark.parametrize("text", ["café", "Ångström", "한국어", "が", "Tiếng Việt"])

@@ -594,7 +594,7 @@ def test_bad_input() -> None:
     with pytest.raises(KitError, match="first argument is the recipe"):
         run("learning_rate=1", {})
     with pytest.raises(KitError, match="looks like a secret"):
-        run("recipes/quickstart.yaml", {"system_prompt": "sk-" + "x" * 30})
+        run("recipes/quickstart.yaml", {"system_prompt": "sk-" + "a1B2c3D4" * 4})
 
 
 def _listing(folder: Path) -> set[tuple[str, int]]:

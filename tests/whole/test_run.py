@@ -117,7 +117,8 @@ def test_a_gguf_cut_in_half(finished_run: Path, tmp_path: Path) -> None:
 
 
 def test_streams_token_by_token(finished_run: Path) -> None:
-    from kit.answering.engines import answer, stream
+    from kit.answering.engines import stream
+    from kit.answering.prompts import answer
     from kit.models.load import reload
 
     run = Run.open(finished_run)
