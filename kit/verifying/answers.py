@@ -13,13 +13,13 @@ from typing import Any
 
 import kit.common.unsloth
 
-from transformers import AutoTokenizer
-
 from kit.answering.engines import answer
 from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.gguf.formats import quantization_of, read_header
+from kit.models.saved import saved_tokenizer
 from kit.runs.gates import Gates
+from kit.runs.provenance import RUN_AGAIN, export_again
 from kit.verifying.reference import Evidence, greedy
 
 POINTS = 0.05  # by which a GGUF's held-out score may be below the adapter's
@@ -68,7 +68,7 @@ def check_answers(gates: Gates, evidence: Evidence,
                 ", ".join(f"{name} {values['exact']:.1%}" for name, values in scores.items()),
                 f"f16, bf16, q8_0: at most {100 * POINTS:.0f} points, or one answer, below the adapter",
                 f"{len(numbers)} rows" + "".join(f"; {name} is below" for name in low),
-                "export again; a k-quant that loses too much: q8_0" if low else "")
+                export_again(low[0]) if low else "")
     return scores
 
 
@@ -88,7 +88,7 @@ def _check_rates(gates: Gates, rates: dict[str, float], count: int, fits: bool) 
     gates.check("stops by itself", not cause if cause or fits else None, figure,
                 f"as the adapter, at most {FEWER:.0%} or one fewer", cause or remark,
                 "raise max_new_tokens if answers are cut off; train longer if they ramble" if adapter == 0 else
-                "the template or the stop token of that file is not the trained one: export again")
+                f"its template or its stop token is not the trained one: {export_again(worst)}")
 
 
 def check_stops(gates: Gates, evidence: Evidence) -> None:
@@ -101,7 +101,17 @@ def check_stops(gates: Gates, evidence: Evidence) -> None:
         gates.check("stop token", not others and stop is not None,
                     f"{name(stop)} in {len(declared) - len(others)} of {len(declared)} places", "all",
                     f"{'; '.join(others)}, trained is {name(stop)}: answers would not end there" if others else "",
-                    "export again, so that the trained tokenizer's stop token is written")
+                    _write_stop_again([place for place, token in declared.items() if token != stop]))
+
+
+def _write_stop_again(places: list[str]) -> str:
+    """The command that writes the trained stop token into these places of `_declared`; '' for none."""
+    if any("adapter" in place for place in places):
+        return RUN_AGAIN
+    folders = [name for name in ("merged", "merged-4bit") if any(f"{name}/" in place for place in places)]
+    quants = dict.fromkeys(place.split()[-1] for place in places if place.startswith(("eos of ", "eot of ")))
+    commands = [*map(export_again, folders), *([export_again(",".join(quants))] if quants else [])]
+    return ", then ".join(commands) or (export_again() if places else "")
 
 
 def _declared(evidence: Evidence, stop: int | None) -> Iterator[tuple[str, int | str | None]]:
@@ -113,7 +123,8 @@ def _declared(evidence: Evidence, stop: int | None) -> Iterator[tuple[str, int |
                 if path.is_file():
                     value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
                     yield f"{folder.name}/{path.name}", value[0] if isinstance(value, list) and value else value
-            yield f"the tokenizer of {folder.name}/", AutoTokenizer.from_pretrained(folder).eos_token_id
+            tokenizer = saved_tokenizer(folder, evidence.recipe.trust_remote_code)
+            yield f"the tokenizer of {folder.name}/", tokenizer.eos_token_id
     for path in evidence.ggufs:
         with suppress(KitError):  # of a file that can't be read its own gate says what is wrong with it
             fields = read_header(path).fields
@@ -151,7 +162,7 @@ def check_labels(gates: Gates, tokenizer: Any, encoded: list[tuple[list[int], li
     elif stop not in special and stop not in tokenizer.added_tokens_decoder:
         cause = f"answers end with {names}, which is no special token"
     gates.check("labels", not cause, f"{len(encoded)} rows end with {names}", "one stop token, not the pad token",
-                cause, "train again: the model has not learnt the token that is to end its answers")
+                cause, f"the model has not learnt the token that is to end its answers: {RUN_AGAIN}")
     return stop
 
 

@@ -13,14 +13,15 @@ import kit.common.unsloth
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from kit.common.show import bar
 from kit.gguf.child import LlamaChild
 from kit.gguf.formats import QUANTIZATIONS
 from kit.models.load import reload
 from kit.models.precision import in_float32
+from kit.models.saved import saved_model
 from kit.runs.gates import Gates
+from kit.runs.provenance import RUN_AGAIN, export_again
 from kit.verifying.reference import Evidence, Predictions, Reference, predict
 
 
@@ -93,9 +94,8 @@ def check_merged(gates: Gates, evidence: Evidence, folder: Path, kind: str) -> N
     what is made of the merged model is compared with that: its predictions become the reference.
     """
     reference = evidence.reference
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=evidence.recipe.trust_remote_code,
-        device_map="cuda" if torch.cuda.is_available() else "cpu")
+    model = saved_model(folder, evidence.recipe.trust_remote_code, dtype="auto",
+                        device_map="cuda" if torch.cuda.is_available() else "cpu")
     with in_float32(model) as precision:
         remark = "" if folder == evidence.merged else evidence.remark
         judge(gates, folder.name, _figures(reference, model), kind, reference.precision, remark)
@@ -126,7 +126,7 @@ def judge(gates: Gates, name: str, figures: Figures, kind: str, precision: str, 
     cause = (f"{name} does not predict what the trained model predicts: mean KL {_short(figures.mean_kl)} over "
              f"{figures.tokens} answer tokens, likeliest token equal in {figures.top1:.1%}")
     return gates.check(f"parity {name}", passed, str(figures), allowed, (remark or why) if passed else cause,
-                       "" if passed else "don't ship it: export again, and read the gates above for the cause")
+                       "" if passed else f"don't ship it: {RUN_AGAIN if name == 'adapter' else export_again(name)}")
 
 
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:

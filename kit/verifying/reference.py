@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer
 
 from kit.answering.engines import answer
 from kit.answering.replies import Reply
@@ -29,8 +28,10 @@ from kit.data.formatting import fit
 from kit.data.masks import Formatter
 from kit.data.splits import read_splits
 from kit.models.precision import in_float32
+from kit.models.saved import saved_tokenizer
 from kit.models.template import Message, prompt_ids
 from kit.recipe.recipe import Recipe
+from kit.runs.provenance import RUN_AGAIN
 from kit.runs.run import Run
 from kit.verifying.template import Case, cases
 
@@ -85,7 +86,7 @@ class Reference(NamedTuple):
         """Raises KitError when there is none, or it is damaged."""
         if not path.is_file():
             raise KitError(f"no {path.name} in {path.parent}: what the model in memory answered was not kept",
-                           "run the recipe again; `kit verify` needs what kit.record wrote after training")
+                           f"{RUN_AGAIN}; `kit verify` needs what kit.record wrote after training")
         try:
             with safe_open(path, framework="np") as file:
                 about = json.loads((file.metadata() or {})["reference"])
@@ -96,7 +97,7 @@ class Reference(NamedTuple):
             return cls(about["precision"], rows, [(text, stopped) for text, stopped in about["answers"]],
                        [Predictions(*of_row) for of_row in parts])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise KitError(f"{path} is damaged: {error}", "run the recipe again") from None
+            raise KitError(f"{path} is damaged: {error}", RUN_AGAIN) from None
 
 
 def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe, run: Run) -> Path:
@@ -197,7 +198,7 @@ class Evidence:
     def load(cls, run: Run, trained: Path) -> Self:
         """Raises KitError when the reference is missing or damaged."""
         recipe, reference = run.recipe, Reference.load(run.folder / "reference.safetensors")
-        tokenizer = AutoTokenizer.from_pretrained(trained)
+        tokenizer = saved_tokenizer(trained, recipe.trust_remote_code)
         formatter = Formatter(tokenizer, recipe)
         train, held_out = read_splits(recipe)
         first = [row.messages for row in train[:TRAINING_ROWS]]
