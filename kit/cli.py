@@ -20,6 +20,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 RecipePath = Annotated[str, Argument(metavar="RECIPE", help="A recipe, for example recipes/quickstart.yaml")]
 Fields = Annotated[list[str] | None, Argument(metavar="[FIELD=VALUE]...", help="Recipe fields set on top")]
 Overwrite = Annotated[bool, Option(help="Replace a finished run of that name")]
+Trust = Annotated[bool, Option("--trust-remote-code", help="Run Python code that came with the model: only if you "
+                                                           "trust whoever made that folder")]
 Engine = Annotated[str | None, Option(help="gguf, merged, adapter or base; by default the lightest that is there")]
 
 
@@ -82,11 +84,14 @@ def doctor(
 
 
 @app.command()
-def verify(what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder")]) -> int:
+def verify(
+    what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder")],
+    trust_remote_code: Trust = False,
+) -> int:
     """Check that what a run ships is what it trained: every gate, with its figure; writes verify.json, report.html."""
     from kit.runs.run import Run
 
-    opened = Run.open(what)  # a wrong name is refused before unsloth is imported, which takes seconds
+    opened = Run.open(what, trust_remote_code)  # a wrong name is refused before unsloth is imported: seconds
     from kit.verifying.verify import verify as check
 
     gates = check(opened)
@@ -102,12 +107,13 @@ def push(
     to: Annotated[str | None, Option(help="user/name, or a name in your own account")] = None,
     public: Annotated[bool, Option("--public", help="New repositories are public, not private")] = False,
     base_model: Annotated[str | None, Option(help="Hub id of a base model that came from a folder")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Push what kit verify passed to the recipe's hub, each kind with a card. Logins: HF_TOKEN or `hf auth login`."""
     from kit.export import hub
     from kit.runs.run import Run
 
-    pushed = Run.open(what)
+    pushed = Run.open(what, trust_remote_code)
     hub.push(pushed, names(kinds) or pushed.recipe.push_to_hub or hub.made_by(pushed), to, False if public else None,
              base_model)
 
@@ -121,11 +127,13 @@ def export(
     gguf: Annotated[str | None, Option(help="GGUFs to write, several with commas: q8_0,f16")] = None,
     save_merged: Annotated[str | None, Option(help="16bit, or 4bit for merged-4bit/ besides")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Folder for what is made of an adapter")] = None,
+    trust_remote_code: Trust = False,
 ) -> int:
-    """Make what a run does not have yet, or of an adapter: merged model, 4-bit copy, GGUFs with their Modelfile."""
+    """Make what a run lacks, what failed in kit verify, and anew what you name: merged model, 4-bit copy, GGUFs with
+    their Modelfile. Or make them of an adapter."""
     from kit.export.command import export as make
 
-    return make(what, base, names(gguf), save_merged, out)
+    return make(what, base, names(gguf), save_merged, out, trust_remote_code)
 
 
 @app.command()
@@ -133,11 +141,12 @@ def ask(
     what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
     prompt: Annotated[str | None, Argument(help="The question; without it, a conversation")] = None,
     engine: Engine = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Ask a run's model a question; the answer is streamed."""
     from kit.answering.engines import answers
 
-    ask_one = answers(what, engine)
+    ask_one = answers(what, engine, **_consent(trust_remote_code))
     if prompt is not None:
         _say(ask_one([{"role": "user", "content": prompt}]))
         return
@@ -161,15 +170,21 @@ def answer(
     answer_column: Annotated[str, Option(help="The column that answers come into")] = "answer",
     batch_size: Annotated[int, Option(help="Rows answered at once", min=1)] = 20,
     overwrite: Annotated[bool, Option(help="Replace OUT, and answers kept of another request")] = False,
+    trust_remote_code: Trust = False,
 ) -> int:
     """Answer a whole file, the other columns kept; after a kill the same command resumes. Exit code 1: rows failed."""
     from kit.answering.answer_file import answer_file
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     done = answer_file(what, file, out, engine=engine, column=column, answer_column=answer_column,
-                       batch_size=batch_size, overwrite=overwrite, **parsed(fields))
+                       batch_size=batch_size, overwrite=overwrite, **(parsed(fields) | _consent(trust_remote_code)))
     print(done)
     return 1 if done.failed else 0
+
+
+def _consent(trust_remote_code: bool) -> dict[str, bool]:
+    """As a recipe field; not said, a recipe file's own counts."""
+    return {"trust_remote_code": True} if trust_remote_code else {}
 
 
 def _say(pieces: Iterable[str]) -> str:

@@ -40,12 +40,12 @@ class Engine(NamedTuple):
         return load_model(self.recipe) if self.path is None else reload(self.path, self.recipe)
 
 
-def answers(what: str, engine: str | None) -> Callable[[list[Message]], Iterator[str]]:
-    """A function that streams the answer to a conversation; the model is loaded once.
+def answers(what: str, engine: str | None, **fields: Any) -> Callable[[list[Message]], Iterator[str]]:
+    """A function that streams the answer to a conversation; the model is loaded once. Arguments as of `choose`.
 
     Raises KitError when there is no such run, file or engine, or the file is damaged.
     """
-    selected = choose(what, engine)
+    selected = choose(what, engine, **fields)
     model, tokenizer = (selected.path, None) if selected.name == "gguf" else selected.load()
     return lambda messages: stream(model, tokenizer, messages, selected.recipe)
 
@@ -53,8 +53,8 @@ def answers(what: str, engine: str | None) -> Callable[[list[Message]], Iterator
 def choose(what: str | Path, engine: str | None, **fields: Any) -> Engine:
     """The engine of a run (its name or folder), of a GGUF file, or the base model of a recipe file.
 
-    `fields` are set on top of the run's recipe. Raises KitError when there is no such run, file or engine, or a GGUF
-    is damaged.
+    `fields` are set on top of the recipe; of a run's, trust_remote_code counts only if it is among them. Raises
+    KitError when there is no such run, file or engine, or a GGUF is damaged.
     """
     if engine is not None and engine not in ENGINES:
         raise KitError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}", f"engines: {', '.join(ENGINES)}")
@@ -68,7 +68,7 @@ def choose(what: str | Path, engine: str | None, **fields: Any) -> Engine:
         check_gguf(path)
         return Engine("gguf", Recipe.load({}, **fields), path)
     run = Run.open(what)
-    recipe = Recipe.load(run.recipe, **fields)
+    recipe = Recipe.load(run.recipe, **fields)  # trust_remote_code among them is the caller's own word
     paths = _paths(run)
     if engine is None and list(paths) == ["base"]:
         raise KitError(f"{run.folder} holds no trained model yet ({run.result.get('status', 'not started')}"

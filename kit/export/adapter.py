@@ -16,6 +16,7 @@ from kit.common.show import bar
 from kit.common.weight_files import INDEX, read_weights_header, weight_files
 from kit.models.fetch import PREFIX, base_folder, changed_base, read_adapter_config
 from kit.models.precision import rounded_by_chance
+from kit.models.saved import saved_model, saved_tokenizer
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run, read_manifest
 
@@ -54,7 +55,7 @@ def merge(saved: Path, run: Run, recipe: Recipe) -> Path | None:
         return None
     if saved != run.merged:
         base = base_folder(recipe)
-        merge_adapter(base, saved, run.merged)
+        merge_adapter(base, saved, run.merged, recipe.trust_remote_code)
         if (run.folder / "manifest.json").is_file() and not (manifest := read_manifest(run.folder)).get("base_sha256"):
             write_json(run.folder / "manifest.json", {**manifest, "base_sha256": hashes_of(base)})
     if recipe.save_merged == "4bit":
@@ -62,14 +63,12 @@ def merge(saved: Path, run: Run, recipe: Recipe) -> Path | None:
     return run.merged
 
 
-def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
+def merge_adapter(base: Path, adapter: Path, target: Path, trust_remote_code: bool = False) -> None:
     """Merge the adapter folder into the base folder's weights and write a complete model folder.
 
     An adapter that was saved without a tokenizer gets the base's, and the base's stop tokens. Raises KitError, or
     GateError when the base is not the one it was trained on, before anything is written.
     """
-    from transformers import AutoTokenizer  # not at the top: unsloth, which must come before it, is not needed here
-
     check_mergeable(adapter, base)
     changes = fitting(changes_of(adapter), adapter, base)
     files = weight_files(base)
@@ -81,9 +80,9 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> None:
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
         if (adapter / "tokenizer_config.json").is_file():
-            _save_tokenizer(AutoTokenizer.from_pretrained(adapter), folder)
+            _save_tokenizer(saved_tokenizer(adapter, trust_remote_code), folder)
         else:
-            AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+            saved_tokenizer(base, trust_remote_code).save_pretrained(folder)
 
 
 def save_4bit(merged: Path, target: Path, recipe: Recipe) -> None:
@@ -91,18 +90,15 @@ def save_4bit(merged: Path, target: Path, recipe: Recipe) -> None:
 
     transformers and vLLM load the folder as it is: its config says how it is quantised.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from kit.models.load import four_bit_config  # imports unsloth, which only this export needs
 
     dtype = read_json(merged / "config.json").get("dtype") or "bfloat16"
     # On the CPU on every machine: there is room for it, and the same weights come out.
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map="cpu",
-                                                 quantization_config=four_bit_config(recipe, dtype),
-                                                 trust_remote_code=recipe.trust_remote_code)
+    model = saved_model(merged, recipe.trust_remote_code, dtype="auto", device_map="cpu",
+                        quantization_config=four_bit_config(recipe, dtype))
     with whole_folder(target) as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(merged).save_pretrained(folder)
+        saved_tokenizer(merged, recipe.trust_remote_code).save_pretrained(folder)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -18,6 +18,7 @@ from kit.export.hub_card import HUB_ID, base_of, write_card
 from kit.export.hub_sites import Site, hub_errors, login
 from kit.export.modelfile import go_template, modelfile_of
 from kit.gguf.formats import quantization_of, read_header
+from kit.models.saved import saved_tokenizer
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.provenance import NOT_TEXT, check_hashes, check_secrets
@@ -31,13 +32,13 @@ BASE, PLACES = "base_model_name_or_path", {"_name_or_path", "name_or_path"}
 
 
 def push(run: Run | str | Path, what: Sequence[str] | None = None, repo_id: str | None = None,
-         private: bool | None = None, base_model: str | None = None) -> list[str]:
+         private: bool | None = None, base_model: str | None = None, trust_remote_code: bool = False) -> list[str]:
     """Push a verified run's artefacts to the recipe's hub; returns the repositories' URLs, [] for nothing to push.
 
     `what` is of adapter, merged and gguf, `repo_id` is user/name or a name in the login's own account, `private` is for
     repositories that are made; by default they are push_to_hub, hub_model_id (or run_name) and hub_private_repo of the
     recipe. Each kind has a repository of its own: <id>-lora, <id> and <id>-GGUF. `base_model` is the hub id of a base
-    model that was trained from a folder.
+    model that was trained from a folder, `trust_remote_code` your consent to code that a folder's tokenizer needs.
 
     Pushed are the files that the run sealed, without paths of this machine, and a README.md with the verdict; with
     GGUFs the Modelfile, and its template, system prompt and parameters as `ollama run hf.co/<id>` reads them. What is
@@ -45,7 +46,7 @@ def push(run: Run | str | Path, what: Sequence[str] | None = None, repo_id: str 
     secret or a path away; KitError without a login, for a public repository when a private one is asked for, and for
     what the hub refuses. Nothing is sent before all of that is known, and the run is never changed.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = run if isinstance(run, Run) else Run.open(run, trust_remote_code)
     recipe = run.recipe
     kinds = _kinds(run, recipe.push_to_hub if what is None else what)
     if not kinds:
@@ -105,15 +106,17 @@ def _verdict(run: Run, kinds: Sequence[str]) -> dict[str, Any]:
     except (KeyError, TypeError):
         raise GateError(f"push {run.folder.name}: verified: there is no verdict (verify.json)",
                         f"kit verify {run.folder}") from None
-    # Of the verdict the gates count, not its summary: that is what the card shows.
-    gates.check("verified", checked.passed, checked.verdict, "every gate", checked.verdict if checked.failed else "",
-                "read the gates of kit verify for cause and remedy; only what passed is pushed")
+    # Not the summary alone: the gates are what the card shows.
+    passed = verdict.get("passed") is True and checked.passed
+    said = checked.verdict if checked.failed else str(verdict.get("verdict", ""))
+    gates.check("verified", passed, said, "every gate", "" if passed else said,
+                f"kit verify {run.folder} says cause and remedy; only what passed is pushed")
     gates.check("verdict", verdict.get("artefacts") == read_manifest(run.folder).get("artefacts"), "", "of these files",
                 "the files were sealed again after kit verify looked at them", f"kit verify {run.folder}")
-    passed = {gate.name for gate in checked.gates if gate.passed}
+    sound = {gate.name for gate in checked.gates if gate.passed}
     names = {"gguf": [quantization_of(path) for path in sorted(run.gguf.glob("*.gguf"))]}
     for name in (name for kind in kinds for name in names.get(kind, [kind])):
-        gates.check(f"verified {name}", f"parity {name}" in passed, "", "its parity gate",
+        gates.check(f"verified {name}", f"parity {name}" in sound, "", "its parity gate",
                     f"kit verify has not compared {name} with the trained model", f"kit verify {run.folder}")
     check_hashes(gates, run)
     gates.require()
@@ -158,9 +161,7 @@ def _for_ollama(run: Run, folder: Path, recipe: Recipe) -> None:
 
     See https://huggingface.co/docs/hub/ollama: without them a template that is none of the known ones is replaced.
     """
-    from transformers import AutoTokenizer  # not at the top: unsloth, which must come before it, is not needed here
-
-    modelfile = modelfile_of(recipe, AutoTokenizer.from_pretrained(run.merged))
+    modelfile = modelfile_of(recipe, saved_tokenizer(run.merged, recipe.trust_remote_code))
     write_text(folder / "template", go_template(modelfile.joints))
     if modelfile.system:
         write_text(folder / "system", modelfile.system)

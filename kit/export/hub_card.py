@@ -9,6 +9,7 @@ import yaml
 from kit.common.files import PROJECT
 from kit.data.readers import SUFFIXES
 from kit.gguf.formats import quantization_of
+from kit.models.saved import saved_tokenizer
 from kit.models.template import render
 from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
@@ -60,7 +61,7 @@ def write_card(run: Run, kind: str, ids: dict[str, str], address: str, verdict: 
              "## Prompt format", "The template is in the files; this is what it makes of a question, and where the "
              "answer begins:", _block(_prompt(run, recipe)),
              "## Training", "What differs from the defaults of unsloth-kit, as a recipe:",
-             _block(_yaml(_published_fields(recipe, base_model)), "yaml"),
+             _block(_yaml(_published_fields(Recipe.load(run.folder / "recipe.yaml"), base_model)), "yaml"),
              "## Verdict", "`kit verify` compared each file with the trained model in memory, on held-out rows "
              f"({verdict['checked'][:10]}). To reproduce: save the recipe above as `recipe.yaml`, then "
              f"`kit run recipe.yaml` and `kit verify {recipe.run_name}`.", _table(gates)]
@@ -94,11 +95,9 @@ def _usage(run: Run, kind: str, name: str, address: str, base: str) -> str:
 
 
 def _prompt(run: Run, recipe: Recipe) -> str:
-    from transformers import AutoTokenizer  # not at the top: unsloth, which must come before it, is not needed here
-
     folder = run.adapter if (run.adapter / "tokenizer_config.json").is_file() else run.merged
-    return render(AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": "Your question"}], recipe,
-                  add_generation_prompt=True)
+    return render(saved_tokenizer(folder, recipe.trust_remote_code), [{"role": "user", "content": "Your question"}],
+                  recipe, add_generation_prompt=True)
 
 
 def _published_fields(recipe: Recipe, base_model: str | None) -> dict[str, Any]:

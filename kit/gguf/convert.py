@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kit.common.errors import GateError, KitError
-from kit.common.files import existing, whole_file
+from kit.common.files import existing, read_json, whole_file, write_json
 from kit.common.weight_files import read_weights_header, weight_files
 from kit.gguf.child import WORKER, child_environment, how_it_ended, last_trouble
 from kit.gguf.formats import QUANTIZATIONS, check_gguf, check_quantizations, needed_bytes
@@ -102,8 +102,26 @@ def _convert(merged: Path, target: Path, file_type: str, name: str, about: str) 
     with tempfile.TemporaryDirectory(prefix="kit-gguf-") as folder:
         metadata = Path(folder) / "metadata.json"
         metadata.write_text(json.dumps({"general.name": name, "general.description": about or name}), encoding="utf-8")
-        _run([sys.executable, str(script), str(merged), "--outfile", str(target), "--outtype", file_type,
+        source = _without_code(merged, Path(folder) / merged.name)
+        _run([sys.executable, str(script), str(source), "--outfile", str(target), "--outtype", file_type,
               "--metadata", str(metadata)], f"converting {merged} to {file_type}")
+
+
+def _without_code(merged: Path, view: Path) -> Path:
+    """The folder itself, or where its files name Python code (auto_map) a view of it that names none.
+
+    For some architectures the converter loads the tokenizer with trust_remote_code=True, whoever wrote it.
+    """
+    configs = {path.name: read_json(path) for path in merged.glob("*.json")}
+    if not any("auto_map" in config for config in configs.values()):
+        return merged
+    view.mkdir()
+    for path in merged.iterdir():
+        if "auto_map" in configs.get(path.name, {}):
+            write_json(view / path.name, {key: value for key, value in configs[path.name].items() if key != "auto_map"})
+        elif path.suffix != ".py":
+            (view / path.name).symlink_to(path.resolve())
+    return view
 
 
 def _run(command: list[str], what: str) -> None:

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
 from kit.common.errors import GateError
-from kit.models.fetch import loading_options, model_folder, not_loaded
-from kit.models.template import check_templates, prepare_tokenizer, saved_tokenizer
+from kit.common.weight_files import weight_files
+from kit.models.fetch import loading_options, model_folder, not_loaded, read_adapter_config
+from kit.models.saved import code_refused, saved_tokenizer
+from kit.models.template import check_templates, prepare_tokenizer, tokenizer_of
 from kit.recipe.machine import machine
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import Settings, resolved
@@ -32,15 +34,16 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     return model, prepare_tokenizer(tokenizer, recipe)
 
 
-def load_from(source: str, recipe: Recipe) -> tuple[Any, Any]:
-    """`load_model` of a folder or hub id, with the tokenizer as it was saved."""
+def load_from(source: str, recipe: Recipe, **options: Any) -> tuple[Any, Any]:
+    """`load_model` of a folder or hub id, with the tokenizer as it was saved; `options` are for `from_pretrained`."""
     settings = resolved(recipe)
     if recipe.trust_remote_code:
         print(f"trust_remote_code: Python code that comes with {source} will run")
-    check_templates(saved_tokenizer(source, recipe))  # first, because Unsloth renders the template while it loads
+    check_templates(tokenizer_of(source, recipe))  # first, because Unsloth renders the template while it loads
     load = _load_with_transformers if _without_unsloth(recipe, settings) else _load_with_unsloth
     try:
-        model, tokenizer = load(source, recipe, settings, loading_options(recipe))
+        with code_refused(source):
+            model, tokenizer = load(source, recipe, settings, loading_options(recipe) | options)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise
@@ -137,16 +140,20 @@ def _check_precision(model: Any, recipe: Recipe) -> None:
 
 
 def reload(saved: Path, recipe: Recipe) -> tuple[Any, Any]:
-    """What `save_adapter` wrote, from disk: the adapter on its base, or fully fine-tuned weights."""
+    """What `save_adapter` wrote, from disk: the adapter on its base, or fully fine-tuned weights; safetensors only."""
     has_adapter = (saved / "adapter_config.json").is_file()
+    if has_adapter:
+        read_adapter_config(saved)  # PEFT would take a pickle where there are no safetensors
+    else:
+        weight_files(saved)
     if not has_adapter or not _without_unsloth(recipe, resolved(recipe)):
-        model, tokenizer = load_from(str(saved), recipe.model_copy(update={"revision": None}))
+        model, tokenizer = load_from(str(saved), recipe.model_copy(update={"revision": None}), use_safetensors=True)
     else:
         model, _ = load_from(model_folder(recipe), recipe)
         if recipe.load_in_8bit:
             model = prepare_8bit(model, recipe)
         model = PeftModel.from_pretrained(model, str(saved))
-        tokenizer = AutoTokenizer.from_pretrained(saved)
+        tokenizer = saved_tokenizer(saved, recipe.trust_remote_code)
     if has_adapter:
         # In the number format it was saved in: TRL trains adapters of quantised models in bfloat16 and PEFT loads every
         # adapter in float32, so the same weights would answer a little differently.

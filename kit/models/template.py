@@ -135,10 +135,10 @@ def prepare_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
 
 def load_tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer with its template, without the model: what the data check needs."""
-    return prepare_tokenizer(saved_tokenizer(model_folder(recipe), recipe), recipe)
+    return prepare_tokenizer(tokenizer_of(model_folder(recipe), recipe), recipe)
 
 
-def saved_tokenizer(source: str, recipe: Recipe) -> Any:
+def tokenizer_of(source: str, recipe: Recipe) -> Any:
     """The tokenizer of a folder or hub id as it was saved; KitError when it can't be read."""
     from transformers import AutoTokenizer
 

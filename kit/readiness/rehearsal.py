@@ -110,7 +110,7 @@ def _rehearse_gguf(run: Run, tokenizer: Any, recipe: Recipe, gates: Gates) -> No
     with _step(gates, "tokenizer"):  # before llama.cpp reads them: a wrong one ends its process
         config = read_json(run.merged / "config.json")
         for file in files:
-            check_contents(gates, quantization_of(file), read_header(file), run.merged, config)
+            check_contents(gates, quantization_of(file), read_header(file), run.merged, config, NO_EXPORT)
     options = template_kwargs(recipe)
     with ExitStack() as stack:
         with _step(gates, "load"):
@@ -119,7 +119,7 @@ def _rehearse_gguf(run: Run, tokenizer: Any, recipe: Recipe, gates: Gates) -> No
         with _step(gates, "template"):
             conversations = list(cases(tokenizer, recipe, []))
             for quant, child in children.items():
-                check_gguf_template(gates, quant, child, tokenizer, conversations)
+                check_gguf_template(gates, quant, child, tokenizer, conversations, NO_EXPORT)
         with _step(gates, "logits"):
             for quant, child in children.items():
                 _check_logits(quant, expected, child.predictions(ids, range(len(ids)))[0], gates)
@@ -161,8 +161,8 @@ def _merge(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, gates: Gate
     if recipe.full_finetuning:
         gates.check("merge", None, "left out", detail="full_finetuning: all weights are saved as they are")
     else:
-        merge_adapter(folder / "base", adapter, run.merged)
-        check_merge(gates, folder / "base", adapter, run.merged)
+        merge_adapter(folder / "base", adapter, run.merged, recipe.trust_remote_code)
+        check_merge(gates, folder / "base", adapter, run.merged, NO_EXPORT)
     return run
 
 

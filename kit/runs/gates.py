@@ -1,5 +1,6 @@
 """Gates: checks that say pass or fail with their figure, the tolerance beside it, and the cause of a failure."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,7 @@ from typing import Any, Self
 from kit.common.errors import GateError, KitError, one_line
 from kit.common.show import Table
 
-DAMAGED = "the file is damaged, or something is wrong here that should have a better message: make it again"
+UNEXPECTED = "if the files are whole, report it with that traceback"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Gate:
     tolerance: str = ""
     detail: str = ""  # the cause of a failure, or a remark
     hint: str = ""  # what to change
+    traceback: str = ""  # of an error that nobody foresaw
 
     @property
     def sign(self) -> str:
@@ -41,14 +43,21 @@ class Gates:
         return passed is not False
 
     @contextmanager
-    def guard(self, name: str) -> Iterator[None]:
-        """An error inside becomes a failed gate of this name: what can't be read or loaded has not passed."""
+    def guard(self, name: str, hint: str = "", kept_in: str = "verify.json") -> Iterator[None]:
+        """An error inside becomes a failed gate of this name: what can't be read or loaded has not passed.
+
+        `hint` replaces the error's own. One that is no KitError is told as unexpected; `kept_in` is the file that
+        these gates are written to, with its traceback.
+        """
         try:
             yield
         except KitError as error:
-            self.check(name, False, "failed", detail=error.message, hint=error.hint)
-        except Exception as error:  # whatever torch, transformers or a parser says of a damaged file
-            self.check(name, False, "failed", detail=f"{type(error).__name__}: {one_line(error)}", hint=DAMAGED)
+            self.check(name, False, "failed", detail=error.message, hint=hint or error.hint)
+        except Exception as error:
+            self.gates.append(Gate(
+                name, False, "failed", detail=f"unexpected error in this check: {type(error).__name__}: "
+                f"{one_line(error)}; this is a bug or a damaged file, the traceback is in {kept_in}",
+                hint=UNEXPECTED, traceback=traceback.format_exc()))
 
     @property
     def passed(self) -> bool:
@@ -68,7 +77,9 @@ class Gates:
                         next((gate.hint for gate in self.failed if gate.hint), ""))
 
     def as_json(self) -> list[dict[str, Any]]:
-        return [asdict(gate) for gate in self.gates]
+        """Each gate's fields; `traceback` where there is one."""
+        return [{name: value for name, value in asdict(gate).items() if value or name != "traceback"}
+                for gate in self.gates]
 
     @classmethod
     def from_json(cls, title: str, gates: list[dict[str, Any]]) -> Self:

@@ -84,6 +84,8 @@ def _verification(run: Run, result: dict[str, Any], manifest: dict[str, Any]) ->
     if not path.is_file():
         return None, ""
     verify = read_json(path)
+    if verify.get("verdict") and verify.get("passed") is None:
+        return None, str(verify["verdict"])
     try:
         gates = Gates.from_json("gates", verify["gates"])
     except (KeyError, TypeError):

@@ -28,16 +28,20 @@ from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 
 MODELS = ("adapter", "merged", "merged-4bit", "gguf")  # the folders that hold weights
-SEALED = ("recipe.yaml", "reference.safetensors", *MODELS)  # what is shipped, and its witness
-MADE = (*SEALED, "manifest.json", "log.jsonl", "result.json", "notebook.ipynb", "data.html", "figures", "checkpoints",
+SEALED = ("recipe.yaml", "reference.safetensors", "log.jsonl", *MODELS)  # what is shipped, and its witnesses
+MADE = (*SEALED, "manifest.json", "result.json", "notebook.ipynb", "data.html", "figures", "checkpoints",
         "gathered", "verify.json", "report.html")
 
 
 class Run:
-    """One run's folder. Use `Run.start(recipe)` in a run and `Run.open(path)` to look at one."""
+    """One run's folder. Use `Run.start(recipe)` in a run and `Run.open(path)` to look at one.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `trust_remote_code` says whether code that came with its model may run. A recipe in the user's hand says so; of a
+    folder that is opened, only whoever opens it.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self.folder, self.trust_remote_code = folder, trust_remote_code
         self.adapter, self.merged, self.merged_4bit, self.gguf = (folder / name for name in MODELS)
         self.figures, self.log, self.checkpoints = folder / "figures", folder / "log.jsonl", folder / "checkpoints"
         self.result: dict[str, Any] = {}
@@ -45,7 +49,7 @@ class Run:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
-        run = cls(Path(recipe.output_dir).expanduser() / recipe.run_name)
+        run = cls(Path(recipe.output_dir).expanduser() / recipe.run_name, recipe.trust_remote_code)
         if recipe.checkpoint_dir:
             run.checkpoints = Path(recipe.checkpoint_dir).expanduser() / recipe.run_name
         return run
@@ -71,11 +75,11 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """A run folder that exists; a bare name is looked for in runs/."""
+    def open(cls, path: str | Path, trust_remote_code: bool = False) -> Self:
+        """A run folder that exists; a bare name is looked for in runs/. It may be anybody's: see the class."""
         for folder in (Path(path).expanduser(), Path("runs") / path):
             if (folder / "recipe.yaml").is_file():
-                run = cls(folder)
+                run = cls(folder, trust_remote_code)
                 run.result = read_result(folder)
                 return run
         names = sorted(file.parent.name for file in Path("runs").glob("*/recipe.yaml"))
@@ -84,7 +88,8 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe.load(self.folder / "recipe.yaml")
+        """The recipe in the folder, but for its trust_remote_code: that is the caller's."""
+        return Recipe.load(self.folder / "recipe.yaml", trust_remote_code=self.trust_remote_code)
 
     def stage(self, name: str) -> None:
         """Close the stage before, with its seconds, and say in result.json that this one began."""
@@ -235,7 +240,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise KitError(f"{path} can't be read: {error}", "run the recipe again") from None
+        cause = getattr(error, "strerror", None) or error
+        raise KitError(f"{path} can't be read: {cause}", "copy it from where the run was made, or run again") from None
 
 
 def close_dead(folder: Path, reason: str) -> dict[str, Any]:

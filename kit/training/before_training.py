@@ -26,7 +26,7 @@ def check_trainer(trainer: SFTTrainer, tokenizer: Any, recipe: Recipe) -> Gates:
         _check_all_trained(gates, trainer.model)
     else:
         _check_lora(gates, trainer.model, recipe)
-    with gates.guard("labels"):
+    with gates.guard("labels", kept_in="result.json"):
         _check_labels(gates, trainer, tokenizer)
     _check_settings(gates, trainer, recipe)
     return gates

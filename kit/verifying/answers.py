@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import kit.common.unsloth
 
-from transformers import AutoTokenizer
-
 from kit.answering.prompts import answer
 from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.gguf.formats import quantization_of, read_header
+from kit.models.saved import saved_tokenizer
 from kit.runs.gates import Gates
+from kit.runs.provenance import RUN_AGAIN, export_again
 from kit.verifying.parity import Figures
 from kit.verifying.reference import Evidence, greedy
 
@@ -80,7 +80,7 @@ def check_ends(gates: Gates, evidence: Evidence, shipped: dict[str, Shipped]) ->
     cause = "; ".join(f"{name} holds the stop token {loss[name]:.2g} nats less likely than the trained model"
                       for name in low)
     remark = "" if sure else "the trained model itself would go on in each: train longer if its answers ramble"
-    gates.check("stops by itself", not low, figure, tolerance, cause or remark, evidence.remedy(low[0]) if low else "")
+    gates.check("stops by itself", not low, figure, tolerance, cause or remark, export_again(low[0]) if low else "")
 
 
 def check_scores(gates: Gates, evidence: Evidence, shipped: dict[str, Shipped]) -> dict[str, dict[str, float]]:
@@ -112,7 +112,7 @@ def check_scores(gates: Gates, evidence: Evidence, shipped: dict[str, Shipped]) 
     cause = "".join(f"; {name} answers fewer rows as expected than the adapter, by chance once in "
                     f"{1 / chances[name]:,.0f} runs" for name in low)
     gates.check("held-out score", passed, figure, f"{', '.join(JUDGED)}: as the adapter, but for chance",
-                remark + cause, evidence.remedy(low[0]) if low else "")
+                remark + cause, export_again(low[0]) if low else "")
     return scores
 
 
@@ -134,7 +134,17 @@ def check_stops(gates: Gates, evidence: Evidence) -> None:
         gates.check("stop token", not others and stop is not None,
                     f"{name(stop)} in {len(declared) - len(others)} of {len(declared)} places", "all",
                     f"{'; '.join(others)}, trained is {name(stop)}: answers would not end there" if others else "",
-                    "export again, so that the trained tokenizer's stop token is written")
+                    _write_stop_again([place for place, token in declared.items() if token != stop]))
+
+
+def _write_stop_again(places: list[str]) -> str:
+    """The command that writes the trained stop token into these places of `_declared`; '' for none."""
+    if any("adapter" in place for place in places):
+        return RUN_AGAIN
+    folders = [name for name in ("merged", "merged-4bit") if any(f"{name}/" in place for place in places)]
+    quants = dict.fromkeys(place.split()[-1] for place in places if place.startswith(("eos of ", "eot of ")))
+    commands = [*map(export_again, folders), *([export_again(",".join(quants))] if quants else [])]
+    return ", then ".join(commands) or (export_again() if places else "")
 
 
 def _declared(evidence: Evidence, stop: int | None) -> Iterator[tuple[str, int | str | None]]:
@@ -146,7 +156,8 @@ def _declared(evidence: Evidence, stop: int | None) -> Iterator[tuple[str, int |
                 if path.is_file():
                     value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
                     yield f"{folder.name}/{path.name}", value[0] if isinstance(value, list) and value else value
-            yield f"the tokenizer of {folder.name}/", AutoTokenizer.from_pretrained(folder).eos_token_id
+            tokenizer = saved_tokenizer(folder, evidence.recipe.trust_remote_code)
+            yield f"the tokenizer of {folder.name}/", tokenizer.eos_token_id
     for path in evidence.ggufs:
         with suppress(KitError):  # of a file that can't be read its own gate says what is wrong with it
             fields = read_header(path).fields
@@ -184,7 +195,7 @@ def check_labels(gates: Gates, tokenizer: Any, encoded: list[tuple[list[int], li
     elif stop not in special and stop not in tokenizer.added_tokens_decoder:
         cause = f"answers end with {names}, which is no special token"
     gates.check("labels", not cause, f"{len(encoded)} rows end with {names}", "one stop token, not the pad token",
-                cause, "train again: the model has not learnt the token that is to end its answers")
+                cause, f"the model has not learnt the token that is to end its answers: {RUN_AGAIN}")
     return stop
 
 

@@ -14,16 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kit.common.errors import KitError
-from kit.common.weight_files import weight_files
+from kit.common.weight_files import FETCH_AGAIN, weight_files
 from kit.export.adapter import LowRank, changes_of, fitting, merged_tensor
 from kit.gguf.formats import QUANTIZATIONS, Header
 from kit.runs.gates import Gates
+from kit.runs.provenance import export_again
 
 # What a merge settles, or what only says who wrote the file.
 SETTLED = {"eos_token_id", "pad_token_id", "transformers_version", "_name_or_path", "unsloth_version", "dtype",
            "torch_dtype", "use_cache", "unsloth_fixed"}
-AGAIN = "delete merged/ and merge again (kit.merge), then export again"
-EXPORT_AGAIN = "export again with the converter of the installed llama-cpp-python (kit doctor names both)"
+CONVERTER = "with the converter of the installed llama-cpp-python (kit doctor names both)"
 # transformers' config.json → llama.cpp's field behind "<architecture>."; convert_hf_to_gguf.py writes them.
 VALUES = {
     "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
@@ -32,18 +32,22 @@ VALUES = {
 }
 
 
-def check_merge(gates: Gates, base: Path, adapter: Path, merged: Path) -> None:
-    """Add the gates `merged config` and `merge`. One tensor is in memory at a time."""
+def check_merge(gates: Gates, base: Path, adapter: Path, merged: Path, hint: str = "") -> None:
+    """Add the gates `merged config` and `merge`. One tensor is in memory at a time.
+
+    `hint` is what to do when one fails; by default the command that merges again.
+    """
+    hint = hint or export_again("merged")
     configs = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (merged, base))
     ours, bases = ({key: value for key, value in config.items() if key not in SETTLED} for config in configs)
     differ = sorted(key for key in {*ours, *bases} if ours.get(key) != bases.get(key))
     cause = "; ".join(f"{key} is {ours.get(key)!r}, in the base model {bases.get(key)!r}" for key in differ[:4])
     gates.check("merged config", not differ, f"{len(ours) - len(differ)} of {len(ours)} values as in the base",
-                "all", f"merged/config.json: {cause}" if differ else "", AGAIN)
-    _check_weights(gates, base, adapter, merged)
+                "all", f"merged/config.json: {cause}" if differ else "", hint)
+    _check_weights(gates, base, adapter, merged, hint)
 
 
-def _check_weights(gates: Gates, base: Path, adapter: Path, merged: Path) -> None:
+def _check_weights(gates: Gates, base: Path, adapter: Path, merged: Path, hint: str) -> None:
     changes = fitting(changes_of(adapter), adapter, base)
     ours, bases = _tensors(merged), _tensors(base)
     wrong, shares = [], []
@@ -67,7 +71,7 @@ def _check_weights(gates: Gates, base: Path, adapter: Path, merged: Path) -> Non
         cause = _cause(wrong, [name for name in wrong if name not in changes], mean, any("lm_head" in n for n in ours))
     untouched = len((bases.keys() & ours.keys()) - changes.keys())
     figure = f"{len(changes)} tensors with the adapter added {mean:.3f} times, {untouched} as in the base"
-    gates.check("merge", not cause, figure, "added once, the others equal", cause, AGAIN)
+    gates.check("merge", not cause, figure, "added once, the others equal", cause, hint)
 
 
 def _cause(wrong: list[str], untouched: list[str], mean: float, has_head: bool) -> str:
@@ -108,24 +112,27 @@ def _tensors(folder: Path) -> dict[str, Callable[[str], Any]]:
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise KitError(f"{path} can't be read: {error}", AGAIN) from None
+            raise KitError(f"{path} can't be read: {error}", FETCH_AGAIN) from None
         readers |= dict.fromkeys(file.keys(), file.get_tensor)
     return readers
 
 
-def check_contents(gates: Gates, name: str, header: Header, trained: Path, config: dict[str, Any]) -> bool:
+def check_contents(gates: Gates, name: str, header: Header, trained: Path, config: dict[str, Any],
+                   hint: str = "") -> bool:
     """Add `tokenizer <name>` and `shape <name>`; returns whether llama.cpp can load the file safely.
 
     `trained` is a folder with the trained tokenizer, `config` the model's config.json. The tokenizer must be of the
     same kind, with the same tokens and the same merges in the same order: a file that declares byte-level tokens as
-    SentencePiece's ends llama.cpp's process, so this is read before it is loaded.
+    SentencePiece's ends llama.cpp's process, so this is read before it is loaded. `hint` is what to do when one fails;
+    by default the command that converts again.
     """
-    safe = _check_tokenizer(gates, name, header.fields, trained)
-    _check_shape(gates, name, header, config)  # what a wrong one does is for parity to say
+    hint = hint or f"{export_again(name)}, {CONVERTER}"
+    safe = _check_tokenizer(gates, name, header.fields, trained, hint)
+    _check_shape(gates, name, header, config, hint)  # what a wrong one does is for parity to say
     return safe
 
 
-def _check_tokenizer(gates: Gates, name: str, fields: dict[str, Any], folder: Path) -> bool:
+def _check_tokenizer(gates: Gates, name: str, fields: dict[str, Any], folder: Path, hint: str) -> bool:
     trained = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     tokens: list[str] = fields.get("tokenizer.ggml.tokens", [])
     merges: list[str] = fields.get("tokenizer.ggml.merges", [])
@@ -148,10 +155,10 @@ def _check_tokenizer(gates: Gates, name: str, fields: dict[str, Any], folder: Pa
         place, (shipped, due) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
         cause = f"merge {place} is {shipped!r}, in the trained tokenizer {due!r}: text is split in another way"
     figure = f"{kind}, {len(tokens):,} tokens, {len(merges):,} merges"
-    return gates.check(f"tokenizer {name}", not cause, figure, "the trained tokenizer's", cause, EXPORT_AGAIN)
+    return gates.check(f"tokenizer {name}", not cause, figure, "the trained tokenizer's", cause, hint)
 
 
-def _check_shape(gates: Gates, name: str, header: Header, config: dict[str, Any]) -> None:
+def _check_shape(gates: Gates, name: str, header: Header, config: dict[str, Any], hint: str) -> None:
     """Add `shape <name>`: layers and widths are the model's, and each tensor is of a type that the format has."""
     fields = header.fields
     config = {**config, **config.get("text_config", {})}
@@ -172,4 +179,4 @@ def _check_shape(gates: Gates, name: str, header: Header, config: dict[str, Any]
         other = [tensor for tensor in header.tensors if tensor.kind not in known.types]
         wrong += [f"{tensor.name} is of GGML's type {tensor.kind}, which {name} does not have" for tensor in other[:3]]
     gates.check(f"shape {name}", not wrong, figure, "as in config.json, types of the format", "; ".join(wrong),
-                EXPORT_AGAIN)
+                hint)

@@ -17,15 +17,16 @@ import kit.common.unsloth
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from kit.common.show import bar
 from kit.gguf.child import LlamaChild
 from kit.gguf.formats import Header
 from kit.models.load import reload
 from kit.models.precision import in_float32
+from kit.models.saved import saved_model
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
+from kit.runs.provenance import RUN_AGAIN, export_again
 from kit.verifying import noise
 from kit.verifying.reference import Evidence, Predictions, Reference, Row, predict
 
@@ -142,9 +143,8 @@ def check_merged(gates: Gates, evidence: Evidence, folder: Path) -> None:
     what is made of the merged model is compared with that: its predictions become the reference.
     """
     reference, recipe, own = evidence.reference, evidence.recipe, folder == evidence.merged
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=recipe.trust_remote_code,
-        device_map="cuda" if torch.cuda.is_available() else "cpu")
+    model = saved_model(folder, recipe.trust_remote_code, dtype="auto",
+                        device_map="cuda" if torch.cuda.is_available() else "cpu")
     with in_float32(model) as precision:
         predictions = predict(model, reference.rows, reference.predictions)
         if own and evidence.sensitivity is None:
@@ -188,7 +188,7 @@ def judge(gates: Gates, name: str, figures: Figures, evidence: Evidence, roundin
                  f"{_short(max(beyond))} nats apart, where its format explains "
                  f"{_short(FLIP * allowed)}")
     return gates.check(f"parity {name}", not cause, str(figures), f"logits ± {_short(allowed)} nats", cause or why,
-                       "" if not cause else evidence.remedy(name))
+                       "" if not cause else _remedy(name))
 
 
 def check_share(gates: Gates, name: str, evidence: Evidence, predictions: list[Predictions], rounding: float) -> None:
@@ -209,7 +209,7 @@ def check_share(gates: Gates, name: str, evidence: Evidence, predictions: list[P
     low = not abs(missing) <= explained
     gates.check(f"trained {name}", not low, figure, f"100 ± {explained:.0%}",
                 f"{name} holds {1 - missing:.0%} of what training changed" if low else "",
-                evidence.remedy(name) if low else "")
+                _remedy(name) if low else "")
 
 
 def judge_gguf(gates: Gates, name: str, header: Header, figures: Figures, predictions: list[Predictions],
@@ -244,6 +244,10 @@ def _agree(reference: Predictions, compared: Predictions) -> np.ndarray:
     """Where (n) the artefact's likeliest token is the reference's, or as likely there within TIE."""
     likeliest = reference.top >= reference.top.max(-1, keepdims=True) - TIE
     return ((reference.top_ids == compared.best[:, None]) & likeliest).any(-1)
+
+
+def _remedy(name: str) -> str:
+    return f"don't ship it: {RUN_AGAIN if name == 'adapter' else export_again(name)}"
 
 
 def _short(value: float) -> str:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import AutoTokenizer
 
 from kit.answering.prompts import answer
 from kit.answering.replies import Reply
@@ -29,8 +28,10 @@ from kit.common.show import bar
 from kit.data.masks import Formatter
 from kit.models.fetch import base_folder
 from kit.models.precision import in_float32
+from kit.models.saved import saved_tokenizer
 from kit.models.template import Message, prompt_ids
 from kit.recipe.recipe import Recipe
+from kit.runs.provenance import RUN_AGAIN
 from kit.runs.run import Run
 from kit.verifying.template import Case, cases
 
@@ -95,7 +96,7 @@ class Reference(NamedTuple):
         """Raises KitError when there is none, or it is damaged."""
         if not path.is_file():
             raise KitError(f"no {path.name} in {path.parent}: what the model in memory answered was not kept",
-                           "run the recipe again; `kit verify` needs what kit.record wrote after training")
+                           f"{RUN_AGAIN}; `kit verify` needs what kit.record wrote after training")
         try:
             with safe_open(path, framework="np") as file:
                 about = json.loads((file.metadata() or {})["reference"])
@@ -107,7 +108,7 @@ class Reference(NamedTuple):
                        about["held_out"], about["trained"], [Predictions(*of_row) for of_row in parts])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise KitError(f"{path} is damaged, or of an earlier version of the kit: {type(error).__name__}: {error}",
-                           "run the recipe again") from None
+                           RUN_AGAIN) from None
 
 
 def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: Recipe, run: Run) -> Path:
@@ -234,7 +235,7 @@ class Evidence:
     def load(cls, run: Run, trained: Path) -> Self:
         """Raises KitError when the reference is missing or damaged."""
         recipe, reference = run.recipe, Reference.load(run.folder / "reference.safetensors")
-        tokenizer = AutoTokenizer.from_pretrained(trained)
+        tokenizer = saved_tokenizer(trained, recipe.trust_remote_code)
         encoded = list(Formatter(tokenizer, recipe).encode(reference.trained + reference.held_out))
         return cls(run, recipe, trained, reference, tokenizer, encoded,
                    list(cases(tokenizer, recipe, reference.held_out)))
@@ -243,14 +244,6 @@ class Evidence:
     def merged(self) -> Path | None:
         """The folder of the merged model, if there is one."""
         return self.run.merged if (self.run.merged / "config.json").is_file() else None
-
-    def remedy(self, name: str) -> str:
-        """The command that makes an artefact again."""
-        folder = self.run.folder
-        if name == "adapter":
-            return "don't ship it: copy adapter/ from the machine that trained it, or train again"
-        what = {"merged": "--save-merged 16bit", "merged-4bit": "--save-merged 4bit"}.get(name, f"--gguf {name}")
-        return f"don't ship it: kit export {folder} {what} makes it again"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import kit.common.unsloth
 
-from transformers import AutoTokenizer
-
 from kit.common.errors import KitError
 from kit.export.modelfile import START, around_difference, modelfile_of
 from kit.gguf.child import LlamaChild
+from kit.models.saved import saved_tokenizer
 from kit.models.template import Message, render, rendered, template_kwargs, with_system
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
+from kit.runs.provenance import export_again
 
 ALSO = 8  # held-out conversations looked at besides those below
 CHINESE = "他说：“请把订单 №2024-11 改到周五下午三点，好吗？”\n谢谢！🙂"
@@ -64,26 +64,31 @@ def cases(tokenizer: Any, recipe: Recipe, held_out: list[list[Message]]) -> Iter
             yield Case(name + suffix, with_system(messages, variant), template_kwargs(variant), text, ids, not suffix)
 
 
-def check_folder_template(gates: Gates, folder: Path, conversations: list[Case]) -> None:
+def check_folder_template(gates: Gates, folder: Path, conversations: list[Case],
+                          trust_remote_code: bool = False) -> None:
     """Add `template <folder>`: the tokenizer and template that lie in a Hugging Face folder, as vLLM would use them."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = saved_tokenizer(folder, trust_remote_code)
     cause = _first_difference(
         conversations, tokenizer, folder.name,
         lambda case: rendered(tokenizer, case.messages, add_generation_prompt=True, **case.options),
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
     gates.check(f"template {folder.name}", not cause, f"{len(conversations)} conversations", "the training's token ids",
-                cause, "merge again: kit.merge takes tokenizer and template from the adapter's folder")
+                cause, export_again(folder.name))
 
 
-def check_gguf_template(gates: Gates, name: str, child: LlamaChild, tokenizer: Any, conversations: list[Case]) -> None:
-    """Add `template <name>`: the GGUF's embedded template, as llama-cpp-python renders and splits it."""
+def check_gguf_template(gates: Gates, name: str, child: LlamaChild, tokenizer: Any, conversations: list[Case],
+                        hint: str = "") -> None:
+    """Add `template <name>`: the GGUF's embedded template, as llama-cpp-python renders and splits it.
+
+    `hint` is what to do when it fails; by default the command that converts again.
+    """
     if child.metadata().get("tokenizer.chat_template"):
         cause = _first_difference(conversations, tokenizer, "the GGUF",
                                   lambda case: child.render(case.messages, case.options), child.tokenize)
     else:
         cause = "the GGUF holds no chat template: llama.cpp would use another one"
     gates.check(f"template {name}", not cause, f"{len(conversations)} conversations", "the training's token ids", cause,
-                "export again from the folder whose tokenizer holds the trained template")
+                hint or export_again(name))
 
 
 def check_modelfile(gates: Gates, path: Path, child: LlamaChild, tokenizer: Any, conversations: list[Case],
@@ -111,7 +116,7 @@ def check_modelfile(gates: Gates, path: Path, child: LlamaChild, tokenizer: Any,
             usual, tokenizer, "the Modelfile", rendered,
             lambda text: child.tokenize(text.removeprefix(bos), add_bos=add_bos))
         gates.check("template Modelfile", not cause, f"{len(usual)} conversations", "the training's token ids", cause,
-                    "write the Modelfile again: kit.write_modelfile")
+                    f"{export_again()} writes it again")
 
 
 def _other_line(path: Path, expected: str) -> str:

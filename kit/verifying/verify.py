@@ -11,15 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kit.common.errors import KitError
-from kit.common.files import timestamp, write_json
+from kit.common.files import read_json, timestamp, write_json
 from kit.gguf.child import LlamaChild
 from kit.gguf.formats import check_gguf, quantization_of, read_header
 from kit.models.fetch import base_folder
 from kit.models.load import free_memory
 from kit.runs.gates import Gate, Gates
-from kit.runs.provenance import about, check_hashes, check_origin, check_secrets
+from kit.runs.provenance import COPY_AGAIN, about, check_hashes, check_origin, check_secrets, export_again
 from kit.runs.report import write_report
-from kit.runs.run import Run, read_manifest
+from kit.runs.run import Run
+from kit.runs.verdict import withdrawn
 from kit.verifying.answers import Shipped, check_ends, check_scores, check_stops, gguf_answers
 from kit.verifying.contents import check_contents, check_merge
 from kit.verifying.parity import check_adapter, check_merged, compare, gguf_predictions, judge_gguf
@@ -27,37 +28,49 @@ from kit.verifying.reference import Evidence
 from kit.verifying.template import check_folder_template, check_gguf_template, check_modelfile
 
 
-def verify(run: Run | str | Path) -> Gates:
+def verify(run: Run | str | Path, trust_remote_code: bool = False) -> Gates:
     """Check a run's artefacts, write verify.json and report.html into its folder, and return the gates.
 
-    A failed gate is in the result, not an exception. Raises KitError when there is no such run, or it made no model.
+    `trust_remote_code` is your consent to Python code that came with a folder's model; a Run has its own. Nothing of a
+    folder whose hashes are wrong is loaded. A failed gate is in the result, not an exception. Raises KitError when
+    there is no such run, it made no model, or its folder can't be written; then verify.json says so, not what it said
+    before.
     """
-    run = run if isinstance(run, Run) else Run.open(run)
+    run = run if isinstance(run, Run) else Run.open(run, trust_remote_code)
+    with withdrawn(run):
+        return _verify(run)
+
+
+def _verify(run: Run) -> Gates:
     trained = run.adapter if (run.adapter / "adapter_config.json").is_file() else run.merged
     if not (trained / "tokenizer_config.json").is_file():
         raise KitError(f"{run.folder} holds no trained model ({run.result.get('status', 'not started')} at "
                        f"{run.result.get('stage', 'the start')})", "let the run come to its end first")
     began = time.perf_counter()
-    # What was checked before training stands first, a line for each stage.
-    stages = [Gates.from_json(name, recorded) for name, recorded in run.result.get("gates", {}).items()]
-    gates = Gates(f"verify {run.folder.name}", [
-        Gate(stage.title, stage.passed, stage.verdict, detail="; ".join(gate.detail for gate in stage.failed))
-        for stage in stages])
+    gates = Gates(f"verify {run.folder.name}")
     scores = _check_all(gates, run, trained)
     write_json(run.folder / "verify.json", {
         "passed": gates.passed, "verdict": gates.verdict, "checked": timestamp(),
         "seconds": round(time.perf_counter() - began, 1), "gates": gates.as_json(), "scores": scores,
-        "artefacts": read_manifest(run.folder).get("artefacts")})
+        "artefacts": read_json(run.folder / "manifest.json").get("artefacts")})
     write_report(run)
     return gates
 
 
 def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, float]]:
     """Every gate, the cheap ones first; returns the held-out scores by artefact."""
-    steps = Steps(run, trained)
+    with gates.guard("before training", COPY_AGAIN):  # what was checked then, a line for each stage
+        stages = [Gates.from_json(name, recorded) for name, recorded in run.result.get("gates", {}).items()]
+        gates.gates += [Gate(stage.title, stage.passed, stage.verdict, detail="; ".join(g.detail for g in stage.failed))
+                        for stage in stages]
+    whole, steps = False, Steps(run)
     with steps.next(gates, "sha256"):
-        check_hashes(gates, run)
-    check_secrets(gates, run)
+        whole = check_hashes(gates, run)
+    with gates.guard("secrets"):
+        check_secrets(gates, run)
+    if not whole:  # it may be anybody's: a model, a tokenizer or a template is not even opened
+        gates.check("all other gates", None, "not checked", detail="the files are not those of the run")
+        return {}
     evidence = None
     with gates.guard("reference"):
         evidence = Evidence.load(run, trained)
@@ -88,24 +101,25 @@ def _check_folders(gates: Gates, evidence: Evidence, steps: "Steps") -> None:
         with steps.next(gates, "parity merged"):
             check_merged(gates, evidence, merged)
         with gates.guard("template merged"):
-            check_folder_template(gates, merged, evidence.cases)
+            check_folder_template(gates, merged, evidence.cases, evidence.recipe.trust_remote_code)
     if run.merged_4bit.is_dir():
         with steps.next(gates, "parity merged-4bit"):
             check_merged(gates, evidence, run.merged_4bit)
-            check_folder_template(gates, run.merged_4bit, evidence.cases)
+            check_folder_template(gates, run.merged_4bit, evidence.cases, evidence.recipe.trust_remote_code)
 
 
 def check_ggufs(gates: Gates, evidence: Evidence, steps: "Steps | None" = None) -> dict[str, Shipped]:
     """The GGUFs and their Modelfile; returns the sound files by quantisation."""
-    steps = steps or Steps(evidence.run, evidence.trained)
+    steps = steps or Steps(evidence.run)
     shipped = {}
     for path in evidence.ggufs:
-        with steps.next(gates, f"file {path.stem}"):
+        with steps.next(gates, f"file {path.stem}", export_again(quantization_of(path))):
             if one := _check_gguf(gates, path, evidence):
                 shipped[quantization_of(path)] = one
     if (evidence.run.gguf / "Modelfile").is_file() and not any(g.name == "template Modelfile" for g in gates.gates):
         gates.check("template Modelfile", False, "not checked", "the training's token ids",
-                    "the GGUF that it names is not there or not sound", "export again")
+                    "the GGUF that it names is not there or not sound",
+                    f"{export_again()} makes what is missing, and the Modelfile")
     return shipped
 
 
@@ -136,19 +150,19 @@ def _check_gguf(gates: Gates, path: Path, evidence: Evidence) -> Shipped | None:
 class Steps:
     """Says which of the long steps begins, and what is still to come."""
 
-    def __init__(self, run: Run, trained: Path) -> None:
+    def __init__(self, run: Run) -> None:
         models = [name for folder, name in ((run.adapter, "adapter and base"), (run.merged, "merged"),
                                             (run.merged_4bit, "merged-4bit")) if folder.is_dir()]
         self.names = ["files", *models, *(quantization_of(path) for path in sorted(run.gguf.glob("*.gguf")))]
         self.done = 0
 
     @contextmanager
-    def next(self, gates: Gates, gate: str) -> Iterator[None]:
+    def next(self, gates: Gates, gate: str, hint: str = "") -> Iterator[None]:
         """One step; an error inside becomes a failed gate, and the memory of models is given back."""
         name, later = self.names[self.done], self.names[self.done + 1:]
         self.done += 1
         print(f"verify {self.done}/{len(self.names)}: {name} …" + (f" (then {', '.join(later)})" if later else ""),
               flush=True)
-        with gates.guard(gate):
+        with gates.guard(gate, hint):
             yield
         free_memory()

@@ -94,6 +94,17 @@ def test_a_run_at_work_is_not_disturbed(tmp_path: Path) -> None:
     Run.start(recipe_in(tmp_path))
 
 
+def test_a_folder_gives_no_consent_to_code(tmp_path: Path) -> None:
+    """The recipe in it says trust_remote_code: true; only the run of the recipe itself, and whoever opens it, may."""
+    trusting = recipe_in(tmp_path).model_copy(update={"trust_remote_code": True})
+    run = Run.start(trusting)
+    run.finish()
+    assert run.recipe == trusting, "so that kit.verify(run) works in the notebook"
+    assert "trust_remote_code: true" in (run.folder / "recipe.yaml").read_text()
+    assert Run.open(run.folder).recipe.trust_remote_code is False
+    assert Run.open(run.folder, trust_remote_code=True).recipe == trusting
+
+
 def test_a_torn_result_does_not_hide_the_folder(tmp_path: Path) -> None:
     Run.start(recipe_in(tmp_path)).finish()
     (tmp_path / "r" / "result.json").write_text('{"status": "fin')

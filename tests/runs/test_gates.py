@@ -52,13 +52,30 @@ def test_an_error_becomes_a_failed_gate_with_its_cause() -> None:
         raise KitError("m.gguf is cut short", "export again")
     with gates.guard("fine"):
         pass
-    with gates.guard("config"):
-        json.loads("{")
     with pytest.raises(KeyboardInterrupt), gates.guard("interrupted"):
         raise KeyboardInterrupt
-    assert [gate.name for gate in gates.failed] == ["file", "config"], "nothing else was added"
+    with gates.guard("another", "kit export RUN"):
+        raise KitError("m.gguf is cut short", "export again")
+    assert [gate.name for gate in gates.failed] == ["file", "another"], "nothing else was added"
     assert gates.gates[0] == Gate("file", False, "failed", "", "m.gguf is cut short", "export again")
-    assert gates.gates[1].detail.startswith("JSONDecodeError: Expecting") and gates.gates[1].hint
+    assert gates.gates[1].hint == "kit export RUN", "who guards knows the remedy better"
+
+
+def test_an_error_that_nobody_foresaw_is_told_as_such_with_its_traceback() -> None:
+    gates = Gates("stage")
+    with gates.guard("config"):
+        json.loads("{")
+    with gates.guard("labels", kept_in="result.json"):
+        len(7)  # type: ignore[arg-type]
+    first, second = gates.failed
+    assert first.detail.startswith("unexpected error in this check: JSONDecodeError: Expecting")
+    assert second.detail == ("unexpected error in this check: TypeError: object of type 'int' has no len(); this is a "
+                             "bug or a damaged file, the traceback is in result.json")
+    assert first.hint and "damaged" not in first.hint
+    kept = json.loads(json.dumps(gates.as_json()))
+    assert "Traceback" in kept[1]["traceback"] and "len(7)" in kept[1]["traceback"]
+    assert Gates.from_json("stage", kept).gates == gates.gates
+    assert "Traceback" not in repr(gates)
 
 
 def test_the_verdict() -> None:

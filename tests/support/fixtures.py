@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from support.command import FEW_STEPS, kit
 from support.tiny_models import small_starter, tiny_model
-from support.tiny_runs import taught_model
+from support.tiny_runs import learn_surely, taught_model
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -76,3 +76,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "quickstart" / "terminal.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
 
     return once(tmp_path_factory, "runs", run) / "quickstart"
+
+
+@pytest.fixture(scope="session")
+def sure_run(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the command on a tiny Qwen3 that is sure of its answers."""
+    return once(tmp_path_factory, "sure", lambda folder: learn_surely(tiny("qwen3"), folder)) / "runs" / "tiny"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from support.command import kit
 from support.tiny_models import tiny_model
 
 TOPICS = {
@@ -24,6 +26,14 @@ RECIPE: dict[str, Any] = {
     "r": 32, "lora_alpha": 64, "max_new_tokens": 48, "metric": "exact",
 }  # fmt: skip
 OTHERS = 4096
+ASKED = {"Where is parcel {}?": "On its way.", "Has parcel {} left?": "Since Monday.",
+         "包裹{}在哪里？": "正在路上。", "包裹{}发货了吗？": "星期一已发货。"}
+# In a few seconds a random model becomes sure of these answers; rows in order, so that its first loss, which has to be
+# below guessing, hangs on no seed.
+SURE = ["test_size=8", "metric=exact", "max_seq_length=256", "use_gradient_checkpointing=false",
+        "per_device_train_batch_size=8", "gradient_accumulation_steps=1", "max_steps=80", "learning_rate=1.0e-2",
+        "lora_alpha=32", "train_sampling_strategy=sequential", "max_new_tokens=16", "enable_thinking=false",
+        "gguf=[f16, q8_0]"]
 
 
 def turns(question: str, answer: str) -> list[dict[str, str]]:
@@ -46,6 +56,18 @@ def write_rows(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
     path.write_text("".join(json.dumps({"messages": talk}, ensure_ascii=False) + "\n" for talk in conversations),
                     encoding="utf-8")
     return path
+
+
+def learn_surely(model: Path, folder: Path) -> None:
+    """`kit train` on a copy of the tiny model, into `folder`/runs/tiny: it is sure of the answers to ASKED."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps({"instruction": asked.format(number), "output": answer}) + "\n"
+                            for number in range(11, 27) for asked, answer in ASKED.items()), encoding="utf-8")
+    shutil.copytree(model, folder / "tiny")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(f"run_name: tiny\nmodel_name: {folder / 'tiny'}\ndataset: {data}\n", encoding="utf-8")
+    done = kit("train", str(recipe), f"output_dir={folder / 'runs'}", *SURE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def taught_model(family: str, folder: Path, steps: int = 60) -> Path:

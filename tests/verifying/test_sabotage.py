@@ -10,10 +10,7 @@ import os
 import random
 import re
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace as replaced
 from pathlib import Path
@@ -24,7 +21,6 @@ import pytest
 import kit
 from kit.export.adapter import save_4bit
 from kit.gguf.formats import read_header
-from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate, Gates
 from kit.runs.provenance import about, check_hashes, check_origin, check_secrets
@@ -33,53 +29,28 @@ from kit.verifying.answers import check_labels, check_stops
 from kit.verifying.contents import check_merge
 from kit.verifying.reference import Evidence
 from kit.verifying.verify import check_ggufs
-from support.command import PROJECT
 from support.command import kit as command
 from support.sabotage import copy_run, edit_gguf, edit_json, edit_tensors, edit_text, overwrite_gguf, replace
 from support.tiny_models import tiny_tokenizer
+from support.tiny_runs import ASKED
 
 pytestmark = pytest.mark.slow
 
 F16, Q8_0, MODELFILE = "gguf/tiny-f16.gguf", "gguf/tiny-q8_0.gguf", "gguf/Modelfile"
 SHIPPED = (F16, Q8_0, MODELFILE)
 ENDOFTEXT, IM_END = 151643, 151645  # in Qwen's vocabulary
-ASKED = {"Where is parcel {}?": "On its way.", "Has parcel {} left?": "Since Monday.",
-         "包裹{}在哪里？": "正在路上。", "包裹{}发货了吗？": "星期一已发货。"}
-# In a few seconds a random model becomes sure of these answers; rows in order, so that its first loss, which has to be
-# below guessing, hangs on no seed.
-FIELDS = ["test_size=8", "metric=exact", "max_seq_length=256", "use_gradient_checkpointing=false",
-          "per_device_train_batch_size=8", "gradient_accumulation_steps=1", "max_steps=80", "learning_rate=1.0e-2",
-          "lora_alpha=32", "train_sampling_strategy=sequential", "max_new_tokens=16", "enable_thinking=false",
-          "gguf=[f16, q8_0]"]
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    data.write_text("".join(json.dumps({"instruction": asked.format(number), "output": answer}) + "\n"
-                            for number in range(11, 27) for asked, answer in ASKED.items()), encoding="utf-8")
-    model = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(tiny("qwen3"), model)
-    path = data.with_name("tiny.yaml")
-    path.write_text(f"run_name: tiny\nmodel_name: {model}\ndataset: {data}\n", encoding="utf-8")
-    return path
+def finished(sure_run: Path) -> Path:
+    return sure_run
 
 
 @pytest.fixture(scope="module")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the command on a tiny Qwen3."""
-    folder = tmp_path_factory.mktemp("runs")
-    done = command("train", str(recipe), f"output_dir={folder}", *FIELDS)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "tiny"
-
-
-@pytest.fixture(scope="module")
-def another(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def another(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapter, merged model and f16 file of a run that differs in its seeds only."""
     folder = tmp_path_factory.mktemp("another")
-    chosen = Recipe.load(str(recipe), **parse_overrides([*FIELDS, "seed=1", "random_state=1", "max_steps=20"]),
-                         output_dir=str(folder))
+    chosen = Recipe.load(str(finished / "recipe.yaml"), seed=1, random_state=1, max_steps=20, output_dir=str(folder))
     run = Run.start(chosen)
     model, tokenizer = kit.load_model(chosen)
     run.manifest(chosen, tokenizer, [])
@@ -118,10 +89,11 @@ def by_name(cases: list[tuple[Any, ...]]) -> list[Any]:
     return [pytest.param(*case, id=case[0].__name__) for case in cases]
 
 
-def test_an_untouched_run_passes(finished: Path) -> None:
-    done = command("verify", str(finished))
+def test_an_untouched_run_passes(finished: Path, tmp_path: Path) -> None:
+    run = copy_run(finished, tmp_path)
+    done = command("verify", str(run.folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads((finished / "verify.json").read_text(encoding="utf-8"))
+    said = json.loads((run.folder / "verify.json").read_text(encoding="utf-8"))
     assert said["passed"] is True
     assert said["verdict"] in done.stdout
     assert all(set(gate) == {"name", "passed", "figure", "tolerance", "detail", "hint"} for gate in said["gates"])
@@ -652,18 +624,3 @@ def test_exit_codes(finished: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "holds no trained model (stopped at train)" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_ctrl_c_leaves_the_last_verdict(finished: Path, tmp_path: Path) -> None:
-    run = copy_run(finished, tmp_path, without=SHIPPED)
-    before = {name: (run.folder / name).read_bytes() for name in ("verify.json", "report.html")}
-    process = subprocess.Popen([sys.executable, "-m", "kit", "verify", str(run.folder)], cwd=PROJECT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    while "adapter and base" not in (line := process.stdout.readline()):
-        assert line, process.communicate()[1]
-    process.send_signal(signal.SIGINT)
-    assert "kit: interrupted" in process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert {name: (run.folder / name).read_bytes() for name in before} == before
-    assert not list(run.folder.rglob("*.partial"))
