@@ -225,9 +225,9 @@ def test_what_other_rooms_take_from_the_fields() -> None:
     """A checkpoint's free fields, what an answer depends on, what a card leaves out and shortens, what TRL is given."""
     free = words("""
         run_name output_dir local_files_only hub trust_remote_code dataset dataset_config dataset_split
-        dataset_revision columns eval_dataset test_size eval_overlap max_train_samples max_eval_samples metric
-        save_strategy save_steps save_minutes save_total_limit checkpoint_dir resume_from_checkpoint fsdp deepspeed
-        ddp_timeout dataloader_num_workers dataloader_pin_memory report_to bf16 fp16 dtype max_input_length
+        dataset_revision columns eval_dataset test_size eval_overlap max_train_samples max_eval_samples answer_seconds
+        metric save_strategy save_steps save_minutes save_total_limit checkpoint_dir resume_from_checkpoint fsdp
+        deepspeed ddp_timeout dataloader_num_workers dataloader_pin_memory report_to bf16 fp16 dtype max_input_length
         max_new_tokens temperature top_p top_k min_p repetition_penalty save_merged gguf num_ctx push_to_hub
         hub_model_id hub_private_repo""")
     assert set(Recipe.model_fields) - set(fields_affecting("weights")) == free
