@@ -108,6 +108,20 @@ def test_an_untouched_run_passes(finished: Path, tmp_path: Path) -> None:
         "adapter": 1.0, "f16": 1.0, "q8_0": 1.0}
 
 
+def test_without_the_merged_model_and_the_data(finished: Path, tmp_path: Path) -> None:
+    """To free the disk, and on another machine: the GGUFs are compared with what the model in memory held."""
+    run = copy_run(finished, tmp_path)
+    shutil.rmtree(run.merged)
+    gates = {gate.name: gate for gate in kit.verify(run.folder).gates}
+    assert not [gate for gate in gates.values() if gate.passed is False]
+    assert gates["parity f16"].passed and gates["trained q8_0"].passed and gates["template Modelfile"].passed
+    assert "parity merged" not in gates and "merged/ not looked at" in gates["sha256"].detail
+    recipe = run.recipe
+    replace(run.folder / "recipe.yaml", recipe.model_copy(update={"dataset": "/not/here.jsonl"}).dump())
+    kit.seal(run)
+    assert kit.verify(run.folder).passed
+
+
 # The merged model
 
 
