@@ -110,12 +110,12 @@ def check_adapter(gates: Gates, evidence: Evidence) -> None:
     reference = evidence.reference
     model, _ = reload(evidence.trained, evidence.recipe)
     with in_float32(model):
-        figures = compare(reference, predict(model, reference.rows, reference.predictions))
+        predictions = predict(model, reference.rows, reference.predictions)
         with model.disable_adapter():
             evidence.base = predict(model, reference.rows, reference.predictions)
         if not evidence.recipe.quantised:
-            measure_sensitivity(evidence, model)
-    judge(gates, "adapter", figures, evidence, noise.ADDITIONS, "the same weights: only the order of additions differs")
+            measure_sensitivity(evidence, model, predictions)
+    judge(gates, "adapter", compare(reference, predictions), evidence, noise.ADDITIONS, "the same weights: only the order of additions differs")
     base = compare(reference, evidence.base)
     changed = base.mean_kl > DIFFERS
     gates.check("control: the base differs", changed, str(base), f"mean KL > {DIFFERS:g}", "" if changed else
@@ -123,9 +123,11 @@ def check_adapter(gates: Gates, evidence: Evidence) -> None:
                 "learning_rate; a loss that does not fall says the same")
 
 
-def measure_sensitivity(evidence: Evidence, model: Any) -> None:
-    """Shake the model's weights, for good, and set `evidence.sensitivity`; call it inside `in_float32`."""
-    before = predict(model, evidence.reference.rows, evidence.reference.predictions)
+def measure_sensitivity(evidence: Evidence, model: Any, before: list[Predictions]) -> None:
+    """Shake the weights of a model that predicted `before`, for good, and set `evidence.sensitivity`.
+
+    Call it inside `in_float32`.
+    """
     noise.shake(model)
     after = predict(model, evidence.reference.rows, evidence.reference.predictions)
     evidence.sensitivity = noise.spread(before, after) / noise.JITTER
@@ -148,7 +150,7 @@ def check_merged(gates: Gates, evidence: Evidence, folder: Path) -> None:
     with in_float32(model) as precision:
         predictions = predict(model, reference.rows, reference.predictions)
         if own and evidence.sensitivity is None:
-            measure_sensitivity(evidence, model)
+            measure_sensitivity(evidence, model, predictions)
     rounding, why = noise.MERGED, "weights rounded once to the base model's 16-bit format"
     if not own:
         rounding, why = noise.NF4, evidence.remark or "NF4, about 4.1 bits per weight"
