@@ -115,7 +115,8 @@ def check_adapter(gates: Gates, evidence: Evidence) -> None:
             evidence.base = predict(model, reference.rows, reference.predictions)
         if not evidence.recipe.quantised:
             measure_sensitivity(evidence, model, predictions)
-    judge(gates, "adapter", compare(reference, predictions), evidence, noise.ADDITIONS, "the same weights: only the order of additions differs")
+    judge(gates, "adapter", compare(reference, predictions), evidence, noise.ADDITIONS,
+          "the same weights: only the order of additions differs")
     base = compare(reference, evidence.base)
     changed = base.mean_kl > DIFFERS
     gates.check("control: the base differs", changed, str(base), f"mean KL > {DIFFERS:g}", "" if changed else

@@ -15,6 +15,7 @@ import pytest
 
 from kit.runs.run import Run, read_result
 from support.command import FEW_STEPS, PROJECT, kit
+from support.sabotage import copy_run
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +83,7 @@ def test_one_template_everywhere(finished_run: Path) -> None:
         assert child.prompt_ids(messages) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_verdict(finished_run: Path) -> None:
+def test_the_verdict(finished_run: Path, tmp_path: Path) -> None:
     """What the notebook found is written down, stands on the page, and a second look finds the same."""
     first = json.loads((finished_run / "verify.json").read_text())
     names = [gate["name"] for gate in first["gates"]]
@@ -93,10 +94,11 @@ def test_the_verdict(finished_run: Path) -> None:
                  "shape f16", "template f16", "parity f16", "origin q8_0", "parity q8_0",
                  "template Modelfile", "stops by itself", "held-out score"):
         assert name in names, name
-    done = kit("verify", str(finished_run))
+    again = copy_run(finished_run, tmp_path).folder  # while it is at work there is no verdict, and others need one
+    done = kit("verify", str(again))
     assert done.returncode == 0 and f"all {len(names) - 1} gates passed" in done.stdout, done.stdout + done.stderr
-    assert [gate["name"] for gate in json.loads((finished_run / "verify.json").read_text())["gates"]] == names
-    assert "VERIFIED" in (finished_run / "report.html").read_text()
+    assert [gate["name"] for gate in json.loads((again / "verify.json").read_text())["gates"]] == names
+    assert "VERIFIED" in (again / "report.html").read_text()
 
 
 def test_ask_every_engine(finished_run: Path) -> None:
