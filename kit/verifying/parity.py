@@ -221,9 +221,12 @@ def judge_gguf(gates: Gates, name: str, header: Header, figures: Figures, predic
     # Without merged/ to compare with, it is the model on its quantised base.
     base = 0.0 if evidence.merged else of_its_base(evidence.recipe)
     rounding = math.hypot(noise.rounding_of(header), noise.MERGED, base)
-    other = len(figures.answers) - sum(figures.answers.values())
-    about = f"about one answer in {round(len(figures.answers) / other)} differs" if other else "no answer differs"
-    told = f"{about} from the trained model's, of {len(figures.answers)} compared" if figures.answers else ""
+    # An answer was made in the model's own format; where float32 breaks a tie in it otherwise, no file can give it.
+    certain = [number for number, own in compare(evidence.reference, evidence.reference.predictions).answers.items()
+               if own]
+    other = sum(not figures.answers[number] for number in certain)
+    about = f"about one answer in {round(len(certain) / other)} differs" if other else "no answer differs"
+    told = f"{about} from the trained model's, of {len(certain)} compared" if certain else ""
     remark = evidence.remark if evidence.merged else ""
     judge(gates, name, figures, evidence, rounding, "; ".join(filter(None, [told, remark])))
     check_share(gates, name, evidence, predictions, rounding)
