@@ -21,7 +21,7 @@ from kit.gguf import setup as llama_cpp_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 # google.colab is there on Colab; the others are the user's choice.
-OPTIONAL = {"google", "modelscope", "modelscope_hub"}
+OPTIONAL = {"deepspeed", "google", "modelscope", "modelscope_hub"}
 CONVERTER = llama_cpp_setup.CONVERTER
 
 
