@@ -88,6 +88,7 @@ def test_the_verdict(finished_run: Path, tmp_path: Path) -> None:
     first = json.loads((finished_run / "verify.json").read_text())
     names = [gate["name"] for gate in first["gates"]]
     assert first["passed"] and not [gate for gate in first["gates"] if gate["passed"] is False]
+    count = sum(gate["passed"] is True for gate in first["gates"])
     for name in ("export rehearsal", "before training", "first step", "sha256", "secrets", "labels", "stop token",
                  "in memory", "merged config", "merge", "parity adapter", "control: the base differs", "parity merged",
                  "template merged", "tokenizer f16",
@@ -96,7 +97,7 @@ def test_the_verdict(finished_run: Path, tmp_path: Path) -> None:
         assert name in names, name
     again = copy_run(finished_run, tmp_path).folder  # while it is at work there is no verdict, and others need one
     done = kit("verify", str(again))
-    assert done.returncode == 0 and f"all {len(names) - 1} gates passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"all {count} gates passed" in done.stdout, done.stdout + done.stderr
     assert [gate["name"] for gate in json.loads((again / "verify.json").read_text())["gates"]] == names
     assert "VERIFIED" in (again / "report.html").read_text()
 
