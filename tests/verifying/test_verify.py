@@ -135,8 +135,7 @@ def test_an_adapter_alone(name: str, taught: Callable[[str], Path], whole_run: C
     reference = Reference.load(run / "reference.safetensors")
     kept = compare(reference, reference.predictions).answers
     assert kept and all(kept.values())
-    if name == "cut":
-        assert gates["stops by itself"]["passed"] is None and "too small" in gates["stops by itself"]["detail"]
+    assert "stops by itself" not in gates  # it is about GGUFs
     assert {"parity adapter", "control: the base differs"} <= set(gates)
     assert not [gate for gate in gates if "merge" in gate]
 
