@@ -13,6 +13,7 @@ from kit.gguf.child import Message
 from kit.gguf.templates import check_template, in_time
 from kit.gguf.trial import check_length
 from kit.models.fetch import loading_options, model_folder, not_loaded
+from kit.models.saved import code_refused
 from kit.recipe.recipe import Recipe
 
 CHATML = (
@@ -143,7 +144,8 @@ def tokenizer_of(source: str, recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, **loading_options(recipe))
+        with code_refused(source):
+            return AutoTokenizer.from_pretrained(source, **loading_options(recipe))
     except (OSError, ValueError) as error:
         raise not_loaded("tokenizer", recipe, error) from None
 

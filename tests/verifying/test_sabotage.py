@@ -625,7 +625,8 @@ def test_exit_codes(finished: Path, tmp_path: Path) -> None:
     assert "FAILED: merge, parity merged" in done.stdout
     said = json.loads((run.folder / "verify.json").read_text(encoding="utf-8"))
     assert said["passed"] is False
-    assert [gate["name"] for gate in said["gates"] if gate["passed"] is False] == ["merge", "parity merged"]
+    assert [gate["name"] for gate in said["gates"] if gate["passed"] is False] == [
+        "merge", "parity merged", "trained merged"]
     assert "FAILED: merge, parity merged" in (run.folder / "report.html").read_text(encoding="utf-8")
 
     done = command("verify", str(tmp_path / "nowhere"))
