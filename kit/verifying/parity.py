@@ -82,13 +82,17 @@ def compare(reference: Reference, predictions: Iterable[Predictions]) -> Figures
     kls = np.concatenate([_kl(reference.predictions[n].top, compared[n].top) for n in held_out])
     same = np.concatenate([_agree(reference.predictions[n], compared[n]) for n in held_out])
     nll = -np.concatenate([compared[n].next for n in held_out])
-    answers = {row.number: bool((predicted.best == [row.ids[place + 1] for place in row.where]).all())
-               for row, predicted in zip(rows, compared, strict=True) if row.own}
     pairs = list(zip(reference.predictions, compared, strict=True))
     ends = [_end(row, *pair) for row, pair in zip(rows, pairs, strict=True) if row.ends]
     return Figures(float(nll.mean()), float(kls.mean()), float(kls.max()), float(same.mean()), len(kls),
-                   noise.spread(reference.predictions, compared), answers,
+                   noise.spread(reference.predictions, compared), _answers(rows, compared),
                    [gap for pair in pairs for gap in _flips(*pair)], ends)
+
+
+def _answers(rows: list[Row], predictions: list[Predictions]) -> dict[int, bool]:
+    """{held-out row: whether the likeliest tokens along the model's own answer are the answer's}."""
+    return {row.number: bool((predicted.best == [row.ids[place + 1] for place in row.where]).all())
+            for row, predicted in zip(rows, predictions, strict=True) if row.own}
 
 
 def _flips(reference: Predictions, compared: Predictions) -> Iterator[float]:
@@ -222,8 +226,7 @@ def judge_gguf(gates: Gates, name: str, header: Header, figures: Figures, predic
     base = 0.0 if evidence.merged else of_its_base(evidence.recipe)
     rounding = math.hypot(noise.rounding_of(header), noise.MERGED, base)
     # An answer was made in the model's own format; where float32 breaks a tie in it otherwise, no file can give it.
-    certain = [number for number, own in compare(evidence.reference, evidence.reference.predictions).answers.items()
-               if own]
+    certain = [n for n, own in _answers(evidence.reference.rows, evidence.reference.predictions).items() if own]
     other = sum(not figures.answers[number] for number in certain)
     about = f"about one answer in {round(len(certain) / other)} differs" if other else "no answer differs"
     told = f"{about} from the trained model's, of {len(certain)} compared" if certain else ""

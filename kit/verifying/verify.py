@@ -57,6 +57,25 @@ def _verify(run: Run) -> Gates:
     return gates
 
 
+class Steps:
+    """The long steps of a verify, and what of them is still to come."""
+
+    def __init__(self, run: Run) -> None:
+        models = [folder.name for folder in (run.adapter, run.merged, run.merged_4bit) if folder.is_dir()]
+        self.names = ["files", *models, *(quantization_of(path) for path in sorted(run.gguf.glob("*.gguf")))]
+
+    @contextmanager
+    def step(self, name: str, gates: Gates, gate: str, hint: str = "") -> Iterator[None]:
+        """Say that it begins; an error inside becomes a failed gate, and the memory of models is given back."""
+        place = self.names.index(name)
+        later = self.names[place + 1:]
+        print(f"verify {place + 1}/{len(self.names)}: {name} …" + (f" (then {', '.join(later)})" if later else ""),
+              flush=True)
+        with gates.guard(gate, hint):
+            yield
+        free_memory()
+
+
 def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, float]]:
     """Every gate, the cheap ones first; returns the held-out scores by artefact."""
     with gates.guard("before training", COPY_AGAIN):  # what was checked then, a line for each stage
@@ -64,7 +83,7 @@ def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, flo
         gates.gates += [Gate(stage.title, stage.passed, stage.verdict, detail="; ".join(g.detail for g in stage.failed))
                         for stage in stages]
     whole, steps = False, Steps(run)
-    with steps.next(gates, "sha256"):
+    with steps.step("files", gates, "sha256"):
         whole = check_hashes(gates, run)
     with gates.guard("secrets"):
         check_secrets(gates, run)
@@ -88,34 +107,35 @@ def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, flo
     return check_scores(gates, evidence, shipped)
 
 
-def _check_folders(gates: Gates, evidence: Evidence, steps: "Steps") -> None:
+def _check_folders(gates: Gates, evidence: Evidence, steps: Steps) -> None:
     """The folders that transformers and PEFT load: adapter, merged model and its 4-bit copy."""
     run, merged = evidence.run, evidence.merged
     if evidence.trained == run.adapter:
         if merged:
             with gates.guard("merge"):
                 check_merge(gates, base_folder(evidence.recipe), run.adapter, merged)
-        with steps.next(gates, "parity adapter"):
+        with steps.step("adapter", gates, "parity adapter"):
             check_adapter(gates, evidence)
     if merged:
-        with steps.next(gates, "parity merged"):
+        with steps.step("merged", gates, "parity merged"):
             check_merged(gates, evidence, merged)
         with gates.guard("template merged"):
             check_folder_template(gates, merged, evidence.cases, evidence.recipe.trust_remote_code)
     if run.merged_4bit.is_dir():
-        with steps.next(gates, "parity merged-4bit"):
+        with steps.step("merged-4bit", gates, "parity merged-4bit"):
             check_merged(gates, evidence, run.merged_4bit)
             check_folder_template(gates, run.merged_4bit, evidence.cases, evidence.recipe.trust_remote_code)
 
 
-def check_ggufs(gates: Gates, evidence: Evidence, steps: "Steps | None" = None) -> dict[str, Shipped]:
+def check_ggufs(gates: Gates, evidence: Evidence, steps: Steps | None = None) -> dict[str, Shipped]:
     """The GGUFs and their Modelfile; returns the sound files by quantisation."""
     steps = steps or Steps(evidence.run)
     shipped = {}
     for path in evidence.ggufs:
-        with steps.next(gates, f"file {path.stem}", export_again(quantization_of(path))):
+        name = quantization_of(path)
+        with steps.step(name, gates, f"file {path.stem}", export_again(name)):
             if one := _check_gguf(gates, path, evidence):
-                shipped[quantization_of(path)] = one
+                shipped[name] = one
     if (evidence.run.gguf / "Modelfile").is_file() and not any(g.name == "template Modelfile" for g in gates.gates):
         gates.check("template Modelfile", False, "not checked", "the training's token ids",
                     "the GGUF that it names is not there or not sound",
@@ -145,24 +165,3 @@ def _check_gguf(gates: Gates, path: Path, evidence: Evidence) -> Shipped | None:
     figures = compare(reference, predictions)
     allowed = judge_gguf(gates, quantization, header, figures, predictions, evidence)
     return Shipped(figures, allowed, gguf_answers(path, evidence, figures.answers))
-
-
-class Steps:
-    """Says which of the long steps begins, and what is still to come."""
-
-    def __init__(self, run: Run) -> None:
-        models = [name for folder, name in ((run.adapter, "adapter and base"), (run.merged, "merged"),
-                                            (run.merged_4bit, "merged-4bit")) if folder.is_dir()]
-        self.names = ["files", *models, *(quantization_of(path) for path in sorted(run.gguf.glob("*.gguf")))]
-        self.done = 0
-
-    @contextmanager
-    def next(self, gates: Gates, gate: str, hint: str = "") -> Iterator[None]:
-        """One step; an error inside becomes a failed gate, and the memory of models is given back."""
-        name, later = self.names[self.done], self.names[self.done + 1:]
-        self.done += 1
-        print(f"verify {self.done}/{len(self.names)}: {name} …" + (f" (then {', '.join(later)})" if later else ""),
-              flush=True)
-        with gates.guard(gate, hint):
-            yield
-        free_memory()

@@ -100,6 +100,25 @@ def test_the_sign_test(worse: int, better: int, fails: bool) -> None:
     assert 0 < chance <= 1 and (chance < ALPHA) == fails
 
 
+@pytest.mark.parametrize("answered, passed", [(12, True), (3, None), (0, None)])
+def test_a_gguf_that_answered_few_rows_is_not_judged_by_them(answered: int, passed: bool | None) -> None:
+    from types import SimpleNamespace
+
+    from kit.runs.gates import Gates
+    from kit.verifying.answers import Shipped, check_scores
+    from kit.verifying.reference import Reference, Row
+
+    rows = [Row(n, [0, 1], [0], held_out=True, own=True, whole=True, ends=True) for n in range(12)]
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+    reference = Reference("float32", rows, [("yes", True)] * 12, [talk] * 12, [], [])
+    evidence: Any = SimpleNamespace(reference=reference, recipe=SimpleNamespace(metric="exact"))
+    gates = Gates("")
+    figures: Any = None
+    check_scores(gates, evidence, {"q8_0": Shipped(figures, 0.1, dict.fromkeys(range(answered), "yes"))})
+    [gate] = gates.gates
+    assert gate.passed is passed and ("too few to judge: 3" in gate.detail) == (answered == 3)
+
+
 def test_a_file_of_many_types_is_rounded_as_its_matrices_are_on_average() -> None:
     from kit.gguf.formats import FLOAT32, Q4_K, Q8_0, Header, Tensor
     from kit.verifying.noise import ACTIVATIONS, ROUNDING, rounding_of

@@ -163,7 +163,7 @@ def test_a_verify_that_is_ended_leaves_no_verdict(number: signal.Signals, sure_r
     with subprocess.Popen([sys.executable, "-m", "kit", "verify", str(run.folder)], cwd=PROJECT, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
-        while "adapter and base …" not in (line := process.stdout.readline()):
+        while ": adapter …" not in (line := process.stdout.readline()):
             assert line, process.communicate()[1]
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
