@@ -1,9 +1,9 @@
 """An Ollama Modelfile written from the trained chat template, and proven equal to it.
 
 Ollama renders a Go text/template over `.Messages` (each with `.Role` and `.Content`; neighbours of one role
-come joined), system messages among them, and lets the model go on where a last assistant message ends
-(https://github.com/ollama/ollama, template/template.go and docs/template.md). Go templates cannot run Jinja, so
-the trained template is rendered with marked contents: the text between two marks depends only on the roles on
+come joined, but for tools' results), system messages among them, and lets the model go on where a last assistant
+message ends (https://github.com/ollama/ollama, template/template.go and docs/template.md). Go templates cannot run
+Jinja, so the trained template is rendered with marked contents: the text between two marks depends only on the roles on
 either side, and the Modelfile's template is that table of texts.
 """
 
@@ -32,6 +32,9 @@ SYSTEM_SHAPES = [("system", *TURN), ("system", *TURNS)]
 # Taken over where the trained template has them in the same form; a message that fits nowhere is left out.
 RARE_SHAPES = [("user", "assistant", "system", "user"), ("user", "system", "user"), ("assistant", "user"),
                ("system", "assistant", "user")]
+# A tool's result answers a call that the assistant wrote as text.
+TOOL_SHAPES = [(*first, "user", "assistant", "tool", *rest) for first in ((), ("system",))
+               for rest in ((), ("tool",), ("assistant", "user"), ("assistant", "tool"))]
 
 PROOF = [
     "Where is my parcel?",
@@ -64,6 +67,10 @@ class Modelfile(NamedTuple):
         if self.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         return fill(self.joints, messages)
+
+    def takes(self, messages: list[Message]) -> bool:
+        """Whether the template has a place for each of these messages."""
+        return all(pair in self.joints for pair in pairwise([START, *(m["role"] for m in messages)]))
 
 
 def write_modelfile(path: Path, gguf_name: str, tokenizer: Any, num_ctx: int,
@@ -108,10 +115,10 @@ def derive(render: Render) -> Joints:
     Raises KitError when a text depends on more than its two neighbours, or a message is lost, moved or changed.
     """
     joints: Joints = {}
-    for shape in (*SHAPES, *SYSTEM_SHAPES, *RARE_SHAPES):
+    for shape in (*SHAPES, *SYSTEM_SHAPES, *RARE_SHAPES, *TOOL_SHAPES):
         marks = [f"\ue020{number}\ue021" for number in range(len(shape))]
         text = _try(render, _conversation(shape, marks))
-        if shape in RARE_SHAPES and "system" in shape and (START, "system") not in joints:
+        if shape not in SHAPES + SYSTEM_SHAPES and "system" in shape and (START, "system") not in joints:
             continue  # a template that refuses a first system message may take a later one for an answer
         if text is None or ("system" in shape and marks[shape.index("system")] not in text):
             if shape in SHAPES:
@@ -120,7 +127,7 @@ def derive(render: Render) -> Joints:
         try:
             joints = _with(joints, shape, text, marks)
         except KitError:
-            if shape not in RARE_SHAPES:
+            if shape in SHAPES + SYSTEM_SHAPES:
                 raise
     for messages in proof_conversations((START, "system") in joints):
         trained, written = _try(render, messages), fill(joints, messages)
@@ -129,7 +136,15 @@ def derive(render: Render) -> Joints:
         if trained != written:
             raise _inexpressible("it writes {!r}, where Ollama would write {!r}".format(
                 *around_difference(trained, written)))
+    tools = [shape for shape in TOOL_SHAPES if _all_in(joints, shape)]
+    if any(shape[0] == "user" and shape not in tools for shape in TOOL_SHAPES) \
+            or any(fill(joints, messages) != _try(render, messages) for messages in _proofs(tools)):
+        joints = {pair: text for pair, text in joints.items() if "tool" not in pair}
     return joints
+
+
+def _all_in(joints: Joints, shape: tuple[str, ...]) -> bool:
+    return all(pair in joints for pair in pairwise([START, *shape, END]))
 
 
 def _with(joints: Joints, shape: tuple[str, ...], text: str, marks: list[str]) -> Joints:
@@ -158,7 +173,7 @@ def fill(joints: Joints, messages: list[Message]) -> str:
             last = number == len(messages) - 1
             text += _opening(joints, pair, last) + message["content"]
             previous = message["role"]
-    return text + (joints["user", END] if previous == "user" else "")
+    return text + joints.get((previous, END), "")
 
 
 def go_template(joints: Joints) -> str:
@@ -174,14 +189,19 @@ def go_template(joints: Joints) -> str:
                      f"{{{{ {text} }}}}{{{{ .Content }}}}{{{{ $previous = .Role }}}}")
         start = "else if"
     lines += ["{{- end }}", "{{- end }}",
-              f'{{{{- if eq $previous "user" }}}}{{{{ {_quoted(joints["user", END])} }}}}{{{{ end }}}}']
+              *(f'{{{{- if eq $previous "{role}" }}}}{{{{ {_quoted(text)} }}}}{{{{ end }}}}'
+                for (role, after), text in joints.items() if after == END)]
     return "\n".join(lines)
 
 
 def proof_conversations(system: bool) -> list[list[Message]]:
     """One turn and several, each text of PROOF in each place; `system` adds those that begin with one."""
+    return _proofs(SHAPES + (SYSTEM_SHAPES if system else []))
+
+
+def _proofs(shapes: list[tuple[str, ...]]) -> list[list[Message]]:
     return [_conversation(shape, (PROOF * 2)[first:first + len(shape)])
-            for shape in SHAPES + (SYSTEM_SHAPES if system else []) for first in range(len(PROOF))]
+            for shape in shapes for first in range(len(PROOF))]
 
 
 def limits(joints: Joints, render: Render, tokenizer: Any) -> list[str]:
@@ -195,6 +215,9 @@ def limits(joints: Joints, render: Render, tokenizer: Any) -> list[str]:
         "The trained template rewrites <think> in earlier answers; Ollama's cannot.":
             _try(render, thought) != fill(joints, thought),
         "The trained template has no system message: one that is sent is left out.": (START, "system") not in joints,
+        "The trained template has tools' results in a form that Ollama's cannot have: one that is sent is left out.":
+            any(_try(render, _conversation(shape, ["a"] * len(shape))) and not _all_in(joints, shape)
+                for shape in TOOL_SHAPES if shape[0] == "user"),
         "The trained template writes today's date; here it is the date of the export.":
             "strftime_now" in str(tokenizer.chat_template),
         f"Ollama puts {bos} before every prompt; the trained template does not.":

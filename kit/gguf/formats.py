@@ -12,6 +12,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -144,6 +145,13 @@ def read_header(path: Path) -> Header:
     path = Path(path)
     if not path.is_file():
         raise KitError(f"no GGUF at {path}", "export one first (gguf=[q8_0]), or give its path")
+    state = path.stat()
+    return _read_header(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(maxsize=2)
+def _read_header(path: Path, state: tuple[int, ...]) -> Header:
+    """A vocabulary takes a second, and one check after another asks for it; `state` tells another file of that name."""
     with path.open("rb") as file:
         reader = _Reader(file, path)
         try:

@@ -18,7 +18,7 @@ from kit.common.errors import GateError
 from kit.common.weight_files import weight_files
 from kit.models.fetch import loading_options, model_folder, not_loaded, read_adapter_config
 from kit.models.saved import code_refused, saved_tokenizer
-from kit.models.template import check_templates, prepare_tokenizer, tokenizer_of
+from kit.models.template import check_saved_templates, prepare_tokenizer
 from kit.recipe.machine import machine
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import Settings, resolved
@@ -39,7 +39,7 @@ def load_from(source: str, recipe: Recipe, **options: Any) -> tuple[Any, Any]:
     settings = resolved(recipe)
     if recipe.trust_remote_code:
         print(f"trust_remote_code: Python code that comes with {source} will run")
-    check_templates(tokenizer_of(source, recipe))  # first, because Unsloth renders the template while it loads
+    check_saved_templates(source, recipe)  # first, because Unsloth renders the template while it loads
     load = _load_with_transformers if _without_unsloth(recipe, settings) else _load_with_unsloth
     try:
         with code_refused(source):

@@ -4,11 +4,13 @@ Training text, the mask (kit.data.masks), the prompt at inference, the GGUF's te
 from `tokenizer.chat_template`, which `prepare_tokenizer` settles once.
 """
 
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from kit.common.errors import KitError, one_line
+from kit.common.files import read_json
 from kit.gguf.child import Message
 from kit.gguf.templates import check_template, in_time
 from kit.gguf.trial import check_length
@@ -78,8 +80,25 @@ def rendered(tokenizer: Any, messages: list[Message], **options: Any) -> str:
 
 def check_templates(tokenizer: Any) -> None:
     """Raise KitError for a template, if the tokenizer has any, that is no text or that `check_template` refuses."""
-    templates = tokenizer.chat_template or {}
-    for template in templates.values() if isinstance(templates, dict) else [templates]:
+    _check(tokenizer.chat_template)
+
+
+def check_saved_templates(source: str, recipe: Recipe) -> None:
+    """`check_templates` of a folder or hub id, before anything renders them; a folder's without its vocabulary, which
+    takes seconds to read."""
+    if not (folder := Path(source)).is_dir():
+        check_templates(tokenizer_of(source, recipe))
+    for file in (*folder.glob("*.jinja"), *folder.glob("*/*.jinja")):
+        check_template(file.read_text(encoding="utf-8", errors="replace"))
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        _check(read_json(folder / name).get("chat_template"))
+
+
+def _check(templates: Any) -> None:
+    if isinstance(templates, list):  # as a tokenizer_config.json may name several
+        templates = {number: one.get("template") if isinstance(one, dict) else one
+                     for number, one in enumerate(templates)}
+    for template in templates.values() if isinstance(templates, dict) else [templates or ""]:
         if not isinstance(template, str):
             raise KitError(f"the tokenizer's chat template is no text, but {template!r:.80}",
                            "mend chat_template in its tokenizer_config.json")

@@ -19,7 +19,6 @@ from kit.answering.prompts import answer
 from kit.answering.replies import score
 from kit.common.errors import KitError
 from kit.gguf.formats import quantization_of, read_header
-from kit.models.saved import saved_tokenizer
 from kit.runs.gates import Gates
 from kit.runs.provenance import RUN_AGAIN, export_again
 from kit.verifying.parity import Figures
@@ -155,8 +154,7 @@ def _declared(evidence: Evidence, stop: int | None) -> Iterator[tuple[str, int |
                 if path.is_file():
                     value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
                     yield f"{folder.name}/{path.name}", value[0] if isinstance(value, list) and value else value
-            tokenizer = saved_tokenizer(folder, evidence.recipe.trust_remote_code)
-            yield f"the tokenizer of {folder.name}/", tokenizer.eos_token_id
+            yield f"the tokenizer of {folder.name}/", evidence.tokenizer_in(folder).eos_token_id
     for path in evidence.ggufs:
         with suppress(KitError):  # of a file that can't be read its own gate says what is wrong with it
             fields = read_header(path).fields

@@ -8,7 +8,7 @@ conversations themselves lie there as well, so that a run can be verified where 
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -230,6 +230,7 @@ class Evidence:
     cases: list[Case]
     base: list[Predictions] | None = None
     sensitivity: float | None = None
+    tokenizers: dict[Path, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, run: Run, trained: Path) -> Self:
@@ -238,7 +239,13 @@ class Evidence:
         tokenizer = saved_tokenizer(trained, recipe.trust_remote_code)
         encoded = list(Formatter(tokenizer, recipe).encode(reference.trained + reference.held_out))
         return cls(run, recipe, trained, reference, tokenizer, encoded,
-                   list(cases(tokenizer, recipe, reference.held_out)))
+                   list(cases(tokenizer, recipe, reference.held_out)), tokenizers={trained: tokenizer})
+
+    def tokenizer_in(self, folder: Path) -> Any:
+        """The tokenizer that lies in a folder of the run; read once, as a vocabulary takes seconds."""
+        if folder not in self.tokenizers:
+            self.tokenizers[folder] = saved_tokenizer(folder, self.recipe.trust_remote_code)
+        return self.tokenizers[folder]
 
     @property
     def merged(self) -> Path | None:

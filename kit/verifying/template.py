@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import kit.common.unsloth
 
 from kit.common.errors import KitError
-from kit.export.modelfile import START, around_difference, modelfile_of
+from kit.export.modelfile import around_difference, modelfile_of
 from kit.gguf.child import LlamaChild
-from kit.models.saved import saved_tokenizer
 from kit.models.template import Message, render, rendered, template_kwargs, with_system
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
@@ -64,10 +63,8 @@ def cases(tokenizer: Any, recipe: Recipe, held_out: list[list[Message]]) -> Iter
             yield Case(name + suffix, with_system(messages, variant), template_kwargs(variant), text, ids, not suffix)
 
 
-def check_folder_template(gates: Gates, folder: Path, conversations: list[Case],
-                          trust_remote_code: bool = False) -> None:
+def check_folder_template(gates: Gates, folder: Path, conversations: list[Case], tokenizer: Any) -> None:
     """Add `template <folder>`: the tokenizer and template that lie in a Hugging Face folder, as vLLM would use them."""
-    tokenizer = saved_tokenizer(folder, trust_remote_code)
     cause = _first_difference(
         conversations, tokenizer, folder.name,
         lambda case: rendered(tokenizer, case.messages, add_generation_prompt=True, **case.options),
@@ -108,10 +105,8 @@ def check_modelfile(gates: Gates, path: Path, child: LlamaChild, tokenizer: Any,
             own = modelfile.system and first == {"role": "system", "content": modelfile.system}
             return bos + modelfile.prompt(rest if own else case.messages)
 
-        # The Modelfile itself says what Ollama can't do: a system message where the template has none.
-        takes_system = (START, "system") in modelfile.joints
-        usual = [case for case in conversations
-                 if case.usual and (takes_system or all(m["role"] != "system" for m in case.messages))]
+        # The Modelfile itself says what Ollama can't do: a system message or a tool's result it has no place for.
+        usual = [case for case in conversations if case.usual and modelfile.takes(case.messages)]
         cause = _other_line(path, modelfile.text(child.gguf.name)) or _first_difference(
             usual, tokenizer, "the Modelfile", rendered,
             lambda text: child.tokenize(text.removeprefix(bos), add_bos=add_bos))

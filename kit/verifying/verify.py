@@ -120,11 +120,12 @@ def _check_folders(gates: Gates, evidence: Evidence, steps: Steps) -> None:
         with steps.step("merged", gates, "parity merged"):
             check_merged(gates, evidence, merged)
         with gates.guard("template merged"):
-            check_folder_template(gates, merged, evidence.cases, evidence.recipe.trust_remote_code)
+            check_folder_template(gates, merged, evidence.cases, evidence.tokenizer_in(merged))
     if run.merged_4bit.is_dir():
         with steps.step("merged-4bit", gates, "parity merged-4bit"):
             check_merged(gates, evidence, run.merged_4bit)
-            check_folder_template(gates, run.merged_4bit, evidence.cases, evidence.recipe.trust_remote_code)
+            check_folder_template(gates, run.merged_4bit, evidence.cases,
+                                  evidence.tokenizer_in(run.merged_4bit))
 
 
 def check_ggufs(gates: Gates, evidence: Evidence, steps: Steps | None = None) -> dict[str, Shipped]:

@@ -72,10 +72,11 @@ def test_a_batch_equals_one_at_a_time_and_wrong_padding_is_caught(
             check_batching(model, tokenizer, rows)
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+def start(folder: Path, model: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "kit", "answer", QUICKSTART, str(folder / "q.jsonl"), "max_new_tokens=8",
-         "--batch-size", "3", *more], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "kit", "answer", QUICKSTART, str(folder / "q.jsonl"), f"model_name={model}",
+         "max_new_tokens=8", "--batch-size", "3", *more], cwd=PROJECT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env={**os.environ})
 
 
@@ -85,29 +86,29 @@ def wait_for_answers(journal: Path, count: int, process: subprocess.Popen[str]) 
         time.sleep(0.02)
 
 
-def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_after_a_kill_the_same_command_goes_on(tiny_starter: Path, tmp_path: Path) -> None:
     rows = [{"id": i, "prompt": f"{QUESTIONS[i % 4]} ({i})"} for i in range(24)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     whole = tmp_path / "whole.jsonl"
-    done = start(tmp_path, "-o", str(whole))
+    done = start(tmp_path, tiny_starter, "-o", str(whole))
     told = done.communicate(timeout=200)
     assert done.returncode == 0, told
     out, journal = tmp_path / "q.answers.jsonl", tmp_path / "q.answers.jsonl.partial.jsonl"
-    first = start(tmp_path)
+    first = start(tmp_path, tiny_starter)
     wait_for_answers(journal, 3, first)
     first.send_signal(signal.SIGTERM)
     told = first.communicate(timeout=60)
     assert first.returncode == 130 and f"{journal.read_bytes().count(NEW_LINE) - 1} rows are answered" in told[1], told
     assert "Traceback" not in told[1] and not out.exists()
     kept = journal.read_bytes().count(b"\n") - 1
-    second = start(tmp_path)
+    second = start(tmp_path, tiny_starter)
     wait_for_answers(journal, kept + 3, second)
     second.kill()
     second.communicate()
     assert not out.exists()
-    changed = kit("answer", QUICKSTART, str(tmp_path / "q.jsonl"), "max_new_tokens=9")
+    changed = kit("answer", QUICKSTART, str(tmp_path / "q.jsonl"), f"model_name={tiny_starter}", "max_new_tokens=9")
     assert changed.returncode == 2 and "max_new_tokens was 8, is 9" in changed.stderr, changed.stderr
-    third = start(tmp_path)
+    third = start(tmp_path, tiny_starter)
     told = third.communicate(timeout=200)
     assert third.returncode == 0 and "resuming: " in told[0] and "24 of 24 rows answered" in told[0], told
     assert out.read_bytes() == whole.read_bytes()

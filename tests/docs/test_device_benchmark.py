@@ -47,6 +47,7 @@ def test_without_llama_cpp_no_gguf_is_asked_for(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_way_and_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick: dict[str, Any] = {"max_steps": 8, "gguf": ["f16"], "test_size": 4, "max_new_tokens": 24}
     monkeypatch.setitem(device.SIZES, "tiny", quick)

@@ -92,10 +92,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_merge_is_pefts(name: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_merge_is_pefts(name: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     import torch
 
-    base = in_float32(tiny("qwen2"), tmp_path / "base")
+    base = in_float32(tiny("qwen2", short=True), tmp_path / "base")
     adapter = save_adapter(base, tmp_path / "adapter", **SETTINGS[name])
     merge_adapter(base, adapter, tmp_path / "merged")
     ours, theirs, before = weights(tmp_path / "merged"), pefts_merge(base, adapter), weights(base)
@@ -112,13 +112,13 @@ def test_the_merge_is_pefts(name: str, tiny: Callable[[str], Path], tmp_path: Pa
     assert [gate.name for gate in gates.failed] == ["merge"]
 
 
-def test_an_adapter_trained_elsewhere(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_adapter_trained_elsewhere(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """No tokenizer with it, other keys, other order: the merge is the same, the tokenizer and stop are the base's."""
     import torch
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"
-    shutil.copytree(tiny("qwen3"), base)
+    shutil.copytree(tiny("qwen3", short=True), base)
     stops = {"eos_token_id": [151645, 151643], "pad_token_id": 151643}
     (base / "generation_config.json").write_text(json.dumps(stops))
     plain, other = save_adapter(base, tmp_path / "plain"), tmp_path / "other"
@@ -170,19 +170,19 @@ REFUSED = {"target_parameters": ["experts.gate_up_proj"], "fan_in_fan_out": True
            "init_lora_weights": "pissa", "lora_bias": True, "peft_type": "LOHA"}  # fmt: skip
 
 
-def test_what_cannot_be_merged_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    adapter, target = save_adapter(tiny("qwen3"), tmp_path / "adapter"), tmp_path / "merged"
+def test_what_cannot_be_merged_is_named(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    adapter, target = save_adapter(tiny("qwen3", short=True), tmp_path / "adapter"), tmp_path / "merged"
     settings = json.loads((adapter / "adapter_config.json").read_text())
     for name, value in REFUSED.items():
         (adapter / "adapter_config.json").write_text(json.dumps({**settings, name: value}))
         with pytest.raises(KitError, match=name):
-            merge_adapter(tiny("qwen3"), adapter, target)
+            merge_adapter(tiny("qwen3", short=True), adapter, target)
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(GateError, match=r"q_proj.weight is of shape .*128, 64.*it is \(64, 64\)"):
-        merge_adapter(tiny("qwen2"), adapter, target)
-    tied = save_adapter(tiny("qwen3"), tmp_path / "tied", modules_to_save=["embed_tokens"])
+        merge_adapter(tiny("qwen2", short=True), adapter, target)
+    tied = save_adapter(tiny("qwen3", short=True), tmp_path / "tied", modules_to_save=["embed_tokens"])
     with pytest.raises(KitError, match="ties its head to its embedding"):
-        merge_adapter(tiny("qwen3"), tied, target)
+        merge_adapter(tiny("qwen3", short=True), tied, target)
     assert not target.exists()
 
 
@@ -210,7 +210,7 @@ def test_peak_memory_is_less_than_a_shard_and_a_gigabyte(tmp_path: Path) -> None
     assert [file.stat().st_size for file in weight_files(tmp_path / "merged")] == shards
 
 
-def test_the_4_bit_copy_is_the_merged_model_in_4_bit(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_4_bit_copy_is_the_merged_model_in_4_bit(tiny: Callable[..., Path], tmp_path: Path) -> None:
     import torch
     from bitsandbytes.nn import Linear4bit
     from peft.utils.integrations import dequantize_module_weight
@@ -218,7 +218,7 @@ def test_the_4_bit_copy_is_the_merged_model_in_4_bit(tiny: Callable[[str], Path]
 
     from kit.models.load import four_bit_config
 
-    base = tiny("qwen2")
+    base = tiny("qwen2", short=True)
     merge_adapter(base, save_adapter(base, tmp_path / "adapter"), tmp_path / "merged")
     recipe = Recipe.load({}, save_merged="4bit")
     save_4bit(tmp_path / "merged", tmp_path / "merged-4bit", recipe)

@@ -16,6 +16,7 @@ import pytest
 from kit.common.errors import KitError
 from kit.export.modelfile import (
     START,
+    Modelfile,
     derive,
     fill,
     go_template,
@@ -107,6 +108,13 @@ def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
 
 
+CALLED = [*turns("How warm is it?", '{"name": "weather", "arguments": {"city": "北京"}}'),
+          {"role": "tool", "content": '{"celsius": 21}\n"fair" & <b>'}]
+WITH_TOOLS = [CALLED, [*CALLED, CALLED[-1]], [*CALLED, *turns("b", "21 degrees")[1:], *turns("And there?")],
+              [*CALLED, CALLED[1], CALLED[2], *turns("b", "21")[1:], *CALLED],
+              [{"role": "system", "content": "Call a function."}, *CALLED]]
+
+
 @pytest.mark.parametrize("template", [CHATML, ALPACA])
 def test_our_steps_equal_jinja(template: str) -> None:
     render = jinja(template)
@@ -151,6 +159,21 @@ def test_no_system_role_is_left_out_and_said() -> None:
     notes = " ".join(limits(joints, render, Tokenizer()))
     assert "no system message" in notes
     assert "strips the space" in notes
+
+
+def test_tools_results_are_taken_over_whole_or_left_out_and_that_is_said() -> None:
+    """A template that counts the results of a call, or writes them as JSON, is beyond Ollama's."""
+    class Tokenizer:
+        chat_template, bos_token = "", None
+
+    for write, taken in (("m.content", True), ("m.content | tojson if m.role == 'tool' else m.content", False),
+                         ("loop.index ~ m.content if m.role == 'tool' else m.content", False)):
+        render = jinja(CHATML.replace("m.content", f"({write})"))
+        joints = derive(render)
+        told = " ".join(limits(joints, render, Tokenizer()))
+        assert Modelfile(joints, [], 0, "", []).takes(CALLED) is taken is ("tools' results" not in told)
+        if taken:
+            assert [fill(joints, talk) for talk in WITH_TOOLS] == [render(talk) for talk in WITH_TOOLS]
 
 
 @pytest.mark.parametrize(("template", "part"), [
@@ -216,15 +239,17 @@ def trained(name: str, recipe: Recipe, tokenizer: Any) -> Any:
     """The tokenizer as a training of that template leaves it: its family's own, or the starter's."""
     if name == "llama":
         return prepare_tokenizer(tiny_tokenizer(name), recipe)
-    return prepare_tokenizer(real_tokenizer(PAIRS[name].vocab, name) if name in PAIRS else copy.deepcopy(tokenizer),
-                             recipe)
+    return prepare_tokenizer(real_tokenizer(PAIRS[name].vocab, name, short=True) if name in PAIRS
+                             else copy.deepcopy(tokenizer), recipe)
 
 
-def conversations(system: bool) -> list[list[dict[str, str]]]:
-    """Those of the proof and those of the gate; with system messages where the template has them."""
+def conversations(modelfile: Modelfile) -> list[list[dict[str, str]]]:
+    """Those of the proof and those of the gate, with system messages and tools' results where the template has them."""
     from kit.verifying.template import TALKS
 
-    return [*proof_conversations(system), *(talk for talk in TALKS.values() if system or talk[0]["role"] == "user")]
+    system = (START, "system") in modelfile.joints
+    return [*proof_conversations(system),
+            *(talk for talk in [*TALKS.values(), *WITH_TOOLS] if modelfile.takes(talk))]
 
 
 @pytest.mark.slow
@@ -238,7 +263,7 @@ def test_go_renders_what_jinja_renders(name: str, thinking: bool | None, tokeniz
     # Ollama puts this one before a prompt by itself.
     bos = tokenizer.bos_token if tokenizer("")["input_ids"] == [tokenizer.bos_token_id] else ""
     assert bos == ("<|begin_of_text|>" if name == "llama" else "")
-    talks = conversations((START, "system") in modelfile.joints)
+    talks = conversations(modelfile)
     expected = [render(tokenizer, talk, recipe, add_generation_prompt=True) for talk in talks]
     assert [bos + modelfile.prompt(talk) for talk in talks] == expected
     if shutil.which("go"):  # else the next test is skipped, and says so

@@ -38,13 +38,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def recipe_of(taught: Callable[[str], Path], tmp_path: Path) -> Callable[..., Recipe]:
+def recipe_of(taught: Callable[..., Path], tmp_path: Path) -> Callable[..., Recipe]:
     """`recipe_of(name, **fields)`: a recipe that trains the tiny model for two steps."""
     rows = write_rows(tmp_path / "talks.jsonl", talks())
 
     def make(run_name: str = "run", **fields: Any) -> Recipe:
-        return Recipe.load({"run_name": run_name, "output_dir": str(tmp_path), "model_name": str(taught("qwen2")),
-                            "dataset": str(rows), "max_steps": 2, "max_train_samples": 4, "warmup_steps": 0,
+        return Recipe.load({"run_name": run_name, "output_dir": str(tmp_path),
+                            "model_name": str(taught("qwen2", short=True)), "dataset": str(rows), "max_steps": 2,
+                            "max_train_samples": 4, "warmup_steps": 0,
                             "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
                             "max_seq_length": 256, "r": 4, "use_gradient_checkpointing": False,
                             "train_sampling_strategy": "sequential", "save_minutes": None, **fields})
@@ -164,7 +165,7 @@ def test_8_bit_dora_is_refused_on_a_cpu(recipe_of: Callable[..., Recipe]) -> Non
 
 
 def test_loftq_leaves_the_least_that_its_rank_can(recipe_of: Callable[..., Recipe],
-                                                  taught: Callable[[str], Path]) -> None:
+                                                  taught: Callable[..., Path]) -> None:
     import torch
     from peft.utils.integrations import dequantize_module_weight
     from safetensors.torch import load_file
@@ -172,7 +173,7 @@ def test_loftq_leaves_the_least_that_its_rank_can(recipe_of: Callable[..., Recip
     recipe = recipe_of(**METHODS["LoftQ"], use_rslora=True)
     model, tokenizer = kit.load_model(recipe)
     model = kit.add_lora(model, recipe)
-    original = load_file(taught("qwen2") / "model.safetensors")
+    original = load_file(taught("qwen2", short=True) / "model.safetensors")
     seen = 0
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
@@ -187,7 +188,7 @@ def test_loftq_leaves_the_least_that_its_rank_can(recipe_of: Callable[..., Recip
     for number in range(2):  # it can't be merged into the original weights, nor what is trained on from it
         adapter = kit.save_adapter(model, tokenizer, Run.of(recipe_of(f"run{number}")))
         with pytest.raises(KitError, match="loftq, which changes the base model's weights"):
-            check_mergeable(adapter, taught("qwen2"))
+            check_mergeable(adapter, taught("qwen2", short=True))
         goes_on = recipe_of(load_in_4bit=True, adapter_name_or_path=str(adapter))
         model = kit.add_lora(kit.load_model(goes_on)[0], goes_on)
     goes_on = recipe_of(adapter_name_or_path=str(adapter))
@@ -242,14 +243,15 @@ def test_training_goes_on_from_an_adapter(recipe_of: Callable[..., Recipe], tmp_
 
 
 def test_an_adapter_trained_elsewhere_keeps_its_ranks_and_layers(
-        recipe_of: Callable[..., Recipe], taught: Callable[[str], Path], tmp_path: Path) -> None:
+        recipe_of: Callable[..., Recipe], taught: Callable[..., Path], tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     config = LoraConfig(task_type="CAUSAL_LM", r=4, rank_pattern={"v_proj": 2}, layers_to_transform=[0],
                         target_modules=["q_proj", "v_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(taught("qwen2")), config).save_pretrained(tmp_path / "theirs")
+    base = AutoModelForCausalLM.from_pretrained(taught("qwen2", short=True))
+    get_peft_model(base, config).save_pretrained(tmp_path / "theirs")
     recipe = recipe_of(adapter_name_or_path=str(tmp_path / "theirs"))
     model, tokenizer = kit.load_model(recipe)
     trainer = kit.make_trainer(kit.add_lora(model, recipe), tokenizer, kit.load_data(recipe, tokenizer), recipe)

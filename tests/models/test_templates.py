@@ -135,7 +135,7 @@ def refusal(template: str, case: str) -> str | None:
 @lru_cache(maxsize=1)
 def built(template: str) -> tuple[Any, str, str | None]:
     """A template's tokenizer with the stop and pad tokens it came with."""
-    tokenizer = real_tokenizer(PAIRS[template].vocab, template)
+    tokenizer = real_tokenizer(PAIRS[template].vocab, template, short=True)
     return tokenizer, tokenizer.eos_token, tokenizer.pad_token
 
 

@@ -117,7 +117,9 @@ def test_the_starter_passes_within_a_minute(tmp_path: Path, capfd: pytest.Captur
     assert all(f"✓ {name}" in said for name in STEPS)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2"])  # its base is the harder one
+@pytest.mark.parametrize("family", [  # whole runs of Llama and of a base are in verifying/test_verify.py
+    pytest.param(family, marks=[pytest.mark.long] if family in ("llama", "qwen2-base") else [])
+    for family in FAMILIES if family != "qwen2"])  # its base is the harder one
 def test_families_pass(family: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     gates = rehearse(recipe(tiny(family), tmp_path, gguf=["q8_0"]))
     assert signs(gates) == dict.fromkeys(STEPS, True), gates

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 QWEN2: tuple[str, str, str, dict[str, Any]] = ("qwen2", "Qwen-Qwen2.5-7B-Instruct", "Qwen2Config",
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "bos_token_id": 151643})
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}})
 # {family: (vocabulary, template, config class, what its config has besides SHAPE)}. llama.cpp's archive holds one
 # Gemma vocabulary, that of Gemma 4, and the converter asks for a SentencePiece file for the earlier ones: so Gemma 4.
 FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -19,7 +19,7 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "qwen2-base": QWEN2,
     "qwen3": ("qwen2", "Qwen-Qwen3-0.6B", "Qwen3Config",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0}, "head_dim": 32,
-         "tie_word_embeddings": True, "bos_token_id": 151643}),
+         "tie_word_embeddings": True}),
     "llama": ("llama-bpe", "meta-llama-Llama-3.2-3B-Instruct", "LlamaConfig",
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0,
                              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
@@ -32,12 +32,15 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
          "num_key_value_heads": 2, "max_position_embeddings": 4096, "dtype": "bfloat16"}  # fmt: skip
 
 
-def tiny_model(family: str, folder: Path) -> Path:
-    """Write a random bfloat16 model of two layers with its tokenizer into `folder`; return it."""
+def tiny_model(family: str, folder: Path, short: bool = False) -> Path:
+    """Write a random bfloat16 model of two layers with its tokenizer into `folder`; return it.
+
+    `short` cuts its vocabulary, for what makes no GGUF of it.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    tokenizer = tiny_tokenizer(family)
+    tokenizer = tiny_tokenizer(family, short)
     config = tiny_config(family, tokenizer)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -52,12 +55,12 @@ def tiny_model(family: str, folder: Path) -> Path:
     return folder
 
 
-def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(family: str, short: bool = False) -> PreTrainedTokenizerFast:
     """The family's tokenizer as its makers ship it: Llama's and Gemma's put BOS before a text, Qwen's has none."""
     from tokenizers.processors import TemplateProcessing
 
     vocab, template, _, _ = FAMILIES[family]
-    tokenizer = real_tokenizer(vocab, template)
+    tokenizer = real_tokenizer(vocab, template, short)
     if vocab == "qwen2":
         tokenizer.bos_token = None
     else:
@@ -81,6 +84,8 @@ def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedCo
     vocab_size = -(-len(tokenizer) // 64) * 64
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}
+    if family.startswith("qwen"):
+        ids["bos_token_id"] = tokenizer.convert_tokens_to_ids("<|endoftext|>")  # though its tokenizer names none
     return getattr(transformers, name)(vocab_size=vocab_size, **{**ids, **SHAPE, **own})
 
 

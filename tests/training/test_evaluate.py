@@ -60,12 +60,12 @@ def test_figures_are_those_of_whole_logits(fields: dict[str, Any]) -> None:
     assert found["token_accuracy"] == pytest.approx(right / tokens)
 
 
-def test_less_memory_than_the_logits_would_take(tiny: Callable[[str], Path]) -> None:
+def test_less_memory_than_the_logits_would_take(tiny: Callable[..., Path]) -> None:
     """Four rows of 512 trained tokens, a vocabulary of 152,000: their logits alone are 1.2 GB in float32."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tiny("qwen2")
+    folder = tiny("qwen2", short=True)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = [[(7 * i + j) % 1000 for i in range(512)] for j in range(4)]
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})

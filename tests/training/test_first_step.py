@@ -30,7 +30,7 @@ CHECKPOINTING = [False, True, "unsloth"]
 
 
 @pytest.fixture(scope="module")
-def model_of(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model_of(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny model whose first loss is that of guessing: its makers' random weights are surer than they know."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,12 +40,12 @@ def model_of(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     def calm(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family)
-            model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_pretrained(tiny(family, short=True), dtype=torch.bfloat16)
             with torch.no_grad():
                 for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
                     weight.mul_(0.25)
             model.save_pretrained(made[family])
-            AutoTokenizer.from_pretrained(tiny(family)).save_pretrained(made[family])
+            AutoTokenizer.from_pretrained(tiny(family, short=True)).save_pretrained(made[family])
         return made[family]
 
     return calm

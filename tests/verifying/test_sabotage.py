@@ -417,6 +417,11 @@ def test_the_modelfile(finished: Path, evidence: Evidence, tmp_path: Path, sabot
     assert re.search(cause, found[gates[0]].detail), found[gates[0]].detail
 
 
+CALL = [{"role": "user", "content": "北京现在多少度？"}, {"role": "assistant", "content": '{"name": "weather"}'},
+        {"role": "tool", "content": '{"celsius": 21}'}, {"role": "assistant", "content": "21 度。"}]
+CALLS = [CALL, [*CALL[:3], *CALL[1:]]]
+
+
 @pytest.mark.parametrize(("sabotage", "cause"), by_name([
     (second_template, "^line .*TEMPLATE.*PARAMETER num_ctx"), (no_system_prompt, "^line .*PARAMETER stop.*SYSTEM"),
     (carriage_returns, r"^line 1 .*\\r"), (cut_at_the_end, "^line .*''.*PARAMETER num_ctx"),
@@ -427,17 +432,18 @@ def test_another_text_of_the_modelfile(finished: Path, tmp_path: Path, sabotage:
 
     from kit.export.modelfile import modelfile_of
     from kit.gguf.child import LlamaChild
-    from kit.verifying.template import check_modelfile
+    from kit.verifying.template import cases, check_modelfile
 
     run = copy_run(finished, tmp_path)
     recipe = run.recipe.model_copy(update={"system_prompt": "Be brief."})
     tokenizer, path, gates = AutoTokenizer.from_pretrained(run.merged), run.folder / MODELFILE, Gates("")
     replace(path, modelfile_of(recipe, tokenizer).text(Path(Q8_0).name))
+    every = list(cases(tokenizer, recipe, CALLS))
     with LlamaChild(run.folder / Q8_0) as child:
-        check_modelfile(gates, path, child, tokenizer, [], recipe)
-        assert gates.passed, gates
+        check_modelfile(gates, path, child, tokenizer, every, recipe)
+        assert gates.passed and gates.gates[0].figure == f"{len(every)} conversations", gates
         sabotage(path)
-        check_modelfile(gates, path, child, tokenizer, [], recipe)
+        check_modelfile(gates, path, child, tokenizer, every, recipe)
     [gate] = gates.failed
     assert gate.name == "template Modelfile" and gate.hint
     assert re.search(cause, gate.detail), gate.detail
@@ -453,7 +459,7 @@ def test_bos_twice_in_ollama(tiny: Callable[[str], Path], tmp_path: Path, monkey
 
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     recipe = Recipe.load({}, num_ctx=256)
-    every = list(cases(tokenizer, recipe, []))
+    every = list(cases(tokenizer, recipe, CALLS))  # its results of tools are JSON in JSON, which Ollama's can't be
     [gguf] = kit.export_gguf(tiny("llama"), tmp_path, ["q8_0"], "tiny")
     path = kit.write_modelfile(tmp_path / "Modelfile", gguf.name, tokenizer, 256)
     with LlamaChild(gguf) as child:

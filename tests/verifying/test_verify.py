@@ -52,7 +52,7 @@ def whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return run
 
 
-def test_qwen3(taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+def test_qwen3(taught: Callable[..., Path], whole_run: Callable[..., Any]) -> None:
     """With enable_thinking off, three quantisations, and the page that says so."""
     run, gates = whole_run(taught("qwen3"), name="qwen3", gguf=EVERY, **PLAIN["qwen3"])
     assert {f"{gate} {name}" for gate in ("origin", "tokenizer", "shape", "template", "parity") for name in EVERY} \
@@ -72,11 +72,12 @@ def check_figures(run: Path, gates: dict[str, dict[str, Any]]) -> None:
 
 
 # Each with a seed of its own: sound runs pass whatever their seed.
-def test_llama(taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+def test_llama(taught: Callable[..., Path], whole_run: Callable[..., Any]) -> None:
     check_figures(*whole_run(taught("llama"), name="llama", gguf=["f16", "q8_0"], random_state=1, seed=1))
 
 
-def test_gemma(taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+@pytest.mark.long
+def test_gemma(taught: Callable[..., Path], whole_run: Callable[..., Any]) -> None:
     # Its template opens an answer with an empty thought unless it is to think, and rows have none.
     run, gates = whole_run(taught("gemma"), name="gemma", gguf=["f16", "q8_0"], enable_thinking=True, max_steps=25,
                            random_state=2, seed=2)
@@ -89,12 +90,12 @@ def kl(gate: dict[str, Any]) -> float:
 
 @pytest.mark.long
 @pytest.mark.parametrize("family, seed", [("qwen2", 3), ("qwen3", 1), ("qwen3", 2)])
-def test_other_seeds(family: str, seed: int, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+def test_other_seeds(family: str, seed: int, taught: Callable[..., Path], whole_run: Callable[..., Any]) -> None:
     check_figures(*whole_run(taught(family), name=f"{family}-{seed}", gguf=["f16", "q8_0"], random_state=seed,
                              seed=seed, **PLAIN.get(family, {})))
 
 
-SELDOM = {"8bit", "rslora", "alpaca"}  # their training and merge have tests of their own
+SELDOM = {"8bit", "rslora", "base-chatml", "alpaca"}  # their training and merge have tests of their own
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("qwen2", {"load_in_4bit": True, "save_merged": "4bit", "gguf": ["q8_0"]}),
     "8bit": ("qwen2", {"load_in_8bit": True, "gguf": ["q8_0"]}),
@@ -107,7 +108,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name in SELDOM else [])
                                   for name in VARIANTS])
-def test_a_setting(name: str, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
+def test_a_setting(name: str, taught: Callable[..., Path], whole_run: Callable[..., Any]) -> None:
     family, fields = VARIANTS[name]
     _, gates = whole_run(taught(family), name=name, **fields)
     assert {"parity merged", "parity q8_0", "template Modelfile", "stops by itself"} <= set(gates)
@@ -129,8 +130,8 @@ UNSHIPPED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ["cut", pytest.param("no-held-out", marks=pytest.mark.long),
                                   pytest.param("lazy", marks=pytest.mark.long)])
-def test_an_adapter_alone(name: str, taught: Callable[[str], Path], whole_run: Callable[..., Any]) -> None:
-    run, gates = whole_run(taught("qwen3"), name=name, save_merged="none", gguf=[], **UNSHIPPED[name])
+def test_an_adapter_alone(name: str, taught: Callable[..., Path], whole_run: Callable[..., Any]) -> None:
+    run, gates = whole_run(taught("qwen3", short=True), name=name, save_merged="none", gguf=[], **UNSHIPPED[name])
     # The answers kept are greedy ones, whatever the recipe samples.
     reference = Reference.load(run / "reference.safetensors")
     kept = compare(reference, reference.predictions).answers
@@ -143,20 +144,20 @@ def test_an_adapter_alone(name: str, taught: Callable[[str], Path], whole_run: C
 LONG = [SYSTEM, *turns("Where is my parcel 9? " + "It was blue. " * 400, "可以，三天内退回。🙂")]
 
 
-def test_long_held_out_rows(taught: Callable[[str], Path], whole_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_long_held_out_rows(taught: Callable[..., Path], whole_run: Callable[..., Any], tmp_path: Path) -> None:
     """Of rows longer than the reference takes, those that fit are compared."""
     held_out = write_rows(tmp_path / "held-out.jsonl", [LONG, *talks()[:3], LONG])
-    run, _ = whole_run(taught("qwen3"), name="long", save_merged="none", gguf=[], test_size=0, max_seq_length=2048,
-                       eval_dataset=str(held_out), eval_overlap="keep", max_steps=20)
+    run, _ = whole_run(taught("qwen3", short=True), name="long", save_merged="none", gguf=[], test_size=0,
+                       max_seq_length=2048, eval_dataset=str(held_out), eval_overlap="keep", max_steps=20)
     assert {row.number for row in Reference.load(run / "reference.safetensors").rows} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("overlong", [pytest.param("drop", marks=pytest.mark.long), "truncate_prompt"])
-def test_held_out_rows_that_are_left_out_or_shortened(overlong: str, taught: Callable[[str], Path],
+def test_held_out_rows_that_are_left_out_or_shortened(overlong: str, taught: Callable[..., Path],
                                                       whole_run: Callable[..., Any], tmp_path: Path) -> None:
     """The rows are numbered here as in training, so each answer is held against its own row's."""
     held_out = write_rows(tmp_path / "held-out.jsonl", [LONG, *talks()[:6]])
-    run, _ = whole_run(taught("qwen3"), name="overlong", save_merged="none", gguf=[], test_size=0,
+    run, _ = whole_run(taught("qwen3", short=True), name="overlong", save_merged="none", gguf=[], test_size=0,
                        overlong_rows=overlong, eval_dataset=str(held_out), eval_overlap="keep", **PLAIN["qwen3"])
     scores = json.loads((run / "verify.json").read_text(encoding="utf-8"))["scores"]
     assert scores["adapter"] == read_result(run)["score_after"]

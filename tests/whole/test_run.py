@@ -160,10 +160,10 @@ def test_a_character_of_several_tokens_is_streamed_whole(starter: Path) -> None:
     assert " 🙂" in pieces and "\ufffd" not in "".join(pieces)
 
 
-def start(tmp_path: Path, command: str, *fields: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, model: Path, command: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-m", "kit", command, "recipes/quickstart.yaml", f"output_dir={tmp_path}",
-                             "gguf=[]", "max_eval_samples=1", "max_new_tokens=4", *fields], cwd=PROJECT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                             f"model_name={model}", "gguf=[]", "max_eval_samples=1", "max_new_tokens=4"], cwd=PROJECT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for_training(folder: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def wait_for_training(folder: Path, process: subprocess.Popen[str]) -> dict[str,
     return read_result(folder)
 
 
-def test_a_killed_kernel_is_a_failed_run(tmp_path: Path) -> None:
-    process = start(tmp_path, "run")
+def test_a_killed_kernel_is_a_failed_run(tiny_starter: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, tiny_starter, "run")
     result = wait_for_training(tmp_path / "quickstart", process)
     os.kill(result["pid"], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
@@ -187,8 +187,8 @@ def test_a_killed_kernel_is_a_failed_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "train"])
-def test_interrupting_ends_the_kernel_too(tmp_path: Path, command: str) -> None:
-    process = start(tmp_path, command)
+def test_interrupting_ends_the_kernel_too(tiny_starter: Path, tmp_path: Path, command: str) -> None:
+    process = start(tmp_path, tiny_starter, command)
     kernel = wait_for_training(tmp_path / "quickstart", process)["pid"]
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -218,7 +218,7 @@ def changed_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         jupytext.write(notebook, tmp_path / "01_finetune.py", fmt="py:percent")
         jupytext.write(notebook, tmp_path / "01_finetune.ipynb")
         monkeypatch.setattr(batch, "NOTEBOOK", tmp_path / "01_finetune.py")
-        code = getattr(batch, how)("recipes/quickstart.yaml", {"output_dir": str(tmp_path / "runs")}, False)
+        code = getattr(batch, how)("recipes/quickstart.yaml", {"output_dir": str(tmp_path / "runs"), "gguf": []}, False)
         return code, json.loads((tmp_path / "runs" / "quickstart" / "result.json").read_text())
 
     monkeypatch.chdir(PROJECT)
@@ -240,11 +240,12 @@ def test_every_early_end_is_a_failure_that_says_where(changed_notebook: Any, how
     assert reason in result["reason"].replace(": 0", "(0)")
 
 
-def test_plain_papermill(tmp_path: Path) -> None:
+def test_plain_papermill(tiny_starter: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", "notebooks/01_finetune.ipynb", str(out), "-p", "recipe",
                "recipes/quickstart.yaml", "-p", "learning_rate", "1e-4", "-p", "max_steps", "2", "-p", "output_dir",
-               str(tmp_path), "-p", "max_eval_samples", "1", "-p", "max_new_tokens", "4", "-y", "gguf: []"]
+               str(tmp_path), "-p", "max_eval_samples", "1", "-p", "max_new_tokens", "4", "-p", "model_name",
+               str(tiny_starter), "-y", "gguf: []"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     run = Run.open(tmp_path / "quickstart")
@@ -254,8 +255,9 @@ def test_plain_papermill(tmp_path: Path) -> None:
     assert wrong.returncode != 0 and "did you mean" in wrong.stderr
 
 
-def test_train_is_the_same_run_without_a_kernel(tmp_path: Path) -> None:
-    done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}", "gguf=[]", *FEW_STEPS)
+def test_train_is_the_same_run_without_a_kernel(tiny_starter: Path, tmp_path: Path) -> None:
+    done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}", f"model_name={tiny_starter}", "gguf=[]",
+               *FEW_STEPS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert read_result(tmp_path / "quickstart")["status"] == "finished"
     assert "── 10. Train ──" in done.stdout and "⟦" in done.stdout

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 
-def test_kit_run_reaches_the_kernel_and_goes_on(taught: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, taught("qwen2"), name="stop", gguf=[])
+def test_kit_run_reaches_the_kernel_and_goes_on(taught: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, taught("qwen2", short=True), name="stop", gguf=[])
     run = tmp_path / "runs" / "stop"
     code, said = stopped(["kit", "run", str(recipe)], run, signal.SIGTERM)
     result = read_result(run)
@@ -54,8 +54,8 @@ def test_kit_run_reaches_the_kernel_and_goes_on(taught: Callable[[str], Path], t
     assert len(result["train"]["losses"]) == result["train"]["steps"]
 
 
-def test_twice_stops_at_once(taught: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, taught("qwen2"), name="twice", gguf=[], per_device_train_batch_size=1,
+def test_twice_stops_at_once(taught: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, taught("qwen2", short=True), name="twice", gguf=[], per_device_train_batch_size=1,
                           gradient_accumulation_steps=64)
     run = tmp_path / "runs" / "twice"
     code, said = stopped(["kit", "train", str(recipe)], run, signal.SIGINT, times=2)
