@@ -22,12 +22,13 @@ pytestmark = pytest.mark.slow
     ({"load_in_8bit": True}, "Linear8bitLt"),
     ({"full_finetuning": True, "learning_rate": 1e-4, "prompt_style": "alpaca"}, "Linear"),
 ], ids=["16-bit", "4-bit", "8-bit", "full"])
-def test_train_save_and_load_again(tmp_path: Path, fields: dict[str, Any], layer: str) -> None:
+def test_train_save_and_load_again(tiny_starter: Path, tmp_path: Path, fields: dict[str, Any], layer: str) -> None:
     import torch
 
-    recipe = Recipe.load({}, output_dir=str(tmp_path), max_train_samples=4, max_eval_samples=2, max_steps=3,
-                         per_device_train_batch_size=4, gradient_accumulation_steps=1, warmup_steps=0,
-                         max_seq_length=256, **{"use_gradient_checkpointing": False, "learning_rate": 1e-3} | fields)
+    recipe = Recipe.load({}, model_name=str(tiny_starter), output_dir=str(tmp_path), max_train_samples=4,
+                         max_eval_samples=2, max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+                         warmup_steps=0, max_seq_length=256,
+                         **{"use_gradient_checkpointing": False, "learning_rate": 1e-3} | fields)
     run = Run.start(recipe)
     model, tokenizer = load_model(recipe)
     assert layer in {type(module).__name__ for module in model.modules()}
@@ -50,11 +51,12 @@ def test_train_save_and_load_again(tmp_path: Path, fields: dict[str, Any], layer
     assert merged and (merged / "model.safetensors").is_file()
 
 
-def test_rows_on_disk_train_to_the_same_losses(tmp_path: Path) -> None:
+def test_rows_on_disk_train_to_the_same_losses(tiny_starter: Path, tmp_path: Path) -> None:
     losses = []
     for lazy in (False, True):
-        recipe = Recipe.load({}, output_dir=str(tmp_path), run_name=f"lazy_{lazy}", lazy_preprocess=lazy, max_steps=2,
-                             max_train_samples=40, max_seq_length=256, use_gradient_checkpointing=False)
+        recipe = Recipe.load({}, model_name=str(tiny_starter), output_dir=str(tmp_path), run_name=f"lazy_{lazy}",
+                             lazy_preprocess=lazy, max_steps=2, max_train_samples=40, max_seq_length=256,
+                             use_gradient_checkpointing=False)
         model, tokenizer = load_model(recipe)
         data = load_data(recipe, tokenizer)
         assert ("input_ids" in data["train"].column_names) is not lazy

@@ -35,18 +35,16 @@ def drive(recipes: list[dict[str, Any]], folder: Path, processes: int = 1, stop:
 
 def in_three(ways: dict[str, dict[str, Any]], model: Path, folder: Path, processes: int = 1, stop: int = 3,
              **environment: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Train the ways uninterrupted; stopped in step 3, the last one killed; and on from there."""
+    """Train the ways uninterrupted; and stopped in step 3, the last one killed, and on from there."""
     def recipes(name: str) -> list[dict[str, Any]]:
         return [{**BASE, "model_name": str(model), "output_dir": str(folder / name), "run_name": f"way{number}", **way}
                 for number, way in enumerate(ways.values())]
 
-    whole, done = drive(recipes("whole"), folder, processes, **environment)
-    assert whole, done.stderr[-3000:]
     stopped, done = drive(recipes("parts"), folder, processes, stop, **environment)
     assert not stopped and done.returncode != 0, done.stderr[-3000:]
     for number in range(len(ways) - 1):
         there = sorted(path.name for path in (folder / "parts" / f"way{number}" / "checkpoints").glob("checkpoint-*"))
         assert f"checkpoint-{stop}" in there, (list(ways)[number], there, done.stderr[-3000:])
-    resumed, done = drive(recipes("parts"), folder, processes, **environment)
-    assert resumed, done.stderr[-3000:]
-    return whole, resumed
+    found, done = drive(recipes("parts") + recipes("whole"), folder, processes, **environment)
+    assert found, done.stderr[-3000:]
+    return found[len(ways):], found[:len(ways)]

@@ -141,7 +141,7 @@ def test_an_adapter_alone(name: str, taught: Callable[..., Path], whole_run: Cal
     assert not [gate for gate in gates if "merge" in gate]
 
 
-LONG = [SYSTEM, *turns("Where is my parcel 9? " + "It was blue. " * 400, "可以，三天内退回。🙂")]
+LONG = [SYSTEM, *turns("Where is my parcel 9? " + "It was blue. " * 250, "可以，三天内退回。🙂")]
 
 
 def test_long_held_out_rows(taught: Callable[..., Path], whole_run: Callable[..., Any], tmp_path: Path) -> None:

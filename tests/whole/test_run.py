@@ -240,12 +240,11 @@ def test_every_early_end_is_a_failure_that_says_where(changed_notebook: Any, how
     assert reason in result["reason"].replace(": 0", "(0)")
 
 
-def test_plain_papermill(tiny_starter: Path, tmp_path: Path) -> None:
+def test_plain_papermill(tmp_path: Path) -> None:
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", "notebooks/01_finetune.ipynb", str(out), "-p", "recipe",
                "recipes/quickstart.yaml", "-p", "learning_rate", "1e-4", "-p", "max_steps", "2", "-p", "output_dir",
-               str(tmp_path), "-p", "max_eval_samples", "1", "-p", "max_new_tokens", "4", "-p", "model_name",
-               str(tiny_starter), "-y", "gguf: []"]
+               str(tmp_path), "-p", "max_eval_samples", "1", "-p", "max_new_tokens", "4", "-y", "gguf: []"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     run = Run.open(tmp_path / "quickstart")
@@ -257,7 +256,7 @@ def test_plain_papermill(tiny_starter: Path, tmp_path: Path) -> None:
 
 def test_train_is_the_same_run_without_a_kernel(tiny_starter: Path, tmp_path: Path) -> None:
     done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}", f"model_name={tiny_starter}", "gguf=[]",
-               *FEW_STEPS)
+               "learning_rate=2e-2", *FEW_STEPS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert read_result(tmp_path / "quickstart")["status"] == "finished"
     assert "── 10. Train ──" in done.stdout and "⟦" in done.stdout
