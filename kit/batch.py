@@ -21,7 +21,8 @@ from kit.common.processes import SIGNALS, is_main, rank, world_size
 from kit.readiness.doctor import preflight
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import join
-from kit.runs.run import Run, clear, close_dead, read_result
+from kit.runs.own import clear
+from kit.runs.run import Run, close_dead, read_result
 
 NOTEBOOK = PROJECT / "notebooks" / "01_finetune.py"
 EVERYWHERE = "every-process"  # the tag of cells that each process of torchrun runs

@@ -46,7 +46,8 @@ class Fields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
     # Run
-    run_name: str = _run("run", "Name of the run's folder below output_dir.", pattern=r"^[\w.+-]+$")
+    run_name: str = _run("run", "Name of the run's folder below output_dir.", pattern=r"^[\w+-][\w.+-]*$",
+                         max_length=80)
     output_dir: str = _place("runs", "Folder in which every run gets a folder of its own.", "path")
 
     # Model

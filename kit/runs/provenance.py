@@ -11,7 +11,8 @@ from kit.common.files import hashes_of, read_json, sha256, write_json
 from kit.common.secrets import secret
 from kit.gguf.formats import Header
 from kit.runs.gates import Gates
-from kit.runs.run import SEALED, Run, read_manifest
+from kit.runs.own import SEALED
+from kit.runs.run import Run, read_manifest
 
 # Texts of a run that people pass on; weights and tokenizers hold no text of the user's.
 TEXTS = ("*.yaml", "*.json", "*.jsonl", "*.ipynb", "*.html", "*.md", "*.txt", "*.jinja", "Modelfile")

@@ -7,7 +7,6 @@ import atexit
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -26,11 +25,9 @@ from kit.models.fetch import adapter_folder, model_folder, read_adapter_config
 from kit.recipe.machine import machine, peak_memory_gb, versions
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
+from kit.runs.own import MODELS, check_own, clear, mark
 
-MODELS = ("adapter", "merged", "merged-4bit", "gguf")  # the folders that hold weights
-SEALED = ("recipe.yaml", "reference.safetensors", "log.jsonl", *MODELS)  # what is shipped, and its witnesses
-MADE = (*SEALED, "manifest.json", "result.json", "notebook.ipynb", "data.html", "figures", "checkpoints",
-        "gathered", "verify.json", "report.html")
+SAME_SECONDS = 2  # by which a process's start may seem to move when the clock is set
 
 
 class Run:
@@ -64,13 +61,16 @@ class Run:
         run = cls.of(recipe)
         if not is_main():
             return run
-        check_free(run.folder)
+        check_free(run)
         kept = ("notebook.ipynb", *(("checkpoints",) if recipe.resume_from_checkpoint else ()))
         clear(run.folder, run.checkpoints, kept)
         run.folder.mkdir(parents=True, exist_ok=True)
+        if recipe.checkpoint_dir:
+            mark(run.checkpoints)
         write_text(run.folder / "recipe.yaml", recipe.dump())
         run._stage_began = time.perf_counter()
-        run.note(status="running", stage="start", pid=os.getpid(), started=timestamp(), seconds={})
+        run.note(status="running", stage="start", pid=os.getpid(), process_started=psutil.Process().create_time(),
+                 started=timestamp(), seconds={})
         _watch(run)
         return run
 
@@ -93,6 +93,7 @@ class Run:
 
     def stage(self, name: str) -> None:
         """Close the stage before, with its seconds, and say in result.json that this one began."""
+        self._check_open()
         self._close_stage()
         self.note(stage=name)
 
@@ -102,23 +103,35 @@ class Run:
         gates.require()
 
     def note(self, **figures: Any) -> None:
-        """Add figures to result.json."""
+        """Add figures to result.json. KitError when the run is finished: nothing is written to it any more."""
+        self._check_open()
         self.result.update(figures)
+        self._write()
+
+    def _check_open(self) -> None:
+        if self.result.get("status") == "finished":
+            raise KitError(f"{self.folder} is a finished run, and stays as it is",
+                           "for another one set another run_name and run all cells from the first; to ask this one: "
+                           "kit ask RUN")
+
+    def _write(self) -> None:
         if is_main():
             write_json(self.folder / "result.json", self.result)
 
     def finish(self) -> None:
         """Write the files with their sizes and mark the run finished."""
+        self._check_open()
         self._close_stage()
         self.result.update(status="finished", stage="done", finished=timestamp(), files=file_sizes(self.folder),
                            peak_memory_gb=round(peak_memory_gb(), 2))
         if forecast := self.result.get("forecast"):
             forecast = {**forecast, "train_seconds": self.result.get("train", {}).get("forecast_seconds")}
             self.result.update(forecast=forecast, forecast_score=forecast_score(forecast, self.result))
-        self.note()
+        self._write()
 
     def fail(self, reason: str, status: str = "failed") -> None:
         """Mark the run as ended early: `stage` stays where it stopped."""
+        self._check_open()
         self._close_stage()
         self.note(status=status, reason=reason, finished=timestamp(), peak_memory_gb=round(peak_memory_gb(), 2))
 
@@ -195,29 +208,16 @@ def forecast_score(forecast: dict[str, Any], result: dict[str, Any]) -> dict[str
     return {name: round(value / forecast[name], 3) for name, value in happened.items() if value and forecast.get(name)}
 
 
-def check_free(folder: Path) -> None:
-    """KitError when the folder holds a finished run, a run at work, or somebody else's files."""
-    result = read_result(folder)
+def check_free(run: Run) -> None:
+    """KitError when the run's folder holds a finished run, a run at work, or somebody else's files."""
+    result = read_result(run.folder)
     status = result.get("status")
     if status == "finished":
-        raise KitError(f"{folder} holds a finished run", "give another run_name, or --overwrite to replace it")
+        raise KitError(f"{run.folder} holds a finished run", "give another run_name, or --overwrite to replace it")
     if status == "running" and result["pid"] != os.getpid():  # a notebook may begin again in its own kernel
-        raise KitError(f"{folder} is in use by a run at work (process {result['pid']})",
+        raise KitError(f"{run.folder} is in use by a run at work (process {result['pid']})",
                        "wait for it, or give another run_name")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in MADE) if folder.is_dir() else []
-    if others and not status:
-        raise KitError(f"{folder} is no run folder: it holds {', '.join(others[:5])}",
-                       "give another run_name or output_dir")
-
-
-def clear(folder: Path, checkpoints: Path, keep: tuple[str, ...] = ()) -> None:
-    """Remove what a run made in its folder, and its checkpoints; nothing else."""
-    for name in (name for name in MADE if name not in keep):
-        path = checkpoints if name == "checkpoints" else folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    check_own(run.folder, run.checkpoints)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -229,7 +229,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 def read_result(folder: Path) -> dict[str, Any]:
     """result.json, with `stopped` for a run whose process is gone; {} when there is none."""
     result = read_json(folder / "result.json")
-    if result.get("status") == "running" and not _alive(result.get("pid")):
+    if result.get("status") == "running" and not _alive(result):
         result.update(status="stopped", reason="the process was killed")
     return result
 
@@ -253,10 +253,13 @@ def close_dead(folder: Path, reason: str) -> dict[str, Any]:
     return result
 
 
-def _alive(pid: Any) -> bool:
+def _alive(result: dict[str, Any]) -> bool:
+    """Whether the run's process is there, and no other one that has its number since a reboot or in a container."""
     try:
-        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+        process, began = psutil.Process(int(result["pid"])), result.get("process_started")
+        same = began is None or abs(process.create_time() - began) < SAME_SECONDS
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.AccessDenied:
         return True
-    except (psutil.NoSuchProcess, TypeError, ValueError):
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
         return False

@@ -20,9 +20,9 @@ from kit.common.files import read_json, sha256, unwritable, write_json
 from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import resolved
+from kit.runs.own import MANIFEST
 from kit.runs.run import Run
 
-MANIFEST = "kit-manifest.json"
 TRAINED = fields_affecting("weights")  # a checkpoint is resumed under the same values only
 LOG = "log.jsonl"  # the run's log as it was at this step
 DISK_HINT = "free room or set checkpoint_dir to another disk; the same command resumes from the checkpoint before"

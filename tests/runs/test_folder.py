@@ -52,8 +52,8 @@ def test_an_unfinished_run_is_replaced_and_nothing_of_others_is_touched(tmp_path
 def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "thesis.docx").write_text("x")
-    with pytest.raises(KitError, match=r"holds thesis\.docx"):
-        check_free(Run.of(recipe_in(tmp_path)).folder)
+    with pytest.raises(KitError, match=r"no run made: thesis\.docx"):
+        check_free(Run.of(recipe_in(tmp_path)))
 
 
 def end_with(tmp_path: Path, last_line: str) -> dict[str, object]:
