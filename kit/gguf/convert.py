@@ -103,8 +103,8 @@ def _convert(merged: Path, target: Path, file_type: str, name: str, about: str) 
         metadata = Path(folder) / "metadata.json"
         metadata.write_text(json.dumps({"general.name": name, "general.description": about or name}), encoding="utf-8")
         source = _without_code(merged, Path(folder) / merged.name)
-        _run([sys.executable, str(script), str(source), "--outfile", str(target), "--outtype", file_type,
-              "--metadata", str(metadata)], f"converting {merged} to {file_type}")
+        _run([sys.executable, "-m", "kit.gguf.tied", str(script), str(source), "--outfile", str(target),
+              "--outtype", file_type, "--metadata", str(metadata)], f"converting {merged} to {file_type}")
 
 
 def _without_code(merged: Path, view: Path) -> Path:

@@ -23,11 +23,14 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
+from filelock import FileLock, Timeout
+
 from kit.common.errors import KitError
-from kit.common.files import PROJECT, cache_dir, whole_folder
+from kit.common.files import PROJECT, cache_dir, read_json, whole_folder, write_json
 
 PACKAGE = "llama-cpp-python"
 CONVERTER = "convert_hf_to_gguf.py"
+SIZES = "kit-sizes.json"  # of the unpacked files
 # Of vendor/llama.cpp: the converter with its modules; models/ has vocabularies and chat templates for tests.
 KEPT = (CONVERTER, "conversion", "gguf-py", "models", "LICENSE")
 # The Python package loads libllama alone: no multimodal library, no HTTPS, and none of `common`, which the
@@ -65,9 +68,21 @@ def converter_dir() -> Path:
     if version is None:
         raise KitError(f"{PACKAGE} is not installed, so there is no GGUF converter", SETUP)
     folder = _converter_folder(version)
-    if not (folder / CONVERTER).is_file():
-        raise KitError(f"no GGUF converter for {PACKAGE} {version}: {folder} is missing", SETUP)
+    if damage := _damage(folder):
+        raise KitError(f"no GGUF converter for {PACKAGE} {version}: {damage}", SETUP)
     return folder
+
+
+def _damage(folder: Path) -> str:
+    """Why the unpacked converter can't be used, or ''."""
+    if not folder.is_dir():
+        return f"{folder} is missing"
+    def size(name: str) -> int:
+        return (folder / name).stat().st_size if (folder / name).is_file() else 0
+
+    written = read_json(folder / SIZES) or {CONVERTER: size(CONVERTER)}  # earlier versions of the kit noted no sizes
+    changed = [name for name in written if not size(CONVERTER) or size(name) != written[name]]
+    return f"{folder} is damaged: {', '.join(changed[:3])}" if changed else ""
 
 
 def installed_version() -> str | None:
@@ -93,7 +108,19 @@ def _converter_folder(version: str) -> Path:
 
 
 def _set_up(version: str) -> None:
-    has_converter = os.environ.get("LLAMA_CPP_DIR") or (_converter_folder(version) / CONVERTER).is_file()
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache_dir() / "setup.lock")  # of two set-ups at once the second finds what the first made
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print("llama.cpp: waiting for another set-up that is at work", flush=True)
+        lock.acquire()
+    with lock:
+        _make_ready(version)
+
+
+def _make_ready(version: str) -> None:
+    has_converter = os.environ.get("LLAMA_CPP_DIR") or not _damage(_converter_folder(version))
     needs_runtime = installed_version() != version
     if has_converter and not needs_runtime:
         print(f"llama.cpp: {PACKAGE} {version} and its converter are ready ({converter_dir()})")
@@ -101,7 +128,6 @@ def _set_up(version: str) -> None:
     wheels = cache_dir() / "wheels" / f"{PACKAGE}-{version}-{machine_key()}"
     wheel = next(wheels.glob("*.whl"), None)
     needs_wheel = needs_runtime and wheel is None
-    cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_dir(), suffix=".partial") as scratch:
         if needs_wheel or not has_converter:
             archive = _download(version, Path(scratch))
@@ -147,6 +173,7 @@ def take_converter(archive: Path, folder: Path) -> None:
     Raises KitError when the archive is torn, holds no converter, or names a path outside the folder.
     """
     print(f"llama.cpp: unpacking the converter to {folder}", flush=True)
+    sizes: dict[str, int] = {}
     with whole_folder(folder) as partial:
         try:
             with tarfile.open(archive) as tar:
@@ -160,10 +187,12 @@ def take_converter(archive: Path, folder: Path) -> None:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with tar.extractfile(member) as source, target.open("wb") as copy:  # type: ignore[union-attr]
                         shutil.copyfileobj(source, copy)
+                    sizes["/".join(parts[3:])] = target.stat().st_size
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             raise KitError(f"{archive.name} could not be unpacked: {error}", f"run {SETUP} again") from error
         if not (partial / CONVERTER).is_file():
             raise KitError(f"{archive.name} holds no vendor/llama.cpp/{CONVERTER}", SETUP)
+        write_json(partial / SIZES, sizes)
 
 
 def _compile(archive: Path, scratch: Path) -> Path:

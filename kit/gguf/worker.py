@@ -13,6 +13,7 @@ import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, chat_formatter_to_chat_completion_handler
 
 from kit.gguf.child import Message
+from kit.gguf.tied import tie
 from kit.gguf.trial import BeyondLimits, attempt, check_length, limited
 
 
@@ -121,4 +122,5 @@ def quantize(source: str, target: str, file_type: str) -> None:
 
 
 if __name__ == "__main__":
+    tie()
     serve() if sys.argv[1] == "serve" else quantize(*sys.argv[2:])

@@ -4,6 +4,8 @@ The chosen model's config is shrunk, its own tokenizer and template are taken as
 conversion, quantisation, llama.cpp and the Modelfile follow by the code that will export the real model.
 """
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,6 +15,7 @@ from typing import Any
 import kit.common.unsloth
 
 import numpy as np
+import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,6 +51,7 @@ ANSWER_TOKENS = 8
 LONGEST = 128  # tokens whose logits are compared
 RANK = 8
 SEED = 3407
+PREFIX = ".rehearsal-"
 EMBEDDINGS = ("embed_tokens", "lm_head")  # trained whole when target_modules names them
 NO_EXPORT = ("this model can't be exported with what is set up here: choose another model, or train without an export "
              "(gguf: [], and if the merge failed save_merged: none)")
@@ -69,9 +73,18 @@ def rehearse(recipe: Recipe) -> Gates:
         return gates
     output_dir = Path(recipe.output_dir).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=output_dir) as folder, suppress(_Stopped):
+    _remove_leftovers(output_dir)
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=output_dir) as folder, suppress(_Stopped):
         _rehearse_in(Path(folder), recipe, gates)
     return gates
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a rehearsal that was killed left; its folder's name has its process."""
+    for path in folder.glob(f"{PREFIX}*"):
+        number = path.name.removeprefix(PREFIX).partition("-")[0]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _rehearse_in(folder: Path, recipe: Recipe, gates: Gates) -> None:

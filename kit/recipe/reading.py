@@ -14,10 +14,37 @@ from kit.common.secrets import secret
 from kit.recipe.fields import Fields
 
 MAX_ERRORS = 20
+DEEPEST = 20  # lists and mappings in one another
 # A parameter of such a name holds a secret, and everything a notebook is given is published with it.
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|private)_?key)$", re.I)
 NO_SECRETS = "tokens come from the environment (HF_TOKEN) or the hub's own login (hf auth login), never from a recipe"
 ALL_FIELDS = "every field with its bounds: docs/recipe.md"
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML's plain part: a file that nests without end, refers to itself, or grows by aliases is refused, and so is a
+    key that is there twice, of which the last would count."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            raise yaml.MarkedYAMLError(problem="a recipe has no aliases (*name): write the value out",
+                                       problem_mark=event.start_mark)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} lists or mappings in one another",
+                                       problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.MappingNode) and self.depth:
+            known: set[str] = set()
+            for key, _ in node.value:
+                if str(key.value) in known:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+                known.add(str(key.value))
+        return node
 
 
 def read_values(source: str | Path | dict[str, Any] | Fields,
@@ -75,9 +102,9 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         if name not in Fields.model_fields:
             raise KitError(f"{name!r} is no recipe field{nearest(name, Fields.model_fields)}", ALL_FIELDS)
         try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise KitError(f"{pair!r}: the value is not YAML: {one_line(error)}", "quote it") from None
+            values[name] = yaml.load(text, PlainLoader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise KitError(f"{pair!r:.200}: the value is not YAML: {one_line(error, 200)}", "quote it") from None
     return values
 
 
@@ -107,12 +134,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's fields and the line each stands on."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=PlainLoader)
+        values = yaml.load(text, PlainLoader)
     except UnicodeDecodeError as error:
         raise KitError(f"{path}: not UTF-8 text (byte {error.start})", "save the recipe as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise KitError(f"{path}: not YAML: {one_line(error)}", "a recipe is lines of `field: value`") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise KitError(f"{path}: not YAML: {one_line(error, 200)}", "a recipe is lines of `field: value`") from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):

@@ -4,12 +4,14 @@ A YAML file states what differs from the defaults; the same file drives the note
 papermill and the command line. `Recipe.load(path, learning_rate="1e-4")` reads and checks it.
 """
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Literal, NoReturn, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 
 from kit.common.errors import nearest
 from kit.gguf.formats import QUANTIZATIONS
@@ -19,6 +21,19 @@ from kit.recipe.reading import read_parameters, read_values, refusal
 
 class Recipe(Fields):
     """Every choice of a run. Frozen; unknown names are refused."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_value(cls, value: Any, about: ValidationInfo) -> Any:
+        """What YAML reads as a truth value is the word that was meant (`eval_strategy: no`), and is never a number."""
+        kinds = list(_kinds(cls.model_fields[str(about.field_name)].annotation))
+        if isinstance(value, bool) and bool not in kinds:
+            meant = [word for word in (("yes", "on") if value else ("no", "off")) if word in kinds]
+            if meant or int in kinds or float in kinds:
+                return meant[0] if meant else _refuse(f"{str(value).lower()} is no number")
+        if isinstance(value, float) and not math.isfinite(value):
+            _refuse("must be finite")
+        return value
 
     @field_validator("dataset", mode="before")
     @classmethod
@@ -121,6 +136,20 @@ class Recipe(Fields):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     given = staticmethod(read_parameters)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types and the words that a field may be, from its annotation: `int | Literal["auto"]` → int, "auto"."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Literal, Union, UnionType):
+        for argument in arguments:
+            yield from _kinds(argument)
+    else:
+        yield annotation
+
+
+def _refuse(why: str) -> NoReturn:
+    raise ValueError(why)
 
 
 def _refuse_unknown(names: Iterable[str], known: Collection[str], kind: str) -> None:

@@ -95,7 +95,8 @@ class Run:
         """Close the stage before, with its seconds, and say in result.json that this one began."""
         self._check_open()
         self._close_stage()
-        self.note(stage=name)
+        self.result.pop("reason", None)  # a cell that was interrupted is run again
+        self.note(stage=name, status="running")
 
     def gate(self, gates: Gates) -> None:
         """Add gates to result.json; GateError when one of them failed."""

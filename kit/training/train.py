@@ -3,13 +3,15 @@
 import math
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from kit.common.unsloth import FastLanguageModel
 
 import torch
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from kit.common.errors import GateError, KitError, Stopped
@@ -67,12 +69,14 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
     own_identity = identity(recipe, trainer.processing_class, trainer.train_dataset, trainer.eval_dataset,
                             sharding(recipe))
     resumed = _checkpoint(run, own_identity) if recipe.resume_from_checkpoint else None
+    if trainer.state.global_step and not resumed:  # its weights are no longer those that a training begins with
+        raise KitError(f"this trainer has taken {trainer.state.global_step} steps already, and there is no checkpoint "
+                       "to resume from", "run the cells again from the one that loads the model")
     began = time.perf_counter()
-    with StopWish() as wish, suppress(TrainedAlready):
+    with StopWish() as wish:
         saving = SaveCallback(trainer, recipe, wish, own_identity, resumed)
-        for callback in (saving, FirstStepCallback(gates, trainer.model), pace):
-            trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
+        with _callbacks(trainer, saving, FirstStepCallback(gates, trainer.model), pace), suppress(TrainedAlready):
+            trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
     seconds = time.perf_counter() - began
     state = trainer.state
     if saving.stopping:
@@ -89,6 +93,18 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
         gates=gates, forecast_seconds=pace.seconds, best_step=best, resumed_from=resumed.step if resumed else None,
         evaluations=[{"step": entry["step"], **{name: entry[f"eval_{name}"] for name in METRICS}}
                      for entry in state.log_history if "eval_loss" in entry])
+
+
+@contextmanager
+def _callbacks(trainer: SFTTrainer, *callbacks: TrainerCallback) -> Iterator[None]:
+    """They serve one call: a second one on the same trainer, after an interrupt, is not stopped by the first's."""
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            trainer.remove_callback(callback)
 
 
 def _checkpoint(run: Run, own_identity: dict[str, Any]) -> Checkpoint | None:

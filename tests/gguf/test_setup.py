@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,7 +150,8 @@ def test_converter_is_taken_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "llama.cpp-9.9"
     llama_cpp_setup.take_converter(source_archive(tmp_path / "a.tar.gz", WHOLE), folder)
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    assert found == {CONVERTER, "conversion/base.py", "models/templates/a.jinja", "LICENSE"}
+    assert found == {CONVERTER, "conversion/base.py", "models/templates/a.jinja", "LICENSE", llama_cpp_setup.SIZES}
+    assert llama_cpp_setup._damage(folder) == ""
     assert (folder / "conversion/base.py").read_text() == "b"
 
 
@@ -159,6 +162,37 @@ def test_torn_archive_leaves_no_folder(tmp_path: Path, share: float) -> None:
     with pytest.raises(KitError, match=r"a\.tar\.gz could not be unpacked"):
         llama_cpp_setup.take_converter(archive, tmp_path / "llama.cpp-9.9")
     assert [each.name for each in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+@pytest.mark.parametrize("name", [CONVERTER, "conversion/base.py"])
+@pytest.mark.parametrize("harm", ["emptied", "gone"])
+def test_a_damaged_converter_is_named_and_made_again(cache: Path, tmp_path: Path, name: str, harm: str,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    version = llama_cpp_setup.pinned_version()
+    archive, folder = source_archive(tmp_path / "a.tar.gz", WHOLE), cache / f"llama.cpp-{version}"
+    llama_cpp_setup.take_converter(archive, folder)
+    (folder / name).write_text("") if harm == "emptied" else (folder / name).unlink()
+    with pytest.raises(KitError, match=f"damaged: {name}"):
+        llama_cpp_setup.converter_dir()
+    monkeypatch.setattr(llama_cpp_setup, "_download", lambda version, into: archive)
+    assert llama_cpp_setup.main() == 0
+    assert llama_cpp_setup.converter_dir() == folder
+
+
+def test_two_set_ups_at_once_wait_for_one_another(cache: Path, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = source_archive(tmp_path / "a.tar.gz", WHOLE)
+    fetched: list[str] = []
+
+    def download(version: str, into: Path) -> Path:
+        fetched.append(version)
+        time.sleep(0.5)
+        return archive
+
+    monkeypatch.setattr(llama_cpp_setup, "_download", download)
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda _: llama_cpp_setup.main(), range(4))) == [0] * 4
+    assert len(fetched) == 1
 
 
 def test_archive_that_points_outside_is_refused(tmp_path: Path) -> None:
@@ -184,7 +218,7 @@ def test_converter_dir_follows_the_installed_runtime(cache: Path, tmp_path: Path
     version = llama_cpp_setup.installed_version()
     folder = cache / f"llama.cpp-{version}"
     folder.mkdir(parents=True)
-    (folder / CONVERTER).touch()
+    (folder / CONVERTER).write_text("x")
     (cache / "llama.cpp-9.9").mkdir()
     assert llama_cpp_setup.converter_dir() == folder
 
@@ -231,7 +265,7 @@ def test_set_up_again_does_nothing_and_says_so(cache: Path, capsys: pytest.Captu
     version = llama_cpp_setup.pinned_version()
     folder = cache / f"llama.cpp-{version}"
     folder.mkdir(parents=True)
-    (folder / CONVERTER).touch()
+    (folder / CONVERTER).write_text("x")
     assert llama_cpp_setup.main() == 0
     assert "are ready" in capsys.readouterr().out
-    assert [each.name for each in cache.iterdir()] == [folder.name]
+    assert {each.name for each in cache.iterdir()} == {folder.name, "setup.lock"}

@@ -251,3 +251,31 @@ def test_a_slip_of_a_field_is_not_taken_for_a_secret() -> None:
         parse_overrides(["max_new_token=5"])
     with pytest.raises(KitError, match="looks like a secret"):
         parse_overrides(["hub_token=5"])
+
+
+@pytest.mark.parametrize("word", ["no", "No", "off", "false", "'no'"])
+def test_words_that_yaml_takes_for_truth_values_are_read_as_meant(word: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"eval_strategy: {word}\nsave_strategy: {word}\n")
+    recipe = Recipe.load(path)
+    assert (recipe.eval_strategy, recipe.save_strategy) == ("no", "no")
+    values = parse_overrides([f"eval_strategy={word}"])
+    assert Recipe.load({"eval_strategy": "epoch", "test_size": 2}, **values).eval_strategy == "no"
+
+
+@pytest.mark.parametrize("line, part", [
+    ("r: true", "true is no number"), ("learning_rate: yes", "true is no number"), ("r: " + "9" * 5000, "digits"),
+    ("learning_rate: .inf", "must be finite"), ("weight_decay: .nan", "must be finite"),
+    ("max_steps: .inf", "must be finite"), ("gguf: " + "[" * 3000 + "]" * 3000, "in one another"),
+    ("gguf: &a [*a]", "no aliases"), ("run_name: " + "n" * 300, "at most 80"), ("run_name: ..", "pattern"),
+    ("columns: {instruction: a, instruction: b}", "instruction is there twice"), ("eval_strategy: yes", "input should"),
+    ("a: &a [x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi",
+                                                                                      strict=True)), "no aliases"),
+    ("? [a, b]\n: 1", "unhashable key"), ("dataset: {a: .inf}", "how often"), ("dataset: {a: true}", "how often"),
+])  # fmt: skip
+def test_a_recipe_of_any_making_ends_in_one_message(line: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(line + "\n")
+    with pytest.raises(KitError) as error:
+        Recipe.load(path)
+    assert part in error.value.message and len(error.value.message) < 6000, error.value.message[:500]
