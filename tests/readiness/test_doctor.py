@@ -59,20 +59,20 @@ def test_packages_as_tested() -> None:
     gate = checks.packages()
     assert gate.passed is not False
     own = "\n".join(f"{name}=={checks._installed(name)}" for name in ("pydantic", "PyYAML"))
-    assert checks.packages(_constraints(own)).passed is True
+    assert checks.packages(None, _constraints(own)).passed is True
 
 
 def test_other_versions_are_a_remark_that_names_both() -> None:
-    gate = checks.packages(_constraints("pydantic==1.2.3\nPyYAML==0.1"))
+    gate = checks.packages(None, _constraints("pydantic==1.2.3\nPyYAML==0.1"))
     assert gate.passed is None and f"pydantic {checks._installed('pydantic')} (tested 1.2.3)" in gate.detail
     assert "PyYAML" in gate.detail and line(gate).startswith("! packages")
     assert "Python 2.7" not in gate.detail
-    old = checks.packages(_constraints("", "(Python 2.7, Linux)"))
+    old = checks.packages(None, _constraints("", "(Python 2.7, Linux)"))
     assert old.passed is None and "tested 2.7" in old.detail
 
 
 def test_a_missing_package_fails_with_the_line_that_installs_it() -> None:
-    gate = checks.packages(_constraints("no-such-package==1.0\nllm-no==2\npydantic==1"))
+    gate = checks.packages(None, _constraints("no-such-package==1.0\nllm-no==2\npydantic==1"))
     assert gate.passed is False and "no-such-package" in gate.figure and "pydantic" not in gate.figure
     assert "pip install no-such-package==1.0 llm-no==2" in gate.hint
     assert checks._install(["unsloth", "peft", "llama-cpp-python"], {"unsloth": "1", "peft": "2"}).split(" && ")[1:] \
@@ -80,8 +80,16 @@ def test_a_missing_package_fails_with_the_line_that_installs_it() -> None:
 
 
 def test_a_missing_test_tool_is_a_remark() -> None:
-    gate = checks.packages(_constraints("# checks\nno-such-tool==1.0"))
+    gate = checks.packages(None, _constraints("# checks\nno-such-tool==1.0"))
     assert gate.passed is None and "no-such-tool" in gate.detail
+
+
+def test_what_only_several_processes_need_is_missed_only_by_a_recipe_that_asks_for_it() -> None:
+    """After `make demo` alone there is no DeepSpeed, and nothing stands in the way of a run without it."""
+    own = f"pydantic=={checks._installed('pydantic')}"
+    for recipe, passed in ((None, True), (Recipe.load({}), True), (Recipe.load({}, fsdp=True), False)):
+        gate = checks.packages(recipe, _constraints(f"\n# {checks.ENGINES}\nno-such-engine==1.0\n\n# GGUF\n{own}"))
+        assert gate.passed is passed and (passed or gate.hint == "make engines"), gate
 
 
 _folder: list[Path] = []
