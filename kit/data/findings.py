@@ -18,6 +18,11 @@ FINDINGS = {
     "not_an_object": ("error", "a row that is no object", "each row is an object with named fields"),
     "missing_field": ("error", "a field is missing", "add it, or name its column in the recipe's columns"),
     "misnamed_field": ("error", "a field is nearly named right", "rename it (--fix does), or use the recipe's columns"),
+    "untrained_column": ("error", "a column that changes what the row means is not trained",
+                         "write what belongs to the prompt into its text, or take the column out if the row is "
+                         "meant without it"),
+    "preferences": ("error", "preference data, which trains by comparison (DPO): this trains on single answers (SFT)",
+                    "keep the better answer alone, as prompt and completion or as messages"),
     "not_text": ("error", "a value is no text", "write it as text; --fix does so for numbers"),
     "mixed_shapes": ("error", "one file mixes shapes", "put each shape into a file of its own"),
     "wrong_role": ("error", "an unknown role", "use system, user, assistant or tool; --fix renames near misses"),

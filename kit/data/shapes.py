@@ -30,6 +30,10 @@ NAMES = tuple(field for fields in SHAPES.values() for field in fields)
 # Fields that can hold a list of turns: a turn's role, its text, and the roles there are.
 TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", SENDERS),
          "prompt": ("role", "content", ROLES), "completion": ("role", "content", ROLES)}
+# Columns that change what a row means, and that are not trained: a row that has something there is refused.
+UNTRAINED = {**dict.fromkeys(("tools", "functions"), "tool definitions, which are not shown to the model in training"),
+             **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "no text")}
+NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
 # Each answer follows a question or a tool's result; several tools may answer at once.
 FOLLOWERS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
@@ -110,11 +114,18 @@ def to_messages(row: Any) -> Parsed:
                      [{"role": "assistant", "content": _text(row, "completion", faults)}])
     else:
         messages = _pair(row, SHAPES[shape], faults)
-    faults = faults or _structure(messages)
+    faults = faults or _structure(messages) or _untrained(row)
     return Parsed(shape, [] if faults else messages, faults)
 
 
+def _untrained(row: dict[str, Any]) -> list[Fault]:
+    return [Fault("untrained_column", f"{name}: {what}") for name, what in UNTRAINED.items()
+            if row.get(name) not in NOTHING]
+
+
 def _unknown(row: dict[str, Any]) -> Fault:
+    if pair := [str(key) for key in row if str(key).startswith(("chosen", "rejected"))]:
+        return Fault("preferences", f"{', '.join(pair[:4])}: pairs of a better and a worse answer")
     for key in row:
         if near := nearest(str(key), NAMES, cutoff=0.8):
             return Fault("misnamed_field", f"no known fields, but {key!r}{near}")

@@ -252,3 +252,20 @@ def test_any_json_value_gives_messages_or_faults_and_no_exception(row: Any) -> N
         assert set(message) == {"role", "content"} and message["role"] in ("system", "user", "assistant", "tool")
         assert message["role"] in ("system", "tool") or message["content"].strip()
     assert not messages or messages[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("name, value", [("tools", '[{"name": "clock"}]'), ("tools", [{"name": "clock"}]),
+                                         ("functions", [{"name": "clock"}]), ("images", ["cat.png"])])
+@pytest.mark.parametrize("row", [{"messages": [ASK, ANSWER]}, {"prompt": "a", "completion": "b"}])
+def test_a_column_that_changes_what_a_row_means_is_not_dropped_in_silence(row: dict[str, Any], name: str,
+                                                                         value: Any) -> None:
+    [fault] = to_messages({**row, name: value}).faults
+    assert fault.code == "untrained_column" and fault.message.startswith(f"{name}: ")
+    for nothing in (None, "", "[]", [], {}):
+        assert to_messages({**row, name: nothing}).messages
+
+
+@pytest.mark.parametrize("fields", [("chosen", "rejected"), ("chosen_messages", "rejected_messages")])
+def test_preferences_are_named(fields: tuple[str, str]) -> None:
+    [fault] = to_messages({name: [ASK, ANSWER] for name in fields}).faults
+    assert fault.code == "preferences" and fields[0] in fault.message
