@@ -12,10 +12,14 @@ from typer import Argument, Option
 
 from kit.common.errors import KitError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  result_callback=sys.exit,  # with what the verb returned
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Fine-tune, export and check: what you ship is what you trained.")
+
+def _exit(code: int | None, **_: Any) -> None:
+    sys.exit(code)
+
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
+                  result_callback=_exit,  # with what the verb returned
+                  context_settings={"help_option_names": ["-h", "--help"]})
 
 RecipePath = Annotated[str, Argument(metavar="RECIPE", help="A recipe, for example recipes/quickstart.yaml")]
 Fields = Annotated[list[str] | None, Argument(metavar="[FIELD=VALUE]...", help="Recipe fields set on top")]
@@ -35,6 +39,20 @@ def parsed(fields: list[str] | None) -> dict[str, Any]:
 def names(text: str | None) -> list[str]:
     """The names of an option that takes several, with commas."""
     return [name for part in (text or "").split(",") if (name := part.strip())]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"kit {version('unsloth-kit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def kit(version: Annotated[bool, Option("--version", callback=_version, is_eager=True,
+                                        help="Print the version and exit")] = False) -> None:
+    """Fine-tune, export and check: what you ship is what you trained."""
 
 
 # Each verb imports the room that does it, and no other: --help is quick.
@@ -81,6 +99,17 @@ def doctor(
     from kit.readiness.doctor import run as examine
 
     return examine(recipe, parsed(fields))
+
+
+@app.command(name="list")
+def list_runs(folder: Annotated[Path, Argument(help="Where runs are, as output_dir names it")] = Path("runs")) -> int:
+    """List the runs of a folder: status, verdict, held-out score, size."""
+    from kit.runs.listing import table
+
+    if not folder.is_dir():
+        raise KitError(f"there is no folder {folder}", "name the output_dir of your runs")
+    print(table(folder))
+    return 0
 
 
 @app.command()

@@ -79,7 +79,7 @@ for note in settings.notes:
 # ## 4. Check the data
 #
 # Every row as this recipe would train on it: lengths, what is trained, and what is wrong with which row. An error here
-# stops the run before anything is paid for. `data.html` in the run folder shows the rows token by token, to search and
+# stops the run before you spend compute. `data.html` in the run folder shows the rows token by token, to search and
 # to filter; `notebooks/02_your_data` goes through all this with a file of your own.
 
 # %%
@@ -95,7 +95,7 @@ checked.require()
 # %% [markdown]
 # ## 5. Rehearse the export
 #
-# Before anything is paid for, a tiny model of the same architecture, with the real tokenizer and template, goes through
+# Before you spend compute, a tiny model of the same architecture, with the real tokenizer and template, goes through
 # merge, conversion, quantisation and llama.cpp. What could not be exported after training stops here.
 
 # %%
@@ -178,7 +178,7 @@ run.note(score_before=scores["before"], answered=answered)
 # `per_device_train_batch_size × gradient_accumulation_steps` rows on each device.
 #
 # A checkpoint is written every `save_minutes`, and when you interrupt the kernel or a signal comes. A run that was
-# stopped goes on from its newest sound checkpoint: run the notebook or the same command again.
+# stopped resumes from its newest sound checkpoint: run the notebook or the same command again.
 #
 # First a look at what the trainer was really given: the precision of the layers, the adapters, the labels of its first
 # batch, and settings that a library changed.

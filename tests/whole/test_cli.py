@@ -97,6 +97,26 @@ def test_a_finished_run_is_kept(tmp_path: Path) -> None:
             "dataset=nowhere.jsonl", words="there is no nowhere.jsonl")
 
 
+def test_runs_are_listed_with_what_became_of_them(tmp_path: Path) -> None:
+    from kit.recipe.recipe import Recipe
+    from kit.runs.run import Run
+
+    for name in ("done", "broken"):
+        run = Run.start(Recipe.load({}, run_name=name, output_dir=str(tmp_path)))
+        run.stage("train")
+        if name == "done":
+            run.note(scores={"before": {"exact": 0.25}, "after": {"exact": 0.5}})
+            run.finish()
+        else:
+            run.fail("no memory")
+    listed = kit("list", str(tmp_path))
+    rows = {line.split()[0]: line for line in listed.stdout.splitlines() if line.strip()}
+    assert listed.returncode == 0 and "50.0%" in rows["done"] and "finished" in rows["done"], listed
+    assert "failed at train" in rows["broken"] and "not verified" in rows["broken"]
+    assert kit("list", str(tmp_path / "nowhere")).returncode == 2
+    assert kit("--version").stdout.startswith("kit ")
+
+
 def test_lists_on_the_command_line_take_commas(tmp_path: Path) -> None:
     refused(tmp_path, "export", str(tmp_path), "--gguf", "q8_0,q9", words="'q9'")
     refused(tmp_path, "export", str(tmp_path), "--gguf", "q8_0, f16", words="is no run folder")
