@@ -5,11 +5,15 @@ The names that notebooks use; each loads its room on first use, so that `import 
 
 import importlib
 import os
+import sys
 from typing import Any
 
 # OpenMP threads (torch, llama.cpp) spin while they wait. Spinning long starves whatever shares the cores, never
 # spinning is slow on free ones; this is read when those libraries load, so it stands here.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+if "IPython" in sys.modules:
+    importlib.import_module("kit.recipe.cells").watch()
 
 _HOMES = {
     "KitError": "common.errors",

@@ -21,6 +21,10 @@ class KitError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook in place of a traceback."""
+        return f"{type(self).__name__}: {self}".splitlines()
+
 
 class GateError(KitError):
     """A check that failed: the input was fine, what came out of it is not."""

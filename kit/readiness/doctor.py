@@ -102,7 +102,7 @@ def preflight(recipe: Recipe) -> None:
     """
     if not is_main():
         return
-    check_free(Run.of(recipe))
+    check_free(Run.of(recipe), recipe.overwrite)
     # A model or an adapter that is an id on a hub is left to the loader.
     on_disk = recipe.model_name == "starter" or local_folder(recipe.model_name) is not None
     folder = Path(model_folder(recipe)) if on_disk else None

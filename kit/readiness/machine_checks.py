@@ -132,7 +132,7 @@ def disk(recipe: Recipe | None, needs: Forecast | None) -> Gate:
         places.insert(0, ("output_dir", Path(recipe.output_dir), needs.room_gb or 0.0))
         note = "" if needs.room_gb is not None else f"; the run's need: {needs.notes[-1]}"
         try:
-            check_free(Run.of(recipe))
+            check_free(Run.of(recipe), recipe.overwrite)
         except KitError as error:
             occupied = error.message
     disks: dict[int, list[tuple[str, Path, float]]] = {}

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from kit.common.errors import KitError, nearest, one_line
 from kit.common.files import PROJECT
 from kit.common.secrets import secret
+from kit.recipe.cells import deleted
 from kit.recipe.fields import Fields
 
 MAX_ERRORS = 20
@@ -72,11 +73,13 @@ def read_values(source: str | Path | dict[str, Any] | Fields,
 def read_parameters(variables: dict[str, Any]) -> dict[str, Any]:
     """The recipe fields among a notebook's variables (`Recipe.given`): what papermill or a person set there.
 
-    A variable that is nearly a field's name is taken for a slip and refused.
+    A variable that is nearly a field's name is taken for a slip and refused. One whose line was deleted from its cell
+    does not count.
     """
-    fields = {}
+    fields, gone = {}, deleted()
     for name, value in variables.items():
-        if name.startswith("_") or not isinstance(value, (str, int, float, bool, list, dict, type(None))):
+        if name in gone or name.startswith("_") or \
+                not isinstance(value, (str, int, float, bool, list, dict, type(None))):
             continue
         if value:
             _refuse_secret(name, value if isinstance(value, str) else "",

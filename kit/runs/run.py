@@ -61,6 +61,8 @@ class Run:
         run = cls.of(recipe)
         if not is_main():
             return run
+        if recipe.overwrite and read_result(run.folder).get("status") == "finished":
+            clear(run.folder, run.checkpoints, ("notebook.ipynb",))
         check_free(run)
         kept = ("notebook.ipynb", *(("checkpoints",) if recipe.resume_from_checkpoint else ()))
         clear(run.folder, run.checkpoints, kept)
@@ -209,12 +211,13 @@ def forecast_score(forecast: dict[str, Any], result: dict[str, Any]) -> dict[str
     return {name: round(value / forecast[name], 3) for name, value in happened.items() if value and forecast.get(name)}
 
 
-def check_free(run: Run) -> None:
-    """KitError when the run's folder holds a finished run, a run at work, or somebody else's files."""
+def check_free(run: Run, overwrite: bool = False) -> None:
+    """KitError when the run's folder holds a finished run (`overwrite`: that may be), one at work, or others' files."""
     result = read_result(run.folder)
     status = result.get("status")
-    if status == "finished":
-        raise KitError(f"{run.folder} holds a finished run", "give another run_name, or --overwrite to replace it")
+    if status == "finished" and not overwrite:
+        raise KitError(f"{run.folder} holds a finished run", "give another run_name, or replace it: --overwrite, in a "
+                       "notebook overwrite = True in the parameters cell")
     if status == "running" and result["pid"] != os.getpid():  # a notebook may begin again in its own kernel
         raise KitError(f"{run.folder} is in use by a run at work (process {result['pid']})",
                        "wait for it, or give another run_name")

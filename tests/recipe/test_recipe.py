@@ -224,7 +224,7 @@ def words(text: str) -> set[str]:
 def test_what_other_rooms_take_from_the_fields() -> None:
     """A checkpoint's free fields, what an answer depends on, what a card leaves out and shortens, what TRL is given."""
     free = words("""
-        run_name output_dir local_files_only hub trust_remote_code dataset dataset_config dataset_split
+        run_name overwrite output_dir local_files_only hub trust_remote_code dataset dataset_config dataset_split
         dataset_revision columns eval_dataset test_size eval_overlap max_train_samples max_eval_samples answer_seconds
         metric save_strategy save_steps save_minutes save_total_limit checkpoint_dir resume_from_checkpoint fsdp
         deepspeed ddp_timeout dataloader_num_workers dataloader_pin_memory report_to bf16 fp16 dtype max_input_length
@@ -236,7 +236,7 @@ def test_what_other_rooms_take_from_the_fields() -> None:
         prompt_style system_prompt enable_thinking max_new_tokens temperature top_p top_k min_p repetition_penalty seed
         dtype load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype""")
     assert set(fields_affecting("place")) == words("""
-        output_dir checkpoint_dir deepspeed local_files_only report_to hub push_to_hub hub_model_id
+        overwrite output_dir checkpoint_dir deepspeed local_files_only report_to hub push_to_hub hub_model_id
         hub_private_repo""")
     assert set(fields_affecting("source")) == {"model_name", "dataset", "eval_dataset", "adapter_name_or_path"}
     assert set(fields_affecting("SFTConfig")) == words("""

@@ -153,6 +153,24 @@ def test_another_process_with_its_number_is_not_the_run(tmp_path: Path) -> None:
     Run.start(recipe)
 
 
+def test_a_notebook_replaces_a_finished_run_by_a_field(tmp_path: Path) -> None:
+    """A second Run All; --overwrite is a word of the command line."""
+    run = Run.start(recipe_in(tmp_path))
+    write(run.folder / "report.html", "old")
+    run.finish()
+    with pytest.raises(KitError, match="holds a finished run") as error:
+        Run.start(recipe_in(tmp_path))
+    assert "overwrite = True in the parameters cell" in error.value.hint
+    check_free(Run.of(recipe_in(tmp_path)), overwrite=True)
+    again = Run.start(recipe_in(tmp_path, overwrite=True))
+    assert not (again.folder / "report.html").exists() and again.result["status"] == "running"
+    write(again.folder / "log.jsonl", "kept only where it is resumed")
+    again.fail("interrupted")
+    checkpoint(again.checkpoints, 3)
+    Run.start(recipe_in(tmp_path, overwrite=True))
+    assert (again.checkpoints / "checkpoint-3").is_dir(), "a run that did not finish is resumed"
+
+
 WRITES: dict[str, Callable[[Run], None]] = {
     "stage": lambda run: run.stage("train"), "note": lambda run: run.note(loss=1), "finish": lambda run: run.finish(),
     "fail": lambda run: run.fail("x"), "a later look": lambda run: Run.open(run.folder).note(loss=1)}

@@ -1,0 +1,78 @@
+"""A notebook in a real kernel, its cells run in the order people run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+from support.command import PROJECT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run_cell() -> Iterator[Callable[..., str]]:
+    """`run_cell(source, "a")` runs it as JupyterLab runs the cell "a": what it printed, or its error as shown."""
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(PROJECT))
+    said: list[str] = []
+
+    def shown(message: Any) -> None:
+        content = message["content"]
+        said.append(content.get("text") or "\n".join(content.get("traceback", [])))
+
+    def run(source: str, cell: str | None = None) -> str:
+        said.clear()
+        # JupyterLab sends the cell's id with what it runs.
+        send = client.session.send
+
+        def with_id(stream: Any, message: Any, *rest: Any, **options: Any) -> Any:
+            if isinstance(message, dict) and cell:
+                message["metadata"]["cellId"] = cell
+            return send(stream, message, *rest, **options)
+
+        client.session.send = with_id  # type: ignore[method-assign]
+        try:
+            client.execute_interactive(source, timeout=120, output_hook=shown)
+        finally:
+            client.session.send = send  # type: ignore[method-assign]
+        return "".join(said).strip()
+
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+GIVEN = "from kit import Recipe\nprint(Recipe.given(globals()))"
+
+
+def test_a_deleted_line_and_a_corrected_slip_are_forgotten(run_cell: Callable[..., str]) -> None:
+    run_cell("import kit", "imports")
+    run_cell("learning_rate = 1e-3\nmax_steps = 5", "parameters")
+    assert run_cell(GIVEN) == "{'learning_rate': 0.001, 'max_steps': 5}"
+    run_cell("max_steps = 5", "parameters")
+    assert run_cell(GIVEN) == "{'max_steps': 5}"
+    run_cell("learning_rate = 2e-3", "another")
+    assert run_cell(GIVEN) == "{'learning_rate': 0.002, 'max_steps': 5}", "it stands in another cell"
+    run_cell("learning_rat = 2e-3", "another")
+    assert "did you mean 'learning_rate'" in run_cell(GIVEN)
+    run_cell("learning_rate = 3e-3", "another")
+    assert run_cell(GIVEN) == "{'learning_rate': 0.003, 'max_steps': 5}"
+
+
+def test_without_ids_all_variables_count(run_cell: Callable[..., str]) -> None:
+    """As under papermill, where every kernel is new."""
+    run_cell("import kit")
+    run_cell("learning_rate = 1e-3")
+    run_cell("max_steps = 5")
+    assert run_cell(GIVEN) == "{'learning_rate': 0.001, 'max_steps': 5}"
+
+
+def test_a_users_mistake_is_told_in_two_lines(run_cell: Callable[..., str]) -> None:
+    said = run_cell("import kit\nkit.Recipe.load('nowhere.yaml')")
+    lines = said.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("KitError: there is no recipe nowhere.yaml"), said
+    assert lines[1].startswith("  → recipes here: ")
+    assert "ZeroDivisionError" in run_cell("1 / 0") and "Traceback" in run_cell("1 / 0"), "others keep theirs"
