@@ -53,7 +53,7 @@ def without_a_mask(rows: list[list[int]], pad: int, left: bool) -> tuple[list[li
     return [[pad] * (width - len(ids)) + ids for ids in rows], [[1] * width for _ in rows]
 
 
-@pytest.mark.parametrize("which", ["starter", "qwen2"])
+@pytest.mark.parametrize("which", [pytest.param("starter", marks=pytest.mark.long), "qwen2"])
 def test_a_batch_equals_one_at_a_time_and_wrong_padding_is_caught(
         which: str, starter: Path, taught: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from kit.answering.in_memory import answer_batch, check_batching
