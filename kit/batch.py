@@ -98,7 +98,8 @@ def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Recip
     """The recipe, when all that can be known before the first cell is right; the run it replaces is gone then."""
     recipe = Recipe.load(source, **overrides)
     run = Run.of(recipe)
-    if overwrite and is_main() and read_result(run.folder).get("status") in ("finished", "failed", "stopped"):
+    replaced = ("finished", "failed", "stopped") if overwrite else ("finished",) if recipe.overwrite else ()
+    if is_main() and read_result(run.folder).get("status") in replaced:
         # The old run goes only after everything else about the new one is known to be right.
         preflight(recipe.model_copy(update={"run_name": recipe.run_name + ".new"}))
         clear(run.folder, run.checkpoints)

@@ -88,6 +88,7 @@ def check_saved_templates(source: str, recipe: Recipe) -> None:
     takes seconds to read."""
     if not (folder := Path(source)).is_dir():
         check_templates(tokenizer_of(source, recipe))
+        return
     for file in (*folder.glob("*.jinja"), *folder.glob("*/*.jinja")):
         check_template(file.read_text(encoding="utf-8", errors="replace"))
     for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):

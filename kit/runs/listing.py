@@ -3,26 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-from kit.common.files import read_json
 from kit.common.show import Table, size
-from kit.runs.run import file_sizes, read_result
+from kit.runs.report import verified
+from kit.runs.run import Run, file_sizes, read_result
 
-VERDICTS: dict[Any, str] = {True: "VERIFIED", False: "FAILED"}
+VERDICTS = {True: "VERIFIED", False: "FAILED", None: "not verified"}
 
 
 def runs_in(folder: Path) -> list[dict[str, Any]]:
-    """Name, status, verdict, held-out score (of the best stage that has one) and bytes of each run, newest first."""
+    """Name, status, verdict, held-out score after training and bytes of each run, newest first."""
     found = []
     for recipe in folder.glob("*/recipe.yaml"):
-        run, result = recipe.parent, read_result(recipe.parent)
-        verify, scores = read_json(run / "verify.json"), result.get("scores") or {}
-        score = next((scores[stage]["exact"] for stage in ("after", "before")
-                      if "exact" in (scores.get(stage) or {})), None)
+        run = Run(recipe.parent)
+        result = read_result(run.folder)
+        scores = result.get("scores") or {}
+        score = (scores.get("after") or {}).get("exact")
         status = str(result.get("status") or "no result")
         found.append({
-            "name": run.name, "status": status if status == "finished" else f"{status} at {result.get('stage', '?')}",
-            "verdict": VERDICTS.get(verify.get("passed"), "not verified"),
-            "score": score, "bytes": sum(file_sizes(run).values()), "started": str(result.get("started") or "")})
+            "name": run.folder.name,
+            "status": status if status == "finished" else f"{status} at {result.get('stage', '?')}",
+            "verdict": VERDICTS[verified(run)],
+            "score": score, "bytes": sum(file_sizes(run.folder).values()), "started": str(result.get("started") or "")})
     return sorted(found, key=lambda run: run["started"], reverse=True)
 
 

@@ -72,7 +72,7 @@ def _foreign_checkpoints(folder: Path, proven: bool) -> Iterator[Path]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if not set(PASSING) & set(path.parts)]
+    return [path for path in sorted(folder.rglob("*")) if not set(PASSING) & set(path.relative_to(folder).parts)]
 
 
 def mark(folder: Path) -> None:

@@ -101,6 +101,13 @@ def _verification(run: Run, result: dict[str, Any], manifest: dict[str, Any]) ->
     return gates, ""
 
 
+def verified(run: Run) -> bool | None:
+    """Whether every gate passed, by a verify.json that is about what the finished run holds; None where none is."""
+    result = read_result(run.folder)
+    gates, _ = _verification(run, result, read_json(run.folder / "manifest.json"))
+    return gates.passed if gates and result.get("status") == "finished" else None
+
+
 def _verdict(run: Run, result: dict[str, Any], gates: Gates | None, doubt: str) -> Verdict:
     """How the run ended comes first: the gates of a run that did not finish can't make it whole."""
     status, stage = result.get("status"), result.get("stage")

@@ -1,4 +1,5 @@
-"""The chat templates of many models, each with a real vocabulary: what is trained is what the model would be asked for.
+"""The chat templates of many models, REQUIRED with a real vocabulary, the others with the beginning of one: what is
+trained is what the model would be asked for.
 
 What to expect is worked out here from the rendered text alone. Either a conversation is encoded exactly so, or it is
 refused with a reason, and which are refused is written down below.
@@ -135,7 +136,7 @@ def refusal(template: str, case: str) -> str | None:
 @lru_cache(maxsize=1)
 def built(template: str) -> tuple[Any, str, str | None]:
     """A template's tokenizer with the stop and pad tokens it came with."""
-    tokenizer = real_tokenizer(PAIRS[template].vocab, template, short=True)
+    tokenizer = real_tokenizer(PAIRS[template].vocab, template, short=template not in REQUIRED)
     return tokenizer, tokenizer.eos_token, tokenizer.pad_token
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +117,16 @@ def test_the_starter_passes_within_a_minute(tmp_path: Path, capfd: pytest.Captur
     assert list(tmp_path.iterdir()) == []
     said = capfd.readouterr().out
     assert all(f"✓ {name}" in said for name in STEPS)
+
+
+def test_what_a_killed_rehearsal_left_goes_at_the_next(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left, at_work = tmp_path / f".rehearsal-{int(gone.stdout)}-x", tmp_path / f".rehearsal-{os.getppid()}-x"
+    theirs = tmp_path / ".rehearsal-notes"
+    for folder in (left, at_work, theirs):
+        (folder / "merged").mkdir(parents=True)
+    rehearse(recipe("starter", tmp_path, gguf=[]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([at_work.name, theirs.name])
 
 
 @pytest.mark.parametrize("family", [  # whole runs of Llama and of a base are in verifying/test_verify.py

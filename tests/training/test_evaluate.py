@@ -65,7 +65,7 @@ def test_less_memory_than_the_logits_would_take(tiny: Callable[..., Path]) -> No
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tiny("qwen2", short=True)
+    folder = tiny("qwen2")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = [[(7 * i + j) % 1000 for i in range(512)] for j in range(4)]
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -97,6 +98,18 @@ def test_a_finished_run_is_kept(tmp_path: Path) -> None:
             "dataset=nowhere.jsonl", words="there is no nowhere.jsonl")
 
 
+def test_a_finished_run_that_is_replaced_can_not_speak_for_the_new_one(tmp_path: Path) -> None:
+    """With `overwrite` set, too, it goes before the kernel starts: one that dies at once has not finished."""
+    from kit.batch import _validated
+    from kit.recipe.recipe import Recipe
+    from kit.runs.run import Run, read_result
+
+    run = Run.start(Recipe.load({}, run_name="quickstart", output_dir=str(tmp_path)))
+    run.finish()
+    _validated("recipes/quickstart.yaml", {"output_dir": str(tmp_path), "overwrite": True}, overwrite=False)
+    assert read_result(run.folder) == {}
+
+
 def test_runs_are_listed_with_what_became_of_them(tmp_path: Path) -> None:
     from kit.recipe.recipe import Recipe
     from kit.runs.run import Run
@@ -113,6 +126,14 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path: Path) -> None:
     rows = {line.split()[0]: line for line in listed.stdout.splitlines() if line.strip()}
     assert listed.returncode == 0 and "50.0%" in rows["done"] and "finished" in rows["done"], listed
     assert "failed at train" in rows["broken"] and "not verified" in rows["broken"]
+    # What was verified before the run was made again, or is about other files, counts here as little as on its page.
+    verify = {"passed": True, "gates": [{"name": "sha256", "passed": True, "figure": "1 file"}],
+              "checked": "2099-01-01T00:00:00+0000", "artefacts": None}
+    for checked, word in ((verify, "VERIFIED"), ({**verify, "checked": "2001-01-01T00:00:00+0000"}, "not verified"),
+                          ({**verify, "artefacts": {"a": "b"}}, "not verified"),
+                          ({**verify, "gates": [{**verify["gates"][0], "passed": False}], "passed": False}, "FAILED")):
+        (tmp_path / "done" / "verify.json").write_text(json.dumps(checked))
+        assert word in next(line for line in kit("list", str(tmp_path)).stdout.splitlines() if "done" in line)
     assert kit("list", str(tmp_path / "nowhere")).returncode == 2
     assert kit("--version").stdout.startswith("kit ")
 
