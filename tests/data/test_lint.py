@@ -156,6 +156,8 @@ CASES = {
     "misnamed_field": Case(jsonl(lambda i: {"mesages": good(i)["messages"]})),
     "not_text": Case(jsonl(lambda i: {"messages": [{"role": "user", "content": i}]})),
     "mixed_shapes": Case(jsonl(lambda i: {"instruction": "Where?", "output": "Here."}, at=(4,)), places=((4, 5),)),
+    "untrained_column": Case(jsonl(lambda i: {**good(i), "images": ["street.png"]})),
+    "preferences": Case(jsonl(lambda i: {"chosen": good(i)["messages"], "rejected": good(i + 9)["messages"]})),
     "wrong_role": Case(jsonl(lambda i: roles(i, "user", "robot"))),
     "first_turn": Case(jsonl(lambda i: roles(i, "assistant", "user", "assistant"))),
     "role_order": Case(jsonl(lambda i: roles(i, "user", "user", "assistant"))),
