@@ -18,6 +18,8 @@ from kit.common.files import writing
 from kit.data.encodings import not_utf8, refuse_utf16
 from kit.data.readers import delimiter_of, read_rows
 from kit.data.records import Record
+from kit.data.shapes import TURNS, Fault, definitions_of, turns_of
+from kit.data.tools import numbered
 from kit.models.template import Message, alpaca_turn
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xlsx")
@@ -112,14 +114,17 @@ def _messages(row: dict[str, Any], column: str, with_input: bool) -> list[Messag
     if not isinstance(value, list):
         shown = json.dumps(value, ensure_ascii=False)[:40]
         raise KitError(f"a question is a text or a list of messages, this is {shown}")
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in value if isinstance(turn, dict)
-             and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)]
-    if len(turns) < len(value):
-        raise KitError("a message has a role and a content, both texts")
+    faults: list[Fault] = []
+    definitions, turns = definitions_of(row, faults), turns_of(value, TURNS["messages"], faults)
+    if faults:
+        raise KitError("; ".join(fault.message for fault in faults))
     # A row of training data brings the answer that is wanted: it is not shown to the model.
     turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-    if not turns or turns[-1]["role"] != "user":
-        raise KitError("the last message is not the user's")
+    if not turns or turns[-1]["role"] not in ("user", "tool"):
+        raise KitError("the last message is neither the user's nor a tool's")
+    if definitions:
+        turns[0]["tools"] = definitions
+    numbered(turns)
     return turns
 
 

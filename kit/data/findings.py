@@ -39,6 +39,9 @@ FINDINGS = {
                "revoke it if it is one, and write a placeholder in its place, or leave the row out with --fix"),
     "template_refused": ("error", "the chat template can't take this row", "change its roles or contents, or set "
                          "another prompt_style"),
+    "tools_not_shown": ("error", "the chat template has no place for tools", "prompt_style: chat with a model whose "
+                        "template has one (Qwen2.5, Qwen3, Llama 3.1, Mistral); or take the tools out: a call in text "
+                        "is trained as text"),
     "fully_masked": ("error", "no token of the answer is trained", "look at the row: its text is lost in tokenising"),
     "stop_not_trained": ("error", "the stop token is not trained: the model would not learn to stop",
                          "the tokenizer must know the template's stop token as one special token"),

@@ -13,10 +13,11 @@ from kit.common.errors import KitError
 from kit.common.secrets import secret
 from kit.common.show import bar
 from kit.data.findings import FINDINGS
-from kit.data.masks import Formatter, Located
+from kit.data.masks import IGNORED, Formatter, Located
 from kit.data.rows import Problems, where
 from kit.data.shapes import longest_user_turn
-from kit.data.splits import TURNS, DiskRows, Example, Examples, batches, read_splits
+from kit.data.splits import DiskRows, Example, Examples, batches, read_splits, turns_type, without_nulls
+from kit.gguf.messages import FOR_TOOLS, texts
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
 
@@ -65,6 +66,7 @@ class Formatted(NamedTuple):
     labels: list[int]
     length: int  # tokens before anything was done about it
     cut: int
+    reference: str  # the last answer, as an answer of the model reads
 
 
 def fit(formatter: Formatter, messages: list[Message], ids: list[int], labels: list[int]) -> Formatted:
@@ -75,8 +77,16 @@ def fit(formatter: Formatter, messages: list[Message], ids: list[int], labels: l
         messages, rounds = shorter, rounds - 1
         [(ids, labels)] = formatter.encode([messages])
     if len(ids) > limit:
-        return Formatted(messages, [], [], length, 0)
-    return Formatted(messages, ids, labels, length, length - len(ids))
+        return Formatted(messages, [], [], length, 0, "")
+    return Formatted(messages, ids, labels, length, length - len(ids), _reference(formatter, messages, ids, labels))
+
+
+def _reference(formatter: Formatter, messages: list[Message], ids: list[int], labels: list[int]) -> str:
+    if not messages[-1].get("tool_calls"):
+        return messages[-1]["content"]
+    last = max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
+    first = max((place for place, label in enumerate(labels[:last]) if label == IGNORED), default=-1) + 1
+    return str(formatter.tokenizer.decode(ids[first:last], skip_special_tokens=True))
 
 
 def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> list[Message] | None:
@@ -95,7 +105,8 @@ def _format(rows: Examples, formatter: Formatter, what: str) -> Dataset:
     from datasets.fingerprint import generate_random_fingerprint
 
     fitting = _Fitting(rows, formatter, what).batches()
-    tables = [_table([]), *(_table([tokens for _, tokens in fitted if tokens]) for fitted in fitting)]
+    turns = turns_type(*(key for key in FOR_TOOLS if any(key in message for row in rows for message in row.messages)))
+    tables = [_table([], turns), *(_table([tokens for _, tokens in fitted if tokens], turns) for fitted in fitting)]
     # Without a fingerprint of ours, `datasets` would serialise the whole table to make one.
     return Dataset(pa.concat_tables(tables), fingerprint=generate_random_fingerprint())
 
@@ -107,15 +118,16 @@ def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
 
     # The transform holds the rows, and with them the file, which goes when they do.
     def tokens_of(batch: dict[str, list[Any]], _files: DiskRows = rows) -> dict[str, list[Any]]:
-        located = [formatter.locate(messages) for messages in batch["messages"]]
+        talks = [without_nulls(messages) for messages in batch["messages"]]
+        located = [formatter.locate(messages) for messages in talks]
         encoded = formatter.encode_located(located)
-        fitted = [fit(formatter, messages, *tokens)
-                  for messages, tokens in zip(batch["messages"], encoded, strict=True)]
+        fitted = [fit(formatter, messages, *tokens) for messages, tokens in zip(talks, encoded, strict=True)]
         wrong = {formatter.untrained(row, labels) for row, (_, labels) in zip(located, encoded, strict=True)} - {None}
         if wrong or not all(row.ids for row in fitted):
             what = FINDINGS[wrong.pop() or ""][1] if wrong else "a row is longer than max_seq_length"
             raise KitError(f"lazy_preprocess: {what}, which shows only in the tokens", "`kit lint` names the row")
-        return _table(fitted).to_pydict()
+        keys = {key for messages in talks for message in messages for key in message}
+        return _table(fitted, turns_type(*(key for key in FOR_TOOLS if key in keys))).to_pydict()
 
     return rows.dataset.select_columns(["messages", "prompt", "reference"]).with_transform(tokens_of)
 
@@ -154,7 +166,7 @@ class _Fitting:
                         if typed := self.formatter.typed(row.messages):
                             raise KitError(f"the text holds the control token {typed[0]!r}, which the model would take "
                                            "for its own")
-                        if kind := next(filter(None, (secret(m["content"]) for m in row.messages)), None):
+                        if kind := next(filter(None, map(secret, texts(row.messages))), None):
                             raise KitError(f"the text holds what looks like a secret ({kind})")
                         located = self.formatter.locate(row.messages)
                     except KitError as error:
@@ -192,12 +204,12 @@ class _Fitting:
             print(f"{self.lost:,} of {total} are longer than {limit} and were left out")
 
 
-def _table(rows: Sequence[Formatted]) -> pa.Table:
+def _table(rows: Sequence[Formatted], turns: pa.DataType) -> pa.Table:
     """Filled column by column, with types: from rows as dicts Arrow would have to guess and to convert."""
     tokens = pa.list_(pa.int32())
     return pa.table({
-        "messages": pa.array([row.messages for row in rows], TURNS),
+        "messages": pa.array([row.messages for row in rows], turns),
         "input_ids": pa.array([row.ids for row in rows], tokens),
         "labels": pa.array([row.labels for row in rows], tokens),
-        "prompt": pa.array([row.messages[:-1] for row in rows], TURNS),
-        "reference": pa.array([row.messages[-1]["content"] for row in rows], pa.string())})
+        "prompt": pa.array([row.messages[:-1] for row in rows], turns),
+        "reference": pa.array([row.reference for row in rows], pa.string())})

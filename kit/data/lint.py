@@ -18,9 +18,11 @@ from kit.data.lint_report import Report, Samples
 from kit.data.masks import Encoded, Formatter, Located
 from kit.data.repair import check_out, fix
 from kit.data.rows import Row, empty, progress, rows_of
+from kit.data.segments import ToolsNotShown
 from kit.data.shapes import Fault
 from kit.data.sources import files_of, held_out_source
 from kit.data.splits import batches
+from kit.gguf.messages import said, texts
 from kit.models.template import Message, load_tokenizer
 from kit.recipe.recipe import Recipe
 
@@ -85,12 +87,13 @@ class _Check:
                     located.append((row, self.formatter.locate(row.messages), faults))
                     continue
                 except KitError as error:
-                    faults.append(Fault("template_refused", error.message))
+                    code = "tools_not_shown" if isinstance(error, ToolsNotShown) else "template_refused"
+                    faults.append(Fault(code, error.message))
             self._report(row, split, faults, None)
         return located, [place for _, place, _ in located]
 
     def _count(self, batch: list[tuple[Row, Located, list[Fault]]], encoded: list[Encoded], split: str) -> None:
-        numbers, texts = [], []
+        numbers, talks = [], []
         for (row, located, faults), (ids, labels) in zip(batch, encoded, strict=True):
             faults += [Fault(remark, "") for remark in sorted(located.remarks)]
             faults += self._tokens(located, ids, labels)
@@ -103,21 +106,21 @@ class _Check:
             self.figures.add_formatted(row, split, fitted, refused)
             if split == "train":
                 numbers.append(len(self.figures.places) - 1)
-                texts.append("\n".join(m["content"] for m in row.messages if m["role"] != "system"))
+                talks.append("\n".join(said(m) for m in row.messages if m["role"] != "system"))
                 faults += self.across.add(row)
             else:
                 faults += self.across.held_out(row)
             self._report(row, split, faults, (ids, labels))
-        self.across.near.add(numbers, texts)
+        self.across.near.add(numbers, talks)
 
     def _text(self, messages: list[Message]) -> list[Fault]:
         """What is wrong with the contents as text."""
         faults = []
         for code, check in (("control_character", control_characters), ("mojibake", mojibake),
                             ("secret", secret), ("personal_address", address)):
-            if detail := next((text for m in messages if (text := check(m["content"]))), None):
+            if detail := next(filter(None, map(check, texts(messages))), None):
                 faults.append(Fault(code, detail))
-        if any(not_normalised(m["content"]) for m in messages):
+        if any(map(not_normalised, texts(messages))):
             faults.append(Fault("not_normalised", ""))
         if typed := self.formatter.typed(messages):
             faults.append(Fault("special_token", ", ".join(dict.fromkeys(typed))))

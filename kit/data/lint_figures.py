@@ -14,6 +14,7 @@ from kit.data.masks import IGNORED
 from kit.data.rows import Place, Row, Shapes
 from kit.data.shapes import Fault
 from kit.data.splits import held_out_rows, prompt_key, repeated
+from kit.gguf.messages import said
 from kit.models.fetch import model_label
 from kit.recipe.recipe import Recipe
 
@@ -155,7 +156,7 @@ class AcrossRows:
         """What is wrong with the training row that the figures got last, beside earlier ones."""
         number, prompt = len(self.figures.places) - 1, self.figures.prompts[-1]
         system = row.messages[0]["content"] if row.messages[0]["role"] == "system" else ""
-        answer = hash(row.messages[-1]["content"].strip())
+        answer = hash(said(row.messages[-1]).strip())
         self._answers.append(answer)
         self._thinking.append(any("</think>" in m["content"] for m in row.messages if m["role"] == "assistant"))
         same = self._contents.setdefault(hash((prompt, system, answer)), number)

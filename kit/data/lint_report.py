@@ -67,7 +67,7 @@ class Samples:
     def _keep(self, row: Row, split: str, faults: list[Fault], tokens: Encoded | None) -> None:
         ids, labels = shown = tokens or ([], [])
         limit = self.recipe.max_seq_length
-        messages = [{**m, "content": redacted(m["content"])} for m in row.messages]
+        messages = [{key: redacted(text) for key, text in m.items()} for m in row.messages]
         if tokens and messages != row.messages:  # the page is passed on
             [shown] = self.formatter.encode([messages])
         self.rows.append({

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kit.common.errors import KitError
 from kit.data.segments import Located, Locator, Segment
+from kit.gguf.messages import texts
 from kit.models.template import Message, with_system
 from kit.recipe.recipe import Recipe
 
@@ -61,11 +62,11 @@ class Formatter:
 
     def typed(self, messages: list[Message]) -> list[str]:
         """Control tokens that stand in the contents as text: the tokenizer would make real ones of them."""
-        return [token for m in messages for token in self._control.findall(m["content"])]
+        return [token for text in texts(messages) for token in self._control.findall(text)]
 
     def lost_character(self, messages: list[Message]) -> str | None:
         """The first character that byte-level tokens can't spell, as some small vocabularies lack rare bytes."""
-        for text in [m["content"] for m in messages] if self._lost else []:
+        for text in texts(messages) if self._lost else ():
             data = text.encode()
             if len(data.translate(None, self._lost)) < len(data):
                 rare = {c for c in text if any(byte in self._lost for byte in c.encode())}

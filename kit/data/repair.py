@@ -15,6 +15,7 @@ from kit.data.findings import CONTROL
 from kit.data.rows import Place, progress, rows_of
 from kit.data.shapes import NAMES, TURNS, Fault, renamed, to_messages
 from kit.data.sources import local_path
+from kit.gguf.messages import texts
 from kit.recipe.recipe import Recipe
 
 ROW_NAMES = (*NAMES, "input", "system")
@@ -56,9 +57,9 @@ def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
                 continue
             value, changes = repaired(renamed(row.raw, recipe.columns))
             _, messages, faults = to_messages(value)
-            if any(secret(m["content"]) for m in messages):
+            if any(map(secret, texts(messages))):
                 faults = [Fault("secret", "")]
-            key = hash(tuple((m["role"], m["content"].strip()) for m in messages))
+            key = hash(tuple((m["role"], *(text.strip() for text in m.values())) for m in messages))
             if faults or key in seen:
                 done.add(f"left out: {faults[0].code if faults else 'duplicate'}", row.place)
                 continue

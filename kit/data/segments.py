@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from kit.common.errors import KitError
-from kit.models.template import CLOSE, Message, marked, pieces, render
+from kit.data.tools import called, shown
+from kit.models.template import CLOSE, OPEN, Message, marked, pieces, render
 from kit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+NO_TOOLS = "prompt_style: chat with a model whose template has a place for tools; or take them out of the rows"
 
 
 class Segment(NamedTuple):
@@ -18,6 +25,10 @@ class Segment(NamedTuple):
 
     text: str
     trained: bool
+
+
+class ToolsNotShown(KitError):
+    """The chat template leaves out a conversation's tools or calls."""
 
 
 class Located(NamedTuple):
@@ -42,6 +53,7 @@ class _Frame(NamedTuple):
     ending: dict[int, str]  # answer i: what ends it, the stop token with space before it
     plain: bool  # whether contents land in the text as they are, as far as markers can tell
     remarks: frozenset[str]
+    calls: dict[int, str]  # answer i, which calls tools: what the template makes of it
 
 
 class Locator:
@@ -62,13 +74,11 @@ class Locator:
         """Where the answers lie. Raises KitError when the template refuses these turns, or changes a content so that
         the mask would be a guess."""
         rendered = render(self.tokenizer, messages, self.recipe)
-        roles = tuple(m["role"] for m in messages)
-        if roles not in self._frames:
-            self._frames[roles] = self._frame(messages)
-        frame = self._frames[roles]
-        segments, dropped = self._plainly(messages, frame, rendered), False
+        frame = self._frame_of(messages, rendered)
+        contents = [frame.calls.get(i, m["content"]) for i, m in enumerate(messages)]
+        segments, dropped = self._plainly(contents, frame, rendered), False
         if segments is None:
-            segments, dropped = self._rewritten(messages, frame, rendered)
+            segments, dropped = self._rewritten(messages, contents, frame, rendered)
         remarks = frame.remarks | ({"thinking_dropped"} if dropped else set())
         if not self.recipe.train_on_responses_only:
             segments = [Segment(rendered, True)]
@@ -78,10 +88,25 @@ class Locator:
             segments = [Segment(before, False), *segments[last:]]
         return Located(segments, remarks)
 
+    def _frame_of(self, messages: list[Message], rendered: str) -> _Frame:
+        """Depends only on the roles, but for tools and calls: those differ from row to row."""
+        if all(len(message) == 2 for message in messages):
+            roles = tuple(m["role"] for m in messages)
+            if roles not in self._frames:
+                self._frames[roles] = self._frame(messages)
+                self.heads.add(self._frames[roles].head)
+            return self._frames[roles]
+        if definitions := next(filter(None, (m.get("tools") for m in messages)), None):
+            without = [{key: text for key, text in m.items() if key != "tools"} for m in messages]
+            if not shown(definitions, rendered, render(self.tokenizer, without, self.recipe)):
+                raise _no_place("tools: its conversations look the same without them")
+        return self._frame(messages)
+
     def _frame(self, messages: list[Message]) -> _Frame:
         turns = marked(messages)
         whole = render(self.tokenizer, turns, self.recipe)
-        first, *after = pieces(whole, list(range(len(messages))))
+        first, *between = pieces(whole, [i for i, m in enumerate(messages) if not m.get("tool_calls")])
+        after, calls = self._calls(messages, between)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         asked, opening, ending, plain, remarks = {}, {}, {}, True, set()
         for i in answers:
@@ -102,14 +127,43 @@ class Locator:
                 raise KitError(f"the chat template writes the stop token {self.stop!r} into an answer, before its text",
                                "set prompt_style: chatml")
         end = max((match.end() for match in self.boundary.finditer(first)), default=0)
-        self.heads.add(first[:end])
-        return _Frame(first[:end], first[end:], after, asked, opening, ending, plain, frozenset(remarks))
+        return _Frame(first[:end], first[end:], after, asked, opening, ending, plain, frozenset(remarks), calls)
 
-    def _plainly(self, messages: list[Message], frame: _Frame, rendered: str) -> list[Segment] | None:
+    def _calls(self, messages: list[Message], between: list[str]) -> tuple[list[str], dict[int, str]]:
+        """The text behind each message, out of that behind each one with a marker; and what a turn with calls is."""
+        after: list[str] = []
+        calls: dict[int, str] = {}
+        for i, message in enumerate(messages):
+            if not message.get("tool_calls"):
+                after.append(between[len(after) - len(calls)])
+                continue
+            chunk = after[-1]
+            opening = next((text for text in self._openings(messages, i) if chunk.startswith(text)), None)
+            end = -1 if opening is None else chunk.find(self.stop, len(opening))
+            if opening is None or end < 0:
+                raise ToolsNotShown(f"the chat template does not write a call of tools as an answer that is asked for "
+                                    f"and ends with {self.stop!r}", NO_TOOLS)
+            calls[i] = chunk[len(opening):end]
+            if not called(message["tool_calls"], calls[i]):
+                raise _no_place(f"tool calls: of {json.dumps(json.loads(message['tool_calls'])[0])} it makes "
+                                f"{calls[i][:80]!r}")
+            after[-1:] = [opening, chunk[end:]]
+        return after, calls
+
+    def _openings(self, messages: list[Message], i: int) -> Iterator[str]:
+        """What may stand before the calls of turn i: what asks for it, or what stands before a content there."""
+        turns = marked(messages[:i])
+        prompt = render(self.tokenizer, turns, self.recipe, add_generation_prompt=True)
+        yield prompt.rpartition(CLOSE)[2]
+        with suppress(KitError):  # a template may want calls before a result
+            turns += [{"role": "assistant", "content": OPEN}, *marked(messages[i + 1:])]
+            yield render(self.tokenizer, turns, self.recipe).partition(turns[i - 1]["content"])[2].partition(OPEN)[0]
+
+    def _plainly(self, whole: list[str], frame: _Frame, rendered: str) -> list[Segment] | None:
         """The segments when the template takes contents as they are, or all of them stripped; else None."""
         if not frame.plain:
             return None
-        for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
+        for contents in (whole, [text.strip() for text in whole]):
             answers = {i: frame.after[i - 1].removeprefix(opening) + contents[i]
                        for i, opening in frame.opening.items()}
             segments = self._join(frame, contents, answers, frame.opening)
@@ -129,8 +183,9 @@ class Locator:
                 plain += content + (opening[i + 1] if i + 1 in answers else frame.after[i])
         return [segment for segment in (*segments, Segment(plain, False)) if segment.text]
 
-    def _rewritten(self, messages: list[Message], frame: _Frame, rendered: str) -> tuple[list[Segment], bool]:
-        """The segments when the template changes contents: trims them, or moves an answer's thinking.
+    def _rewritten(self, messages: list[Message], whole: list[str], frame: _Frame,
+                   rendered: str) -> tuple[list[Segment], bool]:
+        """The segments when the template changes contents, the `whole` of each: trims them, or moves its thinking.
 
         Also tells whether the thinking of an earlier answer is left out.
         """
@@ -145,11 +200,11 @@ class Locator:
         turns = [marker if i in others else m
                  for i, (m, marker) in enumerate(zip(messages, marked(messages), strict=True))]
         first, *chunks = pieces(render(self.tokenizer, turns, self.recipe), others)
-        contents, answers, opening, dropped = [m["content"] for m in messages], {}, dict(frame.opening), False
+        contents, answers, opening, dropped = list(whole), {}, dict(frame.opening), False
         place = len(first)
         for i, chunk in zip(others, chunks, strict=True):
             text = messages[i]["content"]
-            ways = (text, text.strip(), text.lstrip(), text.rstrip())
+            ways = (text, text.strip(), text.lstrip(), text.rstrip(), json.dumps(text, ensure_ascii=False)[1:-1])
             contents[i] = next((way for way in ways if rendered.startswith(way + chunk, place)), "")
             if not contents[i] and not rendered.startswith(chunk, place):
                 raise _rewrites(messages[i]["role"])
@@ -157,8 +212,7 @@ class Locator:
             if i + 1 in opening:
                 if chunk.startswith(frame.asked[i + 1]):
                     opening[i + 1] = frame.asked[i + 1]
-                answers[i + 1], lost = self._answer(messages[i + 1]["content"], chunk, opening[i + 1],
-                                                    frame.after[i + 1])
+                answers[i + 1], lost = self._answer(whole[i + 1], chunk, opening[i + 1], frame.after[i + 1])
                 dropped |= lost
         segments = self._join(frame, contents, answers, opening)
         if "".join(text for text, _ in segments) != rendered:
@@ -175,6 +229,10 @@ class Locator:
         if not body.rstrip().endswith(answer.strip()) or self.stop in body.removesuffix(answer):
             raise _rewrites("assistant")
         return body, bool(thought) and thought not in body
+
+
+def _no_place(what: str) -> KitError:
+    return ToolsNotShown(f"the chat template has no place for {what}", NO_TOOLS)
 
 
 def _rewrites(role: str) -> KitError:

@@ -16,10 +16,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from kit.common.errors import nearest
+from kit.data import tools
+from kit.gguf.messages import FOR_TOOLS, said
 from kit.models.template import Message, alpaca_turn
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-# ShareGPT's names; a function call is trained as the assistant's text, its result is the tool's.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
+# ShareGPT's names. A function call is one where the row has tools; else it is trained as the assistant's text.
 SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
            "function_call": "assistant", "system": "system", "observation": "tool", "tool": "tool",
            "function_response": "tool"}
@@ -30,9 +32,9 @@ NAMES = tuple(field for fields in SHAPES.values() for field in fields)
 # Fields that can hold a list of turns: a turn's role, its text, and the roles there are.
 TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", SENDERS),
          "prompt": ("role", "content", ROLES), "completion": ("role", "content", ROLES)}
+DEFINITIONS = ("tools", "functions")  # columns with a row's tools
 # Columns that change what a row means, and that are not trained: a row that has something there is refused.
-UNTRAINED = {**dict.fromkeys(("tools", "functions"), "tool definitions, which are not shown to the model in training"),
-             **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "no text")}
+UNTRAINED = ("image", "images", "video", "videos", "audio", "audios")
 NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
 # Each answer follows a question or a tool's result; several tools may answer at once.
 FOLLOWERS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
@@ -101,26 +103,41 @@ def to_messages(row: Any) -> Parsed:
     if shape is None:
         return Parsed(None, [], [_unknown(row)])
     faults: list[Fault] = []
+    definitions = definitions_of(row, faults)
     if shape in ("messages", "sharegpt"):
-        messages = _turns(row, SHAPES[shape][0], faults)
+        field = SHAPES[shape][0]
+        messages = turns_of(row.get(field), TURNS[field], faults, bool(definitions))
         system = _text(row, "system", faults, needed=False)
         if system and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
     elif shape == "alpaca":
         messages = _alpaca(row, faults)
     elif shape == "prompt" and isinstance(row.get("prompt"), list):
-        messages = _turns(row, "prompt", faults)
-        messages += (_turns(row, "completion", faults) if isinstance(row.get("completion"), list) else
+        messages = turns_of(row["prompt"], TURNS["prompt"], faults)
+        messages += (turns_of(row["completion"], TURNS["completion"], faults)
+                     if isinstance(row.get("completion"), list) else
                      [{"role": "assistant", "content": _text(row, "completion", faults)}])
     else:
         messages = _pair(row, SHAPES[shape], faults)
-    faults = faults or _structure(messages) or _untrained(row)
-    return Parsed(shape, [] if faults else messages, faults)
+    faults = faults or _structure(messages) or [
+        Fault("untrained_column", f"{name}: no text") for name in UNTRAINED if row.get(name) not in NOTHING]
+    if faults:
+        return Parsed(shape, [], faults)
+    if definitions:
+        messages[0]["tools"] = definitions
+    tools.numbered(messages)
+    return Parsed(shape, messages, [])
 
 
-def _untrained(row: dict[str, Any]) -> list[Fault]:
-    return [Fault("untrained_column", f"{name}: {what}") for name, what in UNTRAINED.items()
-            if row.get(name) not in NOTHING]
+def definitions_of(row: dict[str, Any], faults: list[Fault]) -> str:
+    """The row's tool definitions as JSON text, '' for none."""
+    for name in DEFINITIONS:
+        try:
+            if text := tools.definitions(row.get(name)):
+                return text
+        except (RecursionError, ValueError) as error:
+            faults.append(Fault("not_text", f"{name} are no tool definitions: {error}"))
+    return ""
 
 
 def _unknown(row: dict[str, Any]) -> Fault:
@@ -171,8 +188,10 @@ def _alpaca(row: dict[str, Any], faults: list[Fault]) -> list[Message]:
     return [*messages[:-2], *earlier, *messages[-2:]]
 
 
-def _turns(row: dict[str, Any], field: str, faults: list[Fault]) -> list[Message]:
-    turns, (role_key, text_key, roles) = row.get(field), TURNS[field]
+def turns_of(turns: Any, keys: tuple[str, str, dict[str, str]], faults: list[Fault],
+             call_tools: bool = False) -> list[Message]:
+    """The messages of a list of turns, `keys` as in TURNS. With `call_tools` a function_call is one, and no text."""
+    role_key, text_key, roles = keys
     if not isinstance(turns, list):
         faults.append(Fault("not_text", f"a {type(turns).__name__} where a list of turns is needed"))
         return []
@@ -182,7 +201,7 @@ def _turns(row: dict[str, Any], field: str, faults: list[Fault]) -> list[Message
             faults.append(Fault("not_text", f"turn {number} is a {type(turn).__name__}, not an object"))
             continue
         for key in (role_key, text_key):
-            if key not in turn:
+            if key not in turn and not (key == text_key and turn.get("tool_calls")):
                 near = nearest(key, [str(k) for k in turn])
                 code = "misnamed_field" if near else "missing_field"
                 faults.append(Fault(code, f"turn {number} has no field {key}{near}"))
@@ -190,15 +209,34 @@ def _turns(row: dict[str, Any], field: str, faults: list[Fault]) -> list[Message
         if role_key in turn and roles.get(str(role)) is None:
             faults.append(Fault("wrong_role", f"role {role!r} in turn {number}{nearest(str(role), roles)}; there are: "
                                 f"{', '.join(roles)}"))
-        if turn.get("tool_calls"):
-            faults.append(Fault("not_text", f"turn {number} has tool_calls: write the call as text into {text_key}"))
-        elif text is None and text_key in turn:
+        calls = _calls(turn, role, text, call_tools, number, faults)
+        if text is None and text_key in turn and not (calls and turn[text_key] is None):
             faults.append(Fault("not_text", f"{text_key} of turn {number} is a {type(turn[text_key]).__name__}, "
                                 "not text"))
         if isinstance(reasoning := turn.get("reasoning_content"), str) and reasoning:
             text = f"<think>\n{reasoning}\n</think>\n\n{text or ''}"
-        messages.append({"role": roles.get(str(role), ""), "content": text or ""})
+        if calls and role == "function_call":
+            text = ""
+        message = {"role": roles.get(str(role), ""), "content": text or "", "tool_calls": calls}
+        message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)
+                    and message["role"] == "tool"}
+        messages.append({key: value for key, value in message.items() if value or key not in FOR_TOOLS})
     return messages
+
+
+def _calls(turn: dict[str, Any], role: Any, text: str | None, call_tools: bool, number: int,
+           faults: list[Fault]) -> str:
+    """The turn's calls as JSON text, '' for none."""
+    made = turn.get("tool_calls") or turn.get("function_call")
+    if role == "function_call" and call_tools:
+        made = text
+    try:
+        if made and SENDERS.get(str(role)) != "assistant":
+            raise ValueError(f"only the assistant can, not the role {role!r}")
+        return tools.calls(made)
+    except (RecursionError, ValueError) as error:
+        faults.append(Fault("not_text", f"turn {number} calls a tool: {error}"))
+        return ""
 
 
 def _content(value: Any) -> str | None:
@@ -227,7 +265,7 @@ def _structure(messages: list[Message]) -> list[Fault]:
     for role, code, the_only, one_of in (
             ("assistant", "empty_response", "the answer is empty", "one of the answers is empty"),
             ("user", "empty_prompt", "the prompt is empty", "one of the user's turns is empty")):
-        texts = [m["content"] for m in messages if m["role"] == role]
+        texts = [said(m) for m in messages if m["role"] == role]
         if not all(text.strip() for text in texts):
             faults.append(Fault(code, the_only if len(texts) == 1 else one_of))
     return faults

@@ -19,6 +19,7 @@ from kit.common.errors import KitError
 from kit.common.files import cache_dir
 from kit.data.rows import Place, Problems, Row, good_rows, progress, where
 from kit.data.sources import held_out_source
+from kit.gguf.messages import FOR_TOOLS, said
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 1000  # rows handled at a time
-TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))  # a conversation's type in Arrow
 T = TypeVar("T")
 
 
@@ -35,6 +35,11 @@ def batches(rows: Iterable[T]) -> Iterator[list[T]]:
     coming = iter(rows)
     while batch := list(itertools.islice(coming, BATCH)):
         yield batch
+
+
+def turns_type(*for_tools: str) -> pa.DataType:
+    """A conversation's type in Arrow, with those of FOR_TOOLS that some message has."""
+    return pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content", *for_tools)]))
 
 
 class Example(NamedTuple):
@@ -55,7 +60,7 @@ class DiskRows:
 
     def __iter__(self) -> Iterator[Example]:
         for row in self.dataset:
-            yield Example(Place(row["file"], row["row"], row["line"]), row["messages"])
+            yield Example(Place(row["file"], row["row"], row["line"]), without_nulls(row["messages"]))
 
     def __getitem__(self, part: slice) -> DiskRows:
         return self.select(range(len(self))[part])
@@ -68,6 +73,11 @@ class DiskRows:
 Examples = list[Example] | DiskRows
 
 
+def without_nulls(messages: list[Message]) -> list[Message]:
+    """The messages as they were before Arrow gave each the fields of all."""
+    return [{key: text for key, text in message.items() if text is not None} for message in messages]
+
+
 def _on_disk(rows: Iterable[Row]) -> DiskRows:
     """Write every row as it comes; a thousand of them are in memory at a time."""
     from datasets import Dataset
@@ -75,14 +85,15 @@ def _on_disk(rows: Iterable[Row]) -> DiskRows:
     cache_dir().mkdir(parents=True, exist_ok=True)
     folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_dir(), ignore_cleanup_errors=True)
     path = Path(folder.name) / "rows.arrow"
-    schema = pa.schema([("messages", TURNS), ("prompt", TURNS), ("reference", pa.string()),
+    turns = turns_type(*FOR_TOOLS)
+    schema = pa.schema([("messages", turns), ("prompt", turns), ("reference", pa.string()),
                         ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
             for batch in batches(rows):
                 talks = [row.messages for row in batch]
                 stream.write_batch(pa.record_batch([
-                    pa.array(talks, TURNS), pa.array([talk[:-1] for talk in talks], TURNS),
+                    pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),
                     [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
                     schema=schema))
     except OSError as error:
@@ -121,9 +132,10 @@ def _read(source: str, recipe: Recipe) -> Examples:
 
 
 def prompt_key(messages: list[Message]) -> int:
-    """64 bits that two conversations share when they ask the same, but for spaces and the system message."""
-    text = "\0".join(m["role"] + "\0" + " ".join(m["content"].split())
-                     for m in messages[:-1] if m["role"] != "system")
+    """64 bits that two conversations share when they ask the same, but for spaces and the system message, and may call
+    the same tools."""
+    text = "\0".join(m["role"] + "\0" + " ".join(said(m).split())
+                     for m in messages[:-1] if m["role"] != "system") + (messages[0].get("tools") or "")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -7,6 +7,7 @@ Jinja, so the trained template is rendered with marked contents: the text betwee
 either side, and the Modelfile's template is that table of texts.
 """
 
+import json
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -35,6 +36,10 @@ RARE_SHAPES = [("user", "assistant", "system", "user"), ("user", "system", "user
 # A tool's result answers a call that the assistant wrote as text.
 TOOL_SHAPES = [(*first, "user", "assistant", "tool", *rest) for first in ((), ("system",))
                for rest in ((), ("tool",), ("assistant", "user"), ("assistant", "tool"))]
+
+ASKED = {"role": "user", "content": "a"}
+TOOLS = json.dumps([{"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {
+    "type": "object", "properties": {}}}}])
 
 PROOF = [
     "Where is my parcel?",
@@ -69,7 +74,9 @@ class Modelfile(NamedTuple):
         return fill(self.joints, messages)
 
     def takes(self, messages: list[Message]) -> bool:
-        """Whether the template has a place for each of these messages."""
+        """Whether the template has a place for each of these messages. Ollama writes tools and calls in its own way."""
+        if any(m.get("tools") or m.get("tool_calls") for m in messages):
+            return False
         return all(pair in self.joints for pair in pairwise([START, *(m["role"] for m in messages)]))
 
 
@@ -218,6 +225,9 @@ def limits(joints: Joints, render: Render, tokenizer: Any) -> list[str]:
         "The trained template has tools' results in a form that Ollama's cannot have: one that is sent is left out.":
             any(_try(render, _conversation(shape, ["a"] * len(shape))) and not _all_in(joints, shape)
                 for shape in TOOL_SHAPES if shape[0] == "user"),
+        "The trained template shows tools to the model; Ollama's cannot, as it writes JSON in another way: use "
+        "llama-server --jinja, or vLLM with merged/.":
+            _try(render, [ASKED | {"tools": TOOLS}]) != fill(joints, [ASKED]),
         "The trained template writes today's date; here it is the date of the export.":
             "strftime_now" in str(tokenizer.chat_template),
         f"Ollama puts {bos} before every prompt; the trained template does not.":

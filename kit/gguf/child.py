@@ -22,9 +22,9 @@ import numpy as np
 from kit.common.errors import GateError, KitError
 from kit.common.files import PROJECT
 from kit.gguf.formats import chat_templates, read_header
+from kit.gguf.messages import Message
 from kit.gguf.trial import NO_REAL_ONE, OVERTIME, OVERTIME_CODE
 
-Message = dict[str, str]
 WORKER = (sys.executable, "-m", "kit.gguf.worker")
 TROUBLE = (("error", "what():", "assert", "out of memory", "no space"), ("failed", "exception", "invalid"))
 

@@ -79,7 +79,7 @@ def limited() -> Iterator[None]:
 
 def check_length(text: str, messages: Sequence[Mapping[str, Any]]) -> None:
     """Raise BeyondLimits for a rendering far longer than its conversation."""
-    contents = sum(len(str(message.get("content"))) for message in messages)
+    contents = sum(len(str(value)) for message in messages for value in message.values())
     if len(text) > OWN_CHARACTERS + TURN_CHARACTERS * len(messages) + 10 * contents:
         raise BeyondLimits(f"the chat template writes {len(text):,} characters for a conversation of {contents:,}")
 

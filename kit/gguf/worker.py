@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, chat_formatter_to_chat_completion_handler
 
-from kit.gguf.child import Message
+from kit.gguf.messages import Message, for_template
 from kit.gguf.tied import tie
 from kit.gguf.trial import BeyondLimits, attempt, check_length, limited
 
@@ -89,8 +89,11 @@ class Worker:
         return self._format(messages=messages, **template_kwargs)
 
     def _format(self, messages: list[Message], **request: Any) -> Any:
+        taken, tools = for_template(messages)
+        if tools:
+            request["tools"] = tools
         with limited():
-            formatted = self.formatter(messages=messages, **{**self.template_kwargs, **request})
+            formatted = self.formatter(messages=taken, **{**self.template_kwargs, **request})
             check_length(formatted.prompt, messages)
         return formatted
 

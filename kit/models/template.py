@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from kit.common.errors import KitError, one_line
 from kit.common.files import read_json
-from kit.gguf.child import Message
+from kit.gguf.messages import Message, for_template
 from kit.gguf.templates import check_template, in_time
 from kit.gguf.trial import check_length
 from kit.models.fetch import loading_options, model_folder, not_loaded
@@ -67,9 +67,10 @@ def rendered(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     whatever else it raises.
     """
     check_templates(tokenizer)
+    taken, tools = for_template(messages)
     try:
         with in_time():
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            text = str(tokenizer.apply_chat_template(taken, tools=tools, tokenize=False, **options))
         check_length(text, messages)
     except (KitError, TemplateError):
         raise
@@ -205,8 +206,11 @@ def stop_token(tokenizer: Any, recipe: Recipe) -> str:
 
 
 def marked(messages: list[Message]) -> list[Message]:
-    """The messages with a marker in place of each content, so that its place in the rendered text is known exactly."""
-    return [{**m, "content": f"{OPEN}{i}{CLOSE}"} for i, m in enumerate(messages)]
+    """The messages with a marker in place of each content, so that its place in the rendered text is known exactly.
+
+    But for turns that call tools: some templates write either the calls or the content.
+    """
+    return [m if m.get("tool_calls") else {**m, "content": f"{OPEN}{i}{CLOSE}"} for i, m in enumerate(messages)]
 
 
 def pieces(text: str, expected: list[int]) -> list[str]:

@@ -94,7 +94,7 @@ def check_scores(gates: Gates, evidence: Evidence, shipped: dict[str, Shipped]) 
         return {}
     answers = {"adapter": {number: reference.answers[number][0] for number in numbers},
                **{name: one.answers for name, one in shipped.items()}}
-    expected = [talk[-1]["content"] for talk in reference.held_out]
+    expected = reference.expected
     scores = {name: score([each[n] for n in sorted(each)], [expected[n] for n in sorted(each)], metric)
               for name, each in answers.items() if each}
     right = {name: {n: score([text], [expected[n]], metric)["exact"] == 1 for n, text in each.items()}

@@ -26,6 +26,7 @@ from kit.common.files import whole_file
 from kit.common.padding import padded
 from kit.common.show import bar
 from kit.data.masks import Formatter
+from kit.data.splits import without_nulls
 from kit.models.fetch import base_folder
 from kit.models.precision import in_float32
 from kit.models.saved import saved_tokenizer
@@ -72,20 +73,21 @@ class Reference(NamedTuple):
     """Of each row the predictions for its TOP likeliest tokens.
 
     `answers[i]` are the text of the answer to held-out row i and whether it stopped, `held_out[i]` is that row's
-    conversation; `trained` are some of the training rows'.
+    conversation and `expected[i]` its answer; `trained` are some of the training rows' conversations.
     """
 
     precision: str
     rows: list[Row]
     answers: list[tuple[str, bool]]
     held_out: list[list[Message]]
+    expected: list[str]
     trained: list[list[Message]]
     predictions: list[Predictions]
 
     def save(self, path: Path) -> None:
         """One safetensors file, whole or not at all."""
         about = {"precision": self.precision, "rows": [row._asdict() for row in self.rows], "answers": self.answers,
-                 "held_out": self.held_out, "trained": self.trained}
+                 "held_out": self.held_out, "expected": self.expected, "trained": self.trained}
         top_ids, top, best, following = map(np.concatenate, zip(*self.predictions, strict=True))
         tensors = {"top_ids": top_ids.astype(np.int32), "top": top, "best": best.astype(np.int32), "next": following}
         with whole_file(path) as partial:
@@ -105,7 +107,8 @@ class Reference(NamedTuple):
             ends = np.cumsum([len(row.where) for row in rows])[:-1]
             parts = zip(*(np.split(tensor, ends) for tensor in tensors), strict=True)
             return cls(about["precision"], rows, [(text, stopped) for text, stopped in about["answers"]],
-                       about["held_out"], about["trained"], [Predictions(*of_row) for of_row in parts])
+                       about["held_out"], about["expected"], about["trained"],
+                       [Predictions(*of_row) for of_row in parts])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise KitError(f"{path} is damaged, or of an earlier version of the kit: {type(error).__name__}: {error}",
                            RUN_AGAIN) from None
@@ -125,7 +128,8 @@ def record(model: Any, tokenizer: Any, data: Any, replies: list[Reply], recipe: 
     path = run.folder / "reference.safetensors"
     with in_float32(model) as precision:
         Reference(precision, rows, [(reply.text, reply.stopped) for reply in replies[:count]],
-                  split[:count]["messages"], data["train"][:TRAINING_ROWS]["messages"],
+                  [without_nulls(talk) for talk in split[:count]["messages"]], split[:count]["reference"],
+                  [without_nulls(talk) for talk in data["train"][:TRAINING_ROWS]["messages"]],
                   predict(model, rows)).save(path)
     return path
 

@@ -42,7 +42,7 @@ def made(places: int = 40, seed: int = 0) -> tuple[Any, np.ndarray, Any]:
     logits = dice.normal(size=(places, 200)) * 2
     ids = [0, *logits.argmax(-1).tolist()]
     row = Row(0, ids, list(range(places)), held_out=True, own=True, whole=True, ends=True)
-    return Reference("float32", [row], [("", True)], [[]], [], [predictions(logits, ids[1:])]), logits, dice
+    return Reference("float32", [row], [("", True)], [[]], [""], [], [predictions(logits, ids[1:])]), logits, dice
 
 
 def test_the_spread_is_that_of_the_noise_however_sure_the_model_is() -> None:
@@ -110,7 +110,7 @@ def test_a_gguf_that_answered_few_rows_is_not_judged_by_them(answered: int, pass
 
     rows = [Row(n, [0, 1], [0], held_out=True, own=True, whole=True, ends=True) for n in range(12)]
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
-    reference = Reference("float32", rows, [("yes", True)] * 12, [talk] * 12, [], [])
+    reference = Reference("float32", rows, [("yes", True)] * 12, [talk] * 12, [""] * 12, [], [])
     evidence: Any = SimpleNamespace(reference=reference, recipe=SimpleNamespace(metric="exact"))
     gates = Gates("")
     figures: Any = None
