@@ -12,6 +12,7 @@ from kit.data.readers import read_rows
 from kit.data.records import Problem
 from kit.data.shapes import Fault, renamed, to_messages
 from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
+from kit.data.tools import unfilled
 from kit.models.template import Message
 from kit.recipe.reading import MAX_ERRORS
 from kit.recipe.recipe import Recipe
@@ -48,7 +49,7 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
     files = files_of(local, recipe)
     if files is None:
         for number, value in enumerate(hub_rows(str(local), recipe), 1):
-            yield _row(Place(str(source), number, None), value, recipe)
+            yield _row(Place(str(source), number, None), unfilled(value), recipe)
     for path in files or ():
         name = str(source) if len(files or ()) == 1 else str(path)
         for item in read_rows(path, on_bytes):
@@ -56,7 +57,7 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
             if isinstance(item, Problem):
                 yield Row(place, None, None, [], [Fault(item.code, item.message)])
             else:
-                yield _row(place, item.value, recipe)
+                yield _row(place, unfilled(item.value) if path.suffix.lower() == ".parquet" else item.value, recipe)
 
 
 @contextmanager

@@ -32,7 +32,6 @@ NAMES = tuple(field for fields in SHAPES.values() for field in fields)
 # Fields that can hold a list of turns: a turn's role, its text, and the roles there are.
 TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", SENDERS),
          "prompt": ("role", "content", ROLES), "completion": ("role", "content", ROLES)}
-DEFINITIONS = ("tools", "functions")  # columns with a row's tools
 # Columns that change what a row means, and that are not trained: a row that has something there is refused.
 UNTRAINED = ("image", "images", "video", "videos", "audio", "audios")
 NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
@@ -131,7 +130,7 @@ def to_messages(row: Any) -> Parsed:
 
 def definitions_of(row: dict[str, Any], faults: list[Fault]) -> str:
     """The row's tool definitions as JSON text, '' for none."""
-    for name in DEFINITIONS:
+    for name in tools.DEFINITIONS:
         try:
             if text := tools.definitions(row.get(name)):
                 return text

@@ -12,6 +12,8 @@ from typing import Any
 
 from kit.gguf.messages import Message
 
+DEFINITIONS = ("tools", "functions")  # columns with a row's tools
+
 
 def definitions(value: Any) -> str:
     """A row's tools as JSON text, '' for none. Raises ValueError, which says what is no tool definition."""
@@ -86,6 +88,26 @@ def _parts(function: dict[str, Any]) -> Iterator[str]:
 
 def _holds(text: str, part: str) -> bool:
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
+
+
+def unfilled(row: Any) -> Any:
+    """A table's row without what its tools and calls lack: Arrow gives each of them the fields of all, as null."""
+    if not isinstance(row, dict):
+        return row
+    made = {}
+    for key, value in row.items():
+        if key in DEFINITIONS:
+            value = _without_nulls(value)
+        elif isinstance(value, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in value):
+            value = [{**turn, "tool_calls": _without_nulls(turn.get("tool_calls"))} for turn in value]
+        made[key] = value
+    return made
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _listed(value: Any) -> list[Any]:

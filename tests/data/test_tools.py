@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from kit.answering.question_files import read_questions
 from kit.data.formatting import load_data
 from kit.data.lint import lint
 from kit.data.masks import Formatter
+from kit.data.rows import rows_of
 from kit.data.segments import ToolsNotShown
 from kit.data.shapes import to_messages
 from kit.gguf.child import LlamaChild
@@ -92,6 +95,17 @@ def test_every_form_gives_the_same_conversation() -> None:
     assert first[0][1]["tool_calls"] == [{"id": first[0][2]["tool_call_id"], "type": "function",
                                           "function": {"name": "weather", "arguments": {"city": "北京"}}}]
     assert all(other == first for other in others)
+
+
+def test_a_table_fills_no_arguments_in(tmp_path: Path) -> None:
+    """Arrow gives every struct the fields of all."""
+    other = {"type": "function", "function": {"name": "clock", "parameters": {"zone": "UTC"}}}
+    when = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    rows = [{"messages": [ASK, calling(call("北京")), result(), ANSWER], "tools": TOOLS},
+            {"messages": [ASK, calling(when), result(), ANSWER], "tools": [other]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = [row.messages for row in rows_of(tmp_path / "rows.parquet", Recipe.load({}))]
+    assert [for_template(messages) for messages in read] == [for_template(parsed(row)) for row in rows]
 
 
 def test_without_definitions_a_function_call_of_sharegpt_stays_a_text() -> None:
