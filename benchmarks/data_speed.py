@@ -27,7 +27,7 @@ def words(count: int, random_: random.Random) -> str:
     return " ".join(VOCABULARY[min(int(random_.expovariate(0.01)), len(VOCABULARY) - 1)] for _ in range(count))
 
 
-VOCABULARY = sorted(set((Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split()), key=len)
+VOCABULARY = sorted(set((Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8").split()), key=len)
 
 
 def write(path: Path, rows: int, source: str | None) -> None:

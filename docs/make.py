@@ -1,20 +1,43 @@
-"""Writes the pages of docs/ that are made from the code: `make docs`."""
+"""Writes the pages, and the tables in pages, that are made from the code: `make docs`."""
 
 from __future__ import annotations
 
 import json
+import re
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kit.common.weight_files import TensorInfo
 from kit.data.findings import FINDINGS
+from kit.models.fetch import ModelFiles
+from kit.readiness.forecast import ANSWERS, STEP, Forecast, forecast_on
 from kit.recipe.fields import AFFECTS
+from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
 
 DOCS = Path(__file__).parent
+RECIPES = DOCS.parent / "recipes"
 SOUND, FAULTY = ("f16", "q8_0", "q5_k_m", "q4_k_m"), ("f16", "q8_0", "q4_k_m")
 SCHEMA = Recipe.model_json_schema()["properties"]
+GPU = Machine("cuda", "any GPU with bfloat16", 8, 80.0, 0.0, True, "")
+# What config.json says of the models that the recipes name: shapes only, so no weights are needed.
+QWEN2_7B = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}
+CONFIGS = {
+    "Qwen/Qwen2.5-0.5B": {
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen3-4B": {
+        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": True},
+    "Qwen/Qwen2-7B": QWEN2_7B,
+    "Qwen/Qwen2.5-7B-Instruct": QWEN2_7B,
+}  # fmt: skip
+SHORT_ROWS = 512  # tokens; a question and an answer of a few paragraphs
 
 
 def recipe_page() -> str:
@@ -84,9 +107,83 @@ def _found(trainings: dict[str, Any], fault: str, kind: str) -> str:
     return f"{len(tried) - len(missed)} of {len(tried)}" + (answers if missed else "")
 
 
-PAGES = {"recipe.md": recipe_page, "findings.md": findings_page, "gates-measured.md": gates_page}
+def model_of(name: str) -> ModelFiles:
+    """The tensors that transformers makes of a model's config, in bfloat16; none holds anything."""
+    import torch  # seconds, and only for this page
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {key: value for key, value in CONFIGS[name].items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(str(CONFIGS[name]["model_type"]), **sizes))
+    tensors, end = {}, 0
+    for key, weight in model.named_parameters():  # tied ones once
+        begin, end = end, end + 2 * weight.numel()
+        tensors[key] = TensorInfo(tuple(weight.shape), "BF16", begin, end)
+    return ModelFiles(Path(name), CONFIGS[name], tensors)
+
+
+@cache
+def forecasts() -> dict[str, tuple[Recipe, Forecast, Forecast]]:
+    """For each recipe but the starter's: what one GPU needs for rows of SHORT_ROWS, and of max_seq_length."""
+    found = {}
+    models = {name: model_of(name) for name in CONFIGS}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = Recipe.load(path)
+        if recipe.model_name == "starter":
+            continue
+        short, long = (forecast_on(GPU, recipe.model_copy(update={"max_seq_length": length}),
+                                   model=models[recipe.model_name]) for length in (SHORT_ROWS, recipe.max_seq_length))
+        found[path.stem] = recipe, short, long
+    return found
+
+
+def memory_page() -> str:
+    """memory.md with the parts of each recipe's forecast."""
+    rows = ["| recipe | weights | adapter, optimiser | training step | answers | at most | disk |",
+            "|---|---|---|---|---|---|---|"]
+    for name, (recipe, short, long) in forecasts().items():
+        parts = [f"{short.memory_gb[part]:.1f}" for part in ("weights", "adapter and optimiser")]
+        parts += [f"{short.memory_gb[part]:.1f} → {long.memory_gb[part]:.1f}" for part in (STEP, ANSWERS)]
+        rows.append(f"| [{name}](../recipes/{name}.yaml) | {' | '.join(parts)} | **{short.peak_memory_gb:.1f}** → "
+                    f"{long.peak_memory_gb:.1f} (rows of {recipe.max_seq_length:,}) | {short.room_gb:.0f} |")
+    return between(DOCS / "memory.md", rows)
+
+
+def readme(name: str) -> str:
+    """A README with its table of recipes: the starter's memory as its recipe states it, the others' forecast."""
+    head, measured, *methods = README_WORDS[name]
+    words = dict(zip(("LoRA", "8-bit", "QLoRA", "full"), methods, strict=True))
+    quickstart = (RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
+    needed = re.findall(r"^# Memory: ([\d.]+) GB", quickstart, re.MULTILINE)[0]
+    rows = [head, "|---|---|---|---|---|", f"| [quickstart](recipes/quickstart.yaml) | SmolLM2-135M-Instruct | "
+                                          f"{words['LoRA']} | | {measured.format(needed)} |"]
+    for stem, (recipe, short, long) in sorted(forecasts().items(), key=lambda item: item[1][1].peak_memory_gb or 0):
+        method = ("full" if recipe.full_finetuning else "QLoRA" if recipe.load_in_4bit else
+                  "8-bit" if recipe.load_in_8bit else "LoRA")
+        rows.append(f"| [{stem}](recipes/{stem}.yaml) | {Path(recipe.model_name).name} | {words[method]} | "
+                    f"{short.peak_memory_gb:.1f} GB | {long.peak_memory_gb:.1f} GB ({recipe.max_seq_length:,}) |")
+    return between(DOCS.parent / name, rows)
+
+
+README_WORDS = {
+    "README.md": (f"| recipe | model | method | rows of {SHORT_ROWS} tokens | longest rows (tokens) |",
+                  "**{} GB measured**, on a CPU (256)", "LoRA", "LoRA, 8-bit", "QLoRA, 4-bit", "full"),
+    "README.zh.md": (f"| 配方 | 模型 | 方法 | 每行 {SHORT_ROWS} token | 最长的行（token） |",
+                     "**实测 {} GB**，CPU（256）", "LoRA", "LoRA，8-bit", "QLoRA，4-bit", "全参数"),
+}
+
+
+def between(path: Path, rows: list[str]) -> str:
+    """The page with these rows between its two marks."""
+    start, end = "<!-- made by make docs -->\n", "<!-- until here -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(start)
+    return before + start + "\n".join(rows) + "\n" + end + rest.partition(end)[2]
+
+
+PAGES = {"docs/recipe.md": recipe_page, "docs/findings.md": findings_page, "docs/gates-measured.md": gates_page,
+         "docs/memory.md": memory_page, **{name: partial(readme, name) for name in README_WORDS}}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
-        (DOCS / name).write_text(page(), encoding="utf-8")
-        print(f"docs/{name}")
+        (DOCS.parent / name).write_text(page(), encoding="utf-8")
+        print(name)

@@ -93,15 +93,19 @@ def forecast(recipe: Recipe, data: DatasetDict | None = None) -> Forecast:
     return forecast_on(look(Path(recipe.output_dir)), recipe, data)
 
 
-def forecast_on(machine: Machine | None, recipe: Recipe, data: DatasetDict | None = None) -> Forecast:
-    """As `forecast`, on a machine that is known already; where none is (None), the memory isn't known either."""
+def forecast_on(machine: Machine | None, recipe: Recipe, data: DatasetDict | None = None,
+                model: ModelFiles | str | None = None) -> Forecast:
+    """As `forecast`, on a machine that is known already; where none is (None), the memory isn't known either.
+
+    `model` is what is known of the recipe's model without its files, or the reason why nothing is.
+    """
     lengths, held_out = ([], None) if data is None else (token_counts(data["train"]), token_counts(data["test"]))
     steps, tokens = recipe.max_steps, None
     if data is not None and len(data["train"]):
         steps = steps_of(recipe, len(data["train"]))
         tokens = tokens_of(recipe, data["train"], steps)
     notes = () if lengths else ("row lengths are not known: max_seq_length is assumed",)
-    model = local_model(recipe)
+    model = model or local_model(recipe)
     if isinstance(model, str):
         return Forecast(steps=steps, tokens=tokens, notes=(*notes, model))
     files, temporary = _files(model, recipe, steps)

@@ -9,22 +9,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
 import kit
-from kit.cli import app
 from kit.common.errors import KitError
 from kit.readiness.doctor import preflight
 from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 from support.command import PROJECT
+from support.documents import check_name, kit_words
 from support.tiny_runs import talks
 
 RECIPES = {path.stem: path for path in sorted((PROJECT / "recipes").glob("*.yaml"))}
@@ -32,9 +31,6 @@ NEW = [name for name in RECIPES if name != "quickstart"]  # that one is run as i
 OWN_ROWS = {"qwen2.5-7b-chatml-qlora": "data/my-novel.jsonl", "qwen2-7b-full": "data/my-messages.jsonl",
             "qwen2-7b-lora": "data/my-messages.jsonl", "qwen2-7b-qlora": "data/my-messages.jsonl"}
 OPTIONS = (PROJECT / "docs" / "options.md").read_text(encoding="utf-8")
-COMMANDS = {str(command.name or command.callback.__name__): command.callback for command in app.registered_commands
-            if command.callback}
-TORCHRUN = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"}
 VARIABLES = {"CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_TOKEN", "KIT_CACHE"}
 
 
@@ -89,25 +85,6 @@ def test_the_commands_of_the_header_are_possible(name: str) -> None:
         assert recipe.deepspeed is None or (PROJECT / recipe.deepspeed).is_file()
 
 
-def kit_words(command: list[str]) -> list[str]:
-    """What a command gives to `kit`: its subcommand, which exists with these options, and the rest."""
-    if command[0] == "torchrun":
-        start = command.index("-m")
-        assert set(command[1:start:2]) <= TORCHRUN, command
-        command = command[start + 1:]
-        assert command[:2] == ["kit", "train"], "kit run is one process"
-    assert command[0] == "kit" and command[1] in COMMANDS, command
-    for word in command[2:]:
-        if word.startswith("-"):
-            assert word in options(command[1]), f"kit {command[1]} has no {word}"
-    return command[1:]
-
-
-def options(command: str) -> Iterable[str]:
-    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-    return {option for parameter in parameters for option in parameter.opts}
-
-
 @pytest.mark.parametrize("name", OWN_ROWS)
 def test_rows_that_the_user_has_to_bring(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = OWN_ROWS[name]
@@ -138,24 +115,7 @@ def test_every_field_and_command_in_the_options_exists() -> None:
         named = re.findall(r"`([^`]+)`", here)
         assert named or (here == "–" and remark), f"{option}: what to use instead?"
         for name in named:
-            check_name(name)
-
-
-def check_name(name: str) -> None:
-    """A field, `field: value` that is accepted, a command, a verb of the Makefile or a variable."""
-    if name in VARIABLES or name in Recipe.model_fields:
-        return
-    verb, _, rest = name.partition(" ")
-    if verb == "make":
-        assert f"\n{rest}: " in (PROJECT / "Makefile").read_text(encoding="utf-8"), name
-    elif verb in ("kit", "torchrun"):
-        words = kit_words(shlex.split(name))
-        assert all((PROJECT / word).is_file() for word in words if word.endswith(".yaml")), name
-    else:
-        fields = yaml.safe_load(name)
-        assert isinstance(fields, dict), name
-        recipe = Recipe.load({"test_size": 2, **fields})
-        assert recipe.deepspeed is None or (PROJECT / recipe.deepspeed).is_file(), name
+            check_name(name, VARIABLES)
 
 
 def test_what_the_remarks_name_exists() -> None:
@@ -164,7 +124,7 @@ def test_what_the_remarks_name_exists() -> None:
             if name.startswith("kit."):
                 assert hasattr(kit, name.removeprefix("kit.")), name
             elif re.match(r"(kit|make) |\w+: |[a-z]+(_[a-z]+)+$", name):
-                check_name(name)
+                check_name(name, VARIABLES)
 
 
 def test_every_new_recipe_is_in_the_options() -> None:
