@@ -18,6 +18,7 @@ from kit.common.files import writing
 from kit.data.encodings import not_utf8, refuse_utf16
 from kit.data.readers import delimiter_of, read_rows
 from kit.data.records import Record
+from kit.data.workbooks import row_of_names
 from kit.models.template import Message, alpaca_turn
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xlsx")
@@ -175,10 +176,9 @@ def _write_workbook(file: TextIO, questions: Questions, added: dict[str, list[st
 
     if questions.path.suffix.lower() == ".xlsx":
         book = load_workbook(questions.path)
-        filled = [(cell.row, cell.column) for cells in book.worksheets[0].iter_rows() for cell in cells
+        filled = [cell.column for cells in book.worksheets[0].iter_rows() for cell in cells
                   if cell.value not in (None, "")]
-        lines = [min(row for row, _ in filled), *questions.lines]
-        first, columns = max(column for _, column in filled) + 1, added
+        lines, first, columns = [row_of_names(questions.path), *questions.lines], max(filled) + 1, added
     else:
         book, lines, first = Workbook(), list(range(1, len(questions.rows) + 2)), 1
     for column, (name, values) in enumerate(columns.items(), first):

@@ -26,7 +26,7 @@ class Record(NamedTuple):
 class Problem(NamedTuple):
     """A row that could not be read; reading goes on behind it where that is possible."""
 
-    code: str  # invalid_json, torn_line, wrong_encoding or ragged_row
+    code: str  # invalid_json, torn_line, wrong_encoding, ragged_row or unsaved_formula
     message: str
     row: int
     line: int | None
