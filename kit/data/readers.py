@@ -11,7 +11,7 @@ from typing import Any
 from kit.common.errors import KitError, nearest, one_line
 from kit.data.encodings import not_utf8, refuse_utf16
 from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines, read_json, read_jsonl
-from kit.data.workbooks import SAVE_VALUES, below_titles, column_letters, sheet_rows
+from kit.data.workbooks import SAVE_VALUES, below_titles, sheet_rows
 
 # A quote that is never closed makes one cell of the rest of the file; larger than this is no row.
 LARGEST_CELL = 2**27
@@ -118,17 +118,15 @@ def _xlsx(path: Path, progress: Progress) -> Rows:
         if top.unsaved:
             raise KitError(f"{path}: no values are stored for the formulas in row {top.number}, where the column names "
                            "are", SAVE_VALUES)
-        header = _column_names(path, [top.cells.get(column, "") for column in range(1, top.last + 1)])
+        header = _column_names(path, [top.cells.get(column, "") for column in range(1, max(top.cells) + 1)])
         for found in rows:
             row += 1
-            if found.unsaved:
-                yield Problem("unsaved_formula", f"line {found.number}: no value is stored for the formula in column "
-                              f"{', '.join(map(column_letters, found.unsaved[:8]))}", row, found.number)
-            elif found.last > len(header):
-                yield _ragged(found.last, header, row, found.number)
+            if (last := max(found.cells, default=0)) > len(header):
+                yield _ragged(last, header, row, found.number)
             else:
                 yield Record({name: found.cells.get(column) for column, name in enumerate(header, 1)}, row,
-                             found.number)
+                             found.number, tuple(header[column - 1] for column in found.unsaved
+                                                 if column <= len(header)))
 
 
 def _parquet(path: Path, progress: Progress) -> Rows:

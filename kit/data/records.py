@@ -4,7 +4,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,17 @@ class Record(NamedTuple):
     value: Any
     row: int  # from 1, in the file's order; broken rows count, blank ones do not
     line: int | None  # where the row starts, from 1; the sheet's row for .xlsx, None for .parquet
+    unsaved: tuple[str, ...] = ()  # columns with a formula in this row for which an .xlsx has no value
+
+    def only_formulas(self, columns: Collection[str]) -> bool:
+        """Whether nothing is in the row but such formulas, none of them in these columns: people fill them down."""
+        return bool(self.unsaved) and not any(self.value.values()) and not {*self.unsaved} & {*columns}
 
 
 class Problem(NamedTuple):
     """A row that could not be read; reading goes on behind it where that is possible."""
 
-    code: str  # invalid_json, torn_line, wrong_encoding, ragged_row or unsaved_formula
+    code: str  # invalid_json, torn_line, wrong_encoding or ragged_row
     message: str
     row: int
     line: int | None

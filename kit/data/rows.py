@@ -10,9 +10,10 @@ from kit.common.errors import KitError
 from kit.common.show import bar
 from kit.data.readers import read_rows
 from kit.data.records import Problem
-from kit.data.shapes import Fault, renamed, to_messages
+from kit.data.shapes import UNTRAINED, Fault, renamed, to_messages
 from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
 from kit.models.template import Message
+from kit.recipe.fields import ROW_FIELDS
 from kit.recipe.reading import MAX_ERRORS
 from kit.recipe.recipe import Recipe
 
@@ -45,6 +46,7 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
     read at all.
     """
     local = fetched(source, recipe)
+    columns = {*ROW_FIELDS, *UNTRAINED, *recipe.columns.values()}  # those that are looked at
     files = files_of(local, recipe)
     if files is None:
         for number, value in enumerate(hub_rows(str(local), recipe), 1):
@@ -55,7 +57,9 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
             place = Place(name, item.row, item.line)
             if isinstance(item, Problem):
                 yield Row(place, None, None, [], [Fault(item.code, item.message)])
-            else:
+            elif lost := [name for name in item.unsaved if name in columns]:
+                yield Row(place, None, None, [], [Fault("unsaved_formula", ", ".join(lost))])
+            elif not item.only_formulas(columns):
                 yield _row(place, item.value, recipe)
 
 

@@ -35,11 +35,6 @@ class SheetRow(NamedTuple):
     cells: dict[int, str]
     unsaved: list[int]
 
-    @property
-    def last(self) -> int:
-        """The column of the last cell."""
-        return max([*self.cells, *self.unsaved], default=0)
-
 
 def sheet_rows(file: BinaryIO, size: int) -> Iterator[SheetRow]:
     """The rows of the first worksheet that hold something, of a file of `size` bytes.
@@ -248,15 +243,6 @@ def shown_value(value: Any) -> str:
     if isinstance(value, datetime) and value.time() == time():
         return value.date().isoformat()
     return value.isoformat() if isinstance(value, date | time) else str(value)
-
-
-def column_letters(column: int) -> str:
-    """AA of 27."""
-    letters = ""
-    while column:
-        column, letter = divmod(column - 1, 26)
-        letters = chr(65 + letter) + letters
-    return letters
 
 
 def _column(reference: str) -> int:

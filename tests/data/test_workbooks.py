@@ -20,6 +20,8 @@ from kit.common.errors import KitError
 from kit.common.files import PROJECT
 from kit.data.readers import read_rows
 from kit.data.records import Problem, Record
+from kit.data.rows import rows_of
+from kit.recipe.recipe import Recipe
 from support.crafted import workbook_parts, zipped
 
 Cells = list[list[Any]]
@@ -36,19 +38,30 @@ def workbook(path: Path, rows: Cells) -> Path:
 
 
 def values(path: Path) -> list[Any]:
-    return [item.value if isinstance(item, Record) else item.code for item in read_rows(path)]
+    return [item.code if isinstance(item, Problem) else item.unsaved or item.value for item in read_rows(path)]
 
 
 # Formulas
 
+FORMULAS: Cells = [["question", "answer", "length"], ["a", "b"], ["=A2", "c"], ["=A3", '="x"'], [None, None],
+                   ["d", "e", "=LEN(A6)"], [None, None, "=LEN(A7)"], ["f", "g", None, "=LEN(A8)"]]
+
+
 def test_a_formula_without_a_value_is_named(tmp_path: Path) -> None:
-    path = workbook(tmp_path / "rows.xlsx", [["question", "answer"], ["a", "b"], ["=A2", "c"], ["=A3", '="x"'],
-                                             [None, None], ["d", "e", "=1"]])
-    found = list(read_rows(path))
-    assert [(item.row, item.line, item.code if isinstance(item, Problem) else item.value["answer"])
-            for item in found] == [(1, 2, "b"), (2, 3, "unsaved_formula"), (3, 4, "unsaved_formula"),
-                                   (4, 6, "unsaved_formula")]
-    assert "A, B" in found[2].message  # type: ignore[union-attr]
+    """In the columns that are read; what stands beside them, or is filled down below the last row, does not matter."""
+    path = workbook(tmp_path / "rows.xlsx", FORMULAS)
+    rows = list(rows_of(path, Recipe.load({})))
+    assert [(row.place.row, row.place.line, [fault.code for fault in row.faults]) for row in rows] == [
+        (1, 2, []), (2, 3, ["unsaved_formula"]), (3, 4, ["unsaved_formula"]), (4, 6, []), (6, 8, [])]
+    assert [row.faults[0].message for row in rows[1:3]] == ["question", "question, answer"]
+    others = Recipe.load({}, columns={"prompt": "question", "completion": "length"})
+    assert [row.faults[0].code for row in rows_of(path, others)][3:5] == ["unsaved_formula"] * 2
+
+
+def test_a_question_that_is_a_formula_without_a_value(tmp_path: Path) -> None:
+    questions = read_questions(workbook(tmp_path / "rows.xlsx", FORMULAS))
+    assert [turns[0]["content"] for turns in questions.asked.values()] == ["a", "d", "f"]
+    assert list(questions.faults) == [1, 2] and questions.lines == [2, 3, 4, 6, 8]
 
 
 def test_column_names_that_are_formulas_without_values(tmp_path: Path) -> None:
@@ -61,16 +74,16 @@ def test_column_names_that_are_formulas_without_values(tmp_path: Path) -> None:
     ('<c r="B2" t="str"><f>A2</f><v>c</v></c>', "c"), ('<c r="B2"><f>1+1</f><v>2</v></c>', "2"),
     ('<c r="B2" t="str"><f>IF(TRUE,"")</f><v></v></c>', None),  # as Excel stores an empty text
     ('<c r="B2" t="b"><f>A2=1</f><v>1</v></c>', "TRUE"), ('<c r="B2" t="e"><f>1/0</f><v>#DIV/0!</v></c>', "#DIV/0!"),
-    ('<c r="B2"><f>1+1</f></c>', "unsaved_formula"), ('<c r="B2"><f>1+1</f><v/></c>', "unsaved_formula"),
-    ('<c r="B2"><f t="shared" si="0"/></c>', "unsaved_formula"),
+    ('<c r="B2"><f>1+1</f></c>', ("b",)), ('<c r="B2"><f>1+1</f><v/></c>', ("b",)),
+    ('<c r="B2"><f t="shared" si="0"/></c>', ("b",)),
     ('<c t="inlineStr"><is><r><t>x</t></r><r><t xml:space="preserve"> y</t></r><rPh sb="0" eb="1"><t>z</t></rPh></is>'
      '</c>', "x y"), ('<c r="B2" t="inlineStr"><is><t>_x005F_x000D_ _x000D_</t></is></c>', "_x000D_ \r"),
 ])
-def test_what_a_cell_shows(tmp_path: Path, cell: str, shown: str | None) -> None:
+def test_what_a_cell_shows(tmp_path: Path, cell: str, shown: Any) -> None:
     parts = workbook_parts(f'<row r="2"><c r="A2" t="inlineStr"><is><t>a</t></is></c>{cell}</row>')
     (tmp_path / "rows.xlsx").write_bytes(zipped(parts))
     [found] = values(tmp_path / "rows.xlsx")
-    assert (found if isinstance(found, str) else found["b"]) == shown
+    assert (found["b"] if isinstance(found, dict) else found) == shown
 
 
 def pieces(rng: random.Random) -> Any:
