@@ -272,8 +272,8 @@ def test_preferences_are_named(fields: tuple[str, str]) -> None:
     assert fault.code == "preferences" and fields[0] in fault.message
 
 
-INVISIBLE = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\u00a0", "\u200d", "\u180e", "\u3164", "\u2800", "\ufe0f", "\u202e",
-             "\u0000", "\u0085", "\U000e0041", "\u3000"]
+INVISIBLE = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\u00a0", "\u200d", "\u180e", "\u3164", "\u2800", "\ufe0f", 
+             "\u202e", "\u0000", "\u0085", "\U000e0041", "\u3000"]
 
 
 @pytest.mark.parametrize("text", [*INVISIBLE, "".join(INVISIBLE), " \n\u200b\t"])
