@@ -251,3 +251,10 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        from kit.common.files import disk_error
+
+        if not (full := disk_error(error, "a file")):
+            raise
+        print(f"kit: {full}", file=sys.stderr)
+        sys.exit(full.exit_code)
