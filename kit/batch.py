@@ -16,7 +16,7 @@ from papermill.log import logger
 from papermill.translators import translate_parameters
 
 from kit.common.errors import KitError, Stopped
-from kit.common.files import PROJECT
+from kit.common.files import PROJECT, disk_error
 from kit.common.processes import SIGNALS, is_main, rank, world_size
 from kit.readiness.doctor import preflight
 from kit.recipe.recipe import Recipe
@@ -71,7 +71,10 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     reason, code = "the notebook ended early", 1
     try:
-        _execute(source, overrides, namespace)
+        try:
+            _execute(source, overrides, namespace)
+        except OSError as error:
+            raise disk_error(error, Run.of(recipe).folder) or error from None
     except KeyboardInterrupt:
         return _ended(Run.of(recipe), "interrupted", 130)
     except KitError as error:

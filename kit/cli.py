@@ -174,7 +174,10 @@ def ask(
 ) -> None:
     """Ask a run's model a question; the answer is streamed."""
     from kit.answering.engines import answers
+    from kit.data.shapes import is_blank
 
+    if prompt is not None and is_blank(prompt):
+        raise KitError("the question is empty", "kit ask RUN 'a question', or without one for a conversation")
     ask_one = answers(what, engine, **_consent(trust_remote_code))
     if prompt is not None:
         _say(ask_one([{"role": "user", "content": prompt}]))
@@ -248,3 +251,10 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        from kit.common.files import disk_error
+
+        if not (full := disk_error(error, "a file")):
+            raise
+        print(f"kit: {full}", file=sys.stderr)
+        sys.exit(full.exit_code)

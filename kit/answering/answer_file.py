@@ -2,11 +2,12 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.answering.engines import Engine, InMemory, LlamaCpp, Prompt, choose, fitted
+from kit.answering.engines import Engine, InMemory, LlamaCpp, Prompt, choose, fitted, said_of
 from kit.answering.journal import Answer, Journal
 from kit.answering.question_files import LONGEST_CELL, Questions, known_suffix, read_questions, write_answers
 from kit.answering.replies import by_length
@@ -30,6 +31,7 @@ class Answered(NamedTuple):
     answered: int
     cut_off: int  # answers that max_new_tokens ended
     shortened: dict[int, int]  # tokens cut from the middle of the prompt
+    typed: dict[int, str]  # control tokens in the question, which the model takes for its own
     failed: dict[int, str]
     seconds: float
     tokens_per_second: float
@@ -40,14 +42,21 @@ class Answered(NamedTuple):
         if self.cut_off:
             lines.append(f"cut off at max_new_tokens: {self.cut_off:,} answers")
         if self.shortened:
-            rows = ", ".join(map(str, list(self.shortened)[:SHOWN])) + ", …" * (len(self.shortened) > SHOWN)
             lines.append(f"longer than max_input_length: {len(self.shortened):,} prompts, which lost "
-                         f"{sum(self.shortened.values()):,} tokens from their middle (row {rows})")
+                         f"{sum(self.shortened.values()):,} tokens from their middle ({_rows(self.shortened)})")
+        if self.typed:
+            lines.append(f"control tokens in the question, which the model takes for its own: {len(self.typed):,} rows "
+                         f"({_rows(self.typed)})")
         if self.failed:
             lines.append(f"failed: {len(self.failed):,} of {self.rows:,} rows")
             lines += [f"  row {row}: {why}" for row, why in list(self.failed.items())[:SHOWN]]
             lines += ["  …"] * (len(self.failed) > SHOWN)
         return "\n".join(lines)
+
+
+def _rows(places: Iterable[int]) -> str:
+    numbers = list(places)
+    return f"row {', '.join(map(str, numbers[:SHOWN]))}{', …' * (len(numbers) > SHOWN)}"
 
 
 def answer_file(run: str | Path, file: str | Path, out: str | Path | None = None, *, engine: str | None = None,
@@ -58,8 +67,9 @@ def answer_file(run: str | Path, file: str | Path, out: str | Path | None = None
     `run` is a run's name or folder, a .gguf, or a recipe file (its base model); `engine` as in kit.answering.engines;
     `fields` are recipe fields set on top. kit.answering.question_files says which files are read and where a question
     stands in them. The answer comes into `answer_column`; what became of it into <answer_column>_error, if any row
-    failed, and <answer_column>_note, if any answer or prompt was cut. Answers are kept in `out`.partial.jsonl as they
-    come: the same call resumes after a kill. Raises KitError for bad input, GateError where batches get other answers.
+    failed, and <answer_column>_note, if any answer or prompt was cut or holds a control token. Answers are kept in
+    `out`.partial.jsonl as they come: the same call resumes after a kill. Raises KitError for bad input, GateError where
+    batches get other answers.
     """
     selected = choose(str(run), engine, **fields)
     questions = read_questions(Path(file), column, selected.recipe.columns)
@@ -78,13 +88,13 @@ def answer_file(run: str | Path, file: str | Path, out: str | Path | None = None
             loaded = time.perf_counter()
             failed |= answer_rows(model, prompts, journal, batch_size)
             ended = time.perf_counter()
-        shortened = {place: prompt.cut for place, prompt in prompts.items() if prompt.cut}
-        _write(target, questions, columns, journal.done, failed, shortened)
+        _write(target, questions, columns, journal.done, failed, prompts)
         journal.path.unlink()
     answers = journal.done.values()
     return Answered(target, len(questions.asked) + len(questions.faults), len(answers),
                     sum(not answer.stopped for answer in answers),
-                    {place + 1: cut for place, cut in shortened.items()},
+                    {place + 1: prompt.cut for place, prompt in prompts.items() if prompt.cut},
+                    {place + 1: ", ".join(prompt.typed) for place, prompt in prompts.items() if prompt.typed},
                     {place + 1: failed[place] for place in sorted(failed)}, ended - began,
                     (sum(answer.tokens for answer in answers) - tokens_before) / (ended - loaded))
 
@@ -190,14 +200,19 @@ def _request(engine: Engine, questions: Questions) -> dict[str, Any]:
 
 
 def _write(target: Path, questions: Questions, columns: list[str], done: dict[int, Answer], failed: dict[int, str],
-           shortened: dict[int, int]) -> None:
-    notes = {place: f"{cut} tokens cut from the middle of the prompt" for place, cut in shortened.items()}
+           prompts: dict[int, Prompt]) -> None:
+    notes = {place: note for place in questions.asked if (note := _note(prompts.get(place), done.get(place)))}
     for place, answer in done.items():
-        if not answer.stopped:
-            notes[place] = "; ".join(filter(None, ("cut off at max_new_tokens", notes.get(place))))
         if target.suffix.lower() == ".xlsx" and len(answer.text) > LONGEST_CELL:
             failed[place] = f"a cell holds {LONGEST_CELL:,} characters, the answer has {len(answer.text):,}: it is cut"
     texts = {place: answer.text for place, answer in done.items()}
     write_answers(target, questions, {name: [values.get(place) for place in range(len(questions.rows))]
                                       for name, values in zip(columns, (texts, failed, notes), strict=True)
                                       if values or name == columns[0]})
+
+
+def _note(prompt: Prompt | None, answer: Answer | None) -> str:
+    return "; ".join(filter(None, (
+        "cut off at max_new_tokens" if answer and not answer.stopped else "",
+        f"{prompt.cut} tokens cut from the middle of the prompt" if prompt and prompt.cut else "",
+        said_of(list(prompt.typed)) if prompt and prompt.typed else "")))

@@ -4,6 +4,8 @@ For `kit ask` and `kit answer` it is a run's GGUF, merged folder, adapter or bas
 only where a model in memory answers.
 """
 
+import re
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +17,9 @@ from kit.answering.replies import gguf_sampling
 from kit.common.errors import GateError, KitError, nearest
 from kit.data.shapes import longest_user_turn
 from kit.gguf.child import LlamaChild
-from kit.gguf.formats import check_gguf
-from kit.models.template import Message, prompt_ids, template_kwargs, with_system
+from kit.gguf.formats import check_gguf, read_header
+from kit.gguf.formats import control_tokens as gguf_control_tokens
+from kit.models.template import Message, any_of, control_tokens, prompt_ids, template_kwargs, typed, with_system
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 
@@ -47,7 +50,25 @@ def answers(what: str, engine: str | None, **fields: Any) -> Callable[[list[Mess
     """
     selected = choose(what, engine, **fields)
     model, tokenizer = (selected.path, None) if selected.name == "gguf" else selected.load()
-    return lambda messages: stream(model, tokenizer, messages, selected.recipe)
+    control = _control(model if tokenizer is None else tokenizer)
+
+    def answer(messages: list[Message]) -> Iterator[str]:
+        if tokens := typed(messages[-1:], control):
+            print(f"note: {said_of(tokens)}", file=sys.stderr)
+        return stream(model, tokenizer, messages, selected.recipe)
+
+    return answer
+
+
+def _control(vocabulary: Any) -> re.Pattern[str]:
+    """The control tokens of a tokenizer, or of the GGUF at a path."""
+    return any_of(gguf_control_tokens(read_header(vocabulary)) if isinstance(vocabulary, Path) else
+                  control_tokens(vocabulary))
+
+
+def said_of(tokens: list[str]) -> str:
+    """What is said of a question in which control tokens are typed; `kit lint` refuses such a row."""
+    return f"the question holds {', '.join(map(repr, dict.fromkeys(tokens)))}, which the model takes for its own"
 
 
 def choose(what: str | Path, engine: str | None, **fields: Any) -> Engine:
@@ -113,11 +134,15 @@ def opened(gguf: str | Path, recipe: Recipe) -> LlamaChild:
 
 
 class Prompt(NamedTuple):
-    """A question as the model gets it; `cut` is how many tokens of it were left out."""
+    """A question as the model gets it; `cut` is how many tokens of it were left out.
+
+    `typed` are the control tokens that stand in it as text: the tokenizer makes real ones of them.
+    """
 
     messages: list[Message]
     ids: list[int]
     cut: int
+    typed: tuple[str, ...] = ()
 
 
 class InMemory:
@@ -126,6 +151,7 @@ class InMemory:
     def __init__(self, engine: Engine) -> None:
         self.recipe = engine.recipe
         self.model, self.tokenizer = engine.load()
+        self.control = _control(self.tokenizer)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.room = _room(self.recipe, positions, f"{self.recipe.model_name} has")
 
@@ -159,6 +185,7 @@ class LlamaCpp:
     def __init__(self, engine: Engine) -> None:
         assert engine.path is not None
         self.path, self.recipe = engine.path, engine.recipe
+        self.control = _control(self.path)
         self.room = _room(self.recipe, self.recipe.num_ctx, "num_ctx is")
         self._open()
 
@@ -208,9 +235,9 @@ def fitted(model: InMemory | LlamaCpp, messages: list[Message]) -> Prompt:
 
     Raises KitError where it does not fit with two letters of that turn either.
     """
-    ids = model.ids(messages)
+    ids, tokens = model.ids(messages), tuple(typed(messages, model.control))
     if len(ids) <= model.room:
-        return Prompt(messages, ids, 0)
+        return Prompt(messages, ids, 0, tokens)
     text, with_ends = longest_user_turn(messages)
     # Characters kept on each side; llama.cpp's tokens can't be put together here.
     keep = bisect_right(range(1, len(text) // 2), model.room,
@@ -220,4 +247,4 @@ def fitted(model: InMemory | LlamaCpp, messages: list[Message]) -> Prompt:
                        "be shortened")
     shorter = with_ends(text[:keep], text[-keep:])
     shorter_ids = model.ids(shorter)
-    return Prompt(shorter, shorter_ids, len(ids) - len(shorter_ids))
+    return Prompt(shorter, shorter_ids, len(ids) - len(shorter_ids), tokens)

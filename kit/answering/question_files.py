@@ -18,8 +18,9 @@ from kit.common.files import writing
 from kit.data.encodings import not_utf8, refuse_utf16
 from kit.data.readers import delimiter_of, read_rows
 from kit.data.records import Record
-from kit.data.shapes import TURNS, Fault, definitions_of, turns_of
+from kit.data.shapes import TURNS, Fault, definitions_of, is_blank, turns_of
 from kit.data.tools import numbered
+from kit.data.workbooks import SAVE_VALUES, row_of_names
 from kit.models.template import Message, alpaca_turn
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xlsx")
@@ -52,6 +53,7 @@ def read_questions(path: Path, column: str | None = None, columns: dict[str, str
     names = list(dict.fromkeys(name for item in items if isinstance(item, Record) and isinstance(item.value, dict)
                                for name in item.value))
     asked_column = _column(path, names, column, columns or {}) if names else column or "prompt"
+    items = [item for item in items if not isinstance(item, Record) or not item.only_formulas([asked_column])]
     rows: list[dict[str, Any]] = []
     asked, faults = {}, {}
     for place, item in enumerate(items):
@@ -60,7 +62,10 @@ def read_questions(path: Path, column: str | None = None, columns: dict[str, str
             faults[place] = item.message
             continue
         rows.append(item.value if isinstance(item.value, dict) else {asked_column: item.value})
-        if is_text and not item.value.strip():
+        if is_text and is_blank(item.value):
+            continue
+        if asked_column in item.unsaved:
+            faults[place] = f"the question is a formula whose value is not stored: {SAVE_VALUES}"
             continue
         try:
             asked[place] = _messages(rows[-1], asked_column, with_input=column is None)
@@ -106,7 +111,7 @@ def _column(path: Path, names: list[str], column: str | None, columns: dict[str,
 
 def _messages(row: dict[str, Any], column: str, with_input: bool) -> list[Message]:
     value = row.get(column)
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and not is_blank(value):
         context = row.get("input") if with_input and column == "instruction" else None
         return [{"role": "user", "content": alpaca_turn(value, context if isinstance(context, str) else None)}]
     if value is None or value == [] or isinstance(value, str):
@@ -122,6 +127,8 @@ def _messages(row: dict[str, Any], column: str, with_input: bool) -> list[Messag
     turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     if not turns or turns[-1]["role"] not in ("user", "tool"):
         raise KitError("the last message is neither the user's nor a tool's")
+    if turns[-1]["role"] == "user" and is_blank(turns[-1]["content"]):
+        raise KitError("the question is empty")
     if definitions:
         turns[0]["tools"] = definitions
     numbered(turns)
@@ -180,10 +187,9 @@ def _write_workbook(file: TextIO, questions: Questions, added: dict[str, list[st
 
     if questions.path.suffix.lower() == ".xlsx":
         book = load_workbook(questions.path)
-        filled = [(cell.row, cell.column) for cells in book.worksheets[0].iter_rows() for cell in cells
+        filled = [cell.column for cells in book.worksheets[0].iter_rows() for cell in cells
                   if cell.value not in (None, "")]
-        lines = [min(row for row, _ in filled), *questions.lines]
-        first, columns = max(column for _, column in filled) + 1, added
+        lines, first, columns = [row_of_names(questions.path), *questions.lines], max(filled) + 1, added
     else:
         book, lines, first = Workbook(), list(range(1, len(questions.rows) + 2)), 1
     for column, (name, values) in enumerate(columns.items(), first):

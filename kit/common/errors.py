@@ -8,7 +8,7 @@ class KitError(Exception):
     """A mistake the user can mend: `message` says what is wrong and where, `hint` what to change.
 
     The command line prints both without a traceback and exits with `exit_code`
-    (2 for bad input, 1 for a check that failed, 75 for a training stopped with a checkpoint).
+    (2 for bad input, 1 for a check or a run that failed, 75 for a training stopped with a checkpoint).
     """
 
     exit_code = 2
@@ -28,6 +28,12 @@ class KitError(Exception):
 
 class GateError(KitError):
     """A check that failed: the input was fine, what came out of it is not."""
+
+    exit_code = 1
+
+
+class DiskError(KitError):
+    """A disk that is full, or fails: the input was fine, what was to be made of it could not be written."""
 
     exit_code = 1
 

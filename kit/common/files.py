@@ -1,8 +1,10 @@
 """Where things lie; files and folders that appear whole or not at all, and their hashes."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,9 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from kit.common.errors import KitError, one_line
+from kit.common.errors import DiskError, KitError, one_line
 from kit.common.show import bar
 
+ROOM = "free room, or name another place (output_dir, KIT_CACHE)"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk has, not the name of a file
 PROJECT = Path(__file__).resolve().parents[2]  # the checkout that the kit runs from
 
 
@@ -49,7 +53,7 @@ def writing(path: Path) -> Iterator[TextIO]:
 def whole_file(path: Path) -> Iterator[Path]:
     """The name to write to: the file takes its own, `path`, when all is written. After an error nothing stays.
 
-    Raises KitError when the system refuses, of a full disk for example.
+    Raises KitError when the system refuses, DiskError of a full disk.
     """
     partial = path.with_name(path.name + ".partial")
     with unwritable(path):
@@ -85,11 +89,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unwritable(path: Path, hint: str = "free room, or name another place (output_dir, KIT_CACHE)",
-               also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+def unwritable(path: Path, hint: str = ROOM, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """The system's refusal to write `path` becomes a KitError with `hint`; out of memory stays what it is.
 
     A refusal is an OSError, one that safetensors or tokenizers wrapped in a type of their own, and what is in `also`.
+    It is a DiskError where the disk is full or fails, which a name such as a missing folder's is not.
     """
     try:
         yield
@@ -97,8 +101,22 @@ def unwritable(path: Path, hint: str = "free room, or name another place (output
         refused = isinstance(error, (OSError, *also)) or "os error" in str(error)
         if isinstance(error, KitError) or not refused or "out of memory" in str(error).lower():
             raise
-        raise KitError(f"{path} can't be written: {getattr(error, 'strerror', None) or one_line(error)}",
-                       hint) from error
+        kind = DiskError if isinstance(error, also) or _of_disk(error) else KitError
+        raise kind(f"{path} can't be written: {getattr(error, 'strerror', None) or one_line(error)}", hint) from error
+
+
+def disk_error(error: OSError, folder: Path | str) -> DiskError | None:
+    """What to tell of a full or failing disk, wherever it shows: it names the file, or else `folder`; else None."""
+    if not _of_disk(error):
+        return None
+    return DiskError(f"{error.filename or folder} can't be written: {error.strerror or one_line(error)}", ROOM)
+
+
+def _of_disk(error: Exception) -> bool:
+    code = getattr(error, "errno", None)
+    if code is None and (said := re.search(r"os error (\d+)", str(error))):
+        code = int(said[1])
+    return code in DISK or os.strerror(errno.ENOSPC) in str(error)
 
 
 def read_json(path: Path) -> dict[str, Any]:

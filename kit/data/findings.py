@@ -6,6 +6,7 @@ from typing import Any
 
 from kit.data.rows import Place
 from kit.data.shapes import Fault
+from kit.data.workbooks import SAVE_VALUES
 
 SHOWN = 100  # places kept of each finding
 
@@ -15,6 +16,7 @@ FINDINGS = {
     "torn_line": ("error", "the last line is cut off", "write the file again, or leave the line out with --fix"),
     "wrong_encoding": ("error", "not UTF-8", "save the file as UTF-8"),
     "ragged_row": ("error", "cells and columns don't match", "quote cells that hold the delimiter or a line break"),
+    "unsaved_formula": ("error", "a formula whose value is not stored in the file", SAVE_VALUES),
     "not_an_object": ("error", "a row that is no object", "each row is an object with named fields"),
     "missing_field": ("error", "a field is missing", "add it, or name its column in the recipe's columns"),
     "misnamed_field": ("error", "a field is nearly named right", "rename it (--fix does), or use the recipe's columns"),

@@ -183,6 +183,8 @@ class AcrossRows:
         places, thinking = self.figures.places, np.array(self._thinking, dtype=bool)
         for place, message in self.figures.shapes.mixed():
             yield Fault("mixed_shapes", message), place
+        for place, message in self.figures.shapes.misnamed(self.figures.recipe.columns):
+            yield Fault("misnamed_field", message), place
         if 0 < (count := int(thinking.sum())) < len(places):
             text = f"{count:,} with thinking, {len(places) - count:,} without"
             for number in np.flatnonzero(thinking == (2 * count <= len(places))).tolist():  # the rarer ones

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kit.common.errors import KitError
 from kit.data.segments import Located, Locator, Segment
 from kit.gguf.messages import texts
-from kit.models.template import Message, with_system
+from kit.models.template import Message, any_of, control_tokens, typed, with_system
 from kit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class Formatter:
         self.tokenizer, self.recipe = tokenizer, recipe
         self._short: dict[str, list[int]] = {}
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        control = sorted((token.content for token in special), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        self._control = any_of(control_tokens(tokenizer))
         # SentencePiece puts a space before every text, and some tokens take the space beside them along: then pieces
         # can't be joined, and whole texts are tokenised.
         twice = [token for ids in self._tokenize(["x", "x"]) for token in ids]
@@ -62,7 +61,7 @@ class Formatter:
 
     def typed(self, messages: list[Message]) -> list[str]:
         """Control tokens that stand in the contents as text: the tokenizer would make real ones of them."""
-        return [token for text in texts(messages) for token in self._control.findall(text)]
+        return typed(messages, self._control)
 
     def lost_character(self, messages: list[Message]) -> str | None:
         """The first character that byte-level tokens can't spell, as some small vocabularies lack rare bytes."""

@@ -2,22 +2,19 @@
 
 import csv
 import io
-import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
 from kit.common.errors import KitError, nearest, one_line
 from kit.data.encodings import not_utf8, refuse_utf16
 from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines, read_json, read_jsonl
+from kit.data.workbooks import SAVE_VALUES, below_titles, sheet_rows
 
 # A quote that is never closed makes one cell of the rest of the file; larger than this is no row.
 LARGEST_CELL = 2**27
-LAST_SHEET_ROW = 2**20
 
 
 def check_file(path: Path) -> None:
@@ -110,42 +107,26 @@ def _txt(path: Path, progress: Progress) -> Rows:
 
 def _xlsx(path: Path, progress: Progress) -> Rows:
     try:
-        from openpyxl import load_workbook
+        import openpyxl  # noqa: F401
     except ImportError:
         raise KitError(f"{path}: reading .xlsx needs openpyxl", "pip install openpyxl") from None
-    # It warns of styles and menus it leaves out; only the values are wanted.
-    warnings.filterwarnings("ignore", category=UserWarning, module="openpyxl")
-    header: list[str] = []
     row = 0
     with _library(path, "an Excel workbook"), path.open("rb") as file:
-        sheet = load_workbook(file, read_only=True, data_only=True).worksheets[0]
-        sheet.reset_dimensions()  # some programs write wrong ones, and rows would be lost
-        for number, values in enumerate(sheet.iter_rows(values_only=True), 1):
-            # Gaps come as empty rows; a damaged row number would make them go on for hours.
-            if number > LAST_SHEET_ROW:
-                raise ValueError(f"a row above {LAST_SHEET_ROW}, where sheets end")
-            cells = [_shown(value) for value in values]
-            while cells and cells[-1] in (None, ""):
-                cells.pop()
-            if cells and not header:
-                header = _column_names(path, [cell or "" for cell in cells])
-            elif cells:
-                row += 1
-                yield _row_of(cells + [None] * (len(header) - len(cells)), header, row, number)
-
-
-def _shown(value: Any) -> str | None:
-    """A cell's value as the spreadsheet shows it."""
-    if isinstance(value, bool):
-        return str(value).upper()
-    if isinstance(value, float):
-        return f"{value:.15g}".replace("e", "E")
-    if isinstance(value, datetime) and value.time() == time():
-        return value.date().isoformat()
-    if isinstance(value, date | time):
-        return value.isoformat()
-    # What XML has no place for, "\r" among it, Excel writes as _x000D_.
-    return None if value is None else re.sub(r"_x00([01][0-9A-Fa-f])_", lambda m: chr(int(m[1], 16)), str(value))
+        top, rows = below_titles(sheet_rows(file, path.stat().st_size))
+        if not top:
+            return
+        if top.unsaved:
+            raise KitError(f"{path}: no values are stored for the formulas in row {top.number}, where the column names "
+                           "are", SAVE_VALUES)
+        header = _column_names(path, [top.cells.get(column, "") for column in range(1, max(top.cells) + 1)])
+        for found in rows:
+            row += 1
+            if (last := max(found.cells, default=0)) > len(header):
+                yield _ragged(last, header, row, found.number)
+            else:
+                yield Record({name: found.cells.get(column) for column, name in enumerate(header, 1)}, row,
+                             found.number, tuple(header[column - 1] for column in found.unsaved
+                                                 if column <= len(header)))
 
 
 def _parquet(path: Path, progress: Progress) -> Rows:
@@ -171,7 +152,7 @@ def _library(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise KitError(f"{path}: cannot be read as {what}: {type(error).__name__}: {one_line(error)}",
-                       "open it with the program that wrote it and save it again") from None
+                       "open it with the program that wrote it and save it again, a table as .csv if need be") from None
 
 
 READERS: dict[str, Callable[[Path, Progress], Rows]] = {
@@ -192,6 +173,9 @@ def _column_names(path: Path, cells: list[str]) -> list[str]:
 def _row_of(cells: list[Any], header: list[str], row: int, line: int) -> Record | Problem:
     if len(cells) == len(header):
         return Record(dict(zip(header, cells, strict=True)), row, line)
+    return _ragged(len(cells), header, row, line)
+
+
+def _ragged(count: int, header: list[str], row: int, line: int) -> Problem:
     names = ", ".join(header[:8]) + (", …" if len(header) > 8 else "")
-    return Problem("ragged_row", f"line {line}: {len(cells)} cells where the header has {len(header)} ({names})",
-                   row, line)
+    return Problem("ragged_row", f"line {line}: {count} cells where the header has {len(header)} ({names})", row, line)

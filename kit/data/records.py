@@ -4,7 +4,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,11 @@ class Record(NamedTuple):
     value: Any
     row: int  # from 1, in the file's order; broken rows count, blank ones do not
     line: int | None  # where the row starts, from 1; the sheet's row for .xlsx, None for .parquet
+    unsaved: tuple[str, ...] = ()  # columns with a formula in this row for which an .xlsx has no value
+
+    def only_formulas(self, columns: Collection[str]) -> bool:
+        """Whether nothing is in the row but such formulas, none of them in these columns: people fill them down."""
+        return bool(self.unsaved) and not any(self.value.values()) and not {*self.unsaved} & {*columns}
 
 
 class Problem(NamedTuple):

@@ -67,7 +67,8 @@ def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
             for change in set(changes):
                 done.add(change, row.place)
             done["rows written"] += 1
-            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            # A date or a decimal of a Parquet file's other columns is written as text.
+            file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
         if not done["rows written"]:
             raise KitError(f"--fix: no row of {source} can be trained, so nothing was written", "see the findings")
     return done
@@ -108,7 +109,7 @@ def _names(row: dict[str, Any], known: Sequence[str], changes: list[str]) -> dic
     made: dict[str, Any] = {}
     for key, value in row.items():
         name = _name(key, known, {*row, *made})
-        if name != key:
+        if name is not key:
             changes.append(f"renamed: {key} to {name}")
         made[name] = value
     return made
@@ -116,7 +117,7 @@ def _names(row: dict[str, Any], known: Sequence[str], changes: list[str]) -> dic
 
 def _name(name: Any, known: Iterable[str], taken: Container[str] = ()) -> Any:
     """`name`, or the one of `known` it nearly is, unless that is taken."""
-    if name in known or not isinstance(name, str):
+    if not isinstance(name, str) or name in known:
         return name
     close = get_close_matches(name.strip().lower(), [other for other in known if other not in taken], 1, NEAR)
     return close[0] if close else name
@@ -126,7 +127,7 @@ def _turn(turn: Any, role: str, text: str, roles: dict[str, str], changes: list[
     if not isinstance(turn, dict):
         return turn
     turn = _names(turn, (role, text), changes)
-    if (new := _name(turn.get(role), roles)) != turn.get(role):
+    if (new := _name(turn.get(role), roles)) is not turn.get(role):
         changes.append(f"renamed: role {turn[role]} to {new}")
         turn[role] = new
     for key in (text, "reasoning_content"):

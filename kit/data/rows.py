@@ -6,16 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kit.common.errors import KitError
+from kit.common.errors import KitError, nearest
 from kit.common.show import bar
 from kit.data.readers import read_rows
 from kit.data.records import Problem
-from kit.data.shapes import Fault, renamed, to_messages
+from kit.data.shapes import NAMES, SHAPES, UNTRAINED, Fault, renamed, to_messages
 from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
-from kit.data.tools import unfilled
+from kit.data.tools import DEFINITIONS, unfilled
 from kit.models.template import Message
+from kit.recipe.fields import ROW_FIELDS
 from kit.recipe.reading import MAX_ERRORS
 from kit.recipe.recipe import Recipe
+
+MISSING = ("missing_field", "misnamed_field")
+OPTIONAL = ("input", "system", "history")  # fields that a row can do without
+MOST_COLUMNS = 1000  # that are remembered of a file
 
 
 class Place(NamedTuple):
@@ -46,6 +51,7 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
     read at all.
     """
     local = fetched(source, recipe)
+    columns = {*ROW_FIELDS, *UNTRAINED, *DEFINITIONS, *recipe.columns.values()}  # those that are looked at
     files = files_of(local, recipe)
     if files is None:
         for number, value in enumerate(hub_rows(str(local), recipe), 1):
@@ -56,7 +62,9 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
             place = Place(name, item.row, item.line)
             if isinstance(item, Problem):
                 yield Row(place, None, None, [], [Fault(item.code, item.message)])
-            else:
+            elif lost := [name for name in item.unsaved if name in columns]:
+                yield Row(place, None, None, [], [Fault("unsaved_formula", ", ".join(lost))])
+            elif not item.only_formulas(columns):
                 yield _row(place, unfilled(item.value) if path.suffix.lower() == ".parquet" else item.value, recipe)
 
 
@@ -72,18 +80,42 @@ def progress(what: str, source: str | Path, recipe: Recipe) -> Iterator[Callable
 
 
 def _row(place: Place, raw: Any, recipe: Recipe) -> Row:
-    return Row(place, raw, *to_messages(renamed(raw, recipe.columns)))
+    row = Row(place, raw, *to_messages(renamed(raw, recipe.columns)))
+    if any(fault.code in MISSING for fault in row.faults) and (wrong := _not_there(row, recipe.columns)):
+        row = row._replace(faults=wrong + [fault for fault in row.faults if fault.code not in MISSING])
+    return row
+
+
+def _not_there(row: Row, columns: dict[str, str]) -> list[Fault]:
+    """What `columns` names and a row does not have, in the file's own words; what it says for other shapes only where
+    a column has nearly that name."""
+    faults = []
+    names = [str(name) for name in row.raw] if isinstance(row.raw, dict) else []
+    others = [name for name in names if name not in columns.values()]
+    for ours, theirs in columns.items():
+        if {ours, theirs} & {*names}:
+            continue
+        near = nearest(theirs, others)
+        if near or ours in SHAPES.get(row.shape or "", NAMES):
+            found = near or f" (found: {', '.join(names[:8]) or 'none'})"
+            faults.append(Fault("misnamed_field" if near else "missing_field",
+                                f"columns: {ours}: there is no {theirs!r}{found}"))
+    return faults
 
 
 class Shapes:
-    """How many rows of each file have which shape, and where each shape is first seen."""
+    """How many rows of each file have which shape, and where each shape is first seen; and the columns there are."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {}
         self._first: dict[tuple[str, str], Place] = {}
+        self._columns: dict[str, Place] = {}
 
     def add(self, row: Row) -> None:
         shape = row.shape or "unknown"
+        if isinstance(row.raw, dict) and len(self._columns) < MOST_COLUMNS:
+            for name in row.raw:
+                self._columns.setdefault(str(name), row.place)
         self.counts.setdefault(row.place.file, Counter())[shape] += 1
         self._first.setdefault((row.place.file, shape), row.place)
 
@@ -95,6 +127,14 @@ class Shapes:
                 parts = [f"{shape} {count:,} (first: {self._first[file, shape]})" for shape, count in known]
                 rarest = min(known, key=lambda item: item[1])[0]
                 yield self._first[file, rarest], f"dataset: {file} mixes shapes: {', '.join(parts)}"
+
+
+    def misnamed(self, columns: dict[str, str]) -> Iterator[tuple[Place, str]]:
+        """Columns for fields that a row can do without, which no row has, where another name is nearly theirs."""
+        others = [name for name in self._columns if name not in columns.values()]
+        for ours, theirs in columns.items():
+            if ours in OPTIONAL and theirs not in self._columns and (near := nearest(theirs, others, cutoff=0.75)):
+                yield next(iter(self._columns.values())), f"columns: {ours}: there is no {theirs!r}{near}"
 
 
 class Problems(list[str]):
@@ -126,6 +166,8 @@ def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], obje
             yield row
     for _, message in shapes.mixed():
         raise KitError(message, "bring all rows of a file to one shape, or put each shape into a file of its own")
+    for _, message in shapes.misnamed(recipe.columns):
+        raise KitError(f"dataset: {source}: {message}", "correct the name in columns")
     problems.refuse(f"dataset: {source}: bad rows",
                     f"`kit lint {source}` shows all of them with remedies; known shapes: Alpaca (instruction, output), "
                     "messages, conversations, prompt and completion, question and answer, others through columns")

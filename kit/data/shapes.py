@@ -11,6 +11,7 @@
 Field names of other files are given to these by the recipe's `columns`.
 """
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -35,6 +36,11 @@ TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "valu
 # Columns that change what a row means, and that are not trained: a row that has something there is refused.
 UNTRAINED = ("image", "images", "video", "videos", "audio", "audios")
 NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", [], {})
+# Anything but white space, control characters, and what Unicode says is to be shown as nothing (its Default_Ignorable:
+# zero-width spaces and joiners, soft hyphens, byte order marks, fillers, selectors, tags) or as an empty pattern.
+VISIBLE = re.compile("[^\\s\0-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+                     "\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8"
+                     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]")
 # Each answer follows a question or a tool's result; several tools may answer at once.
 FOLLOWERS = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
@@ -50,6 +56,11 @@ def longest_user_turn(messages: list[Message]) -> tuple[str, Callable[[str, str]
         return [{**m, "content": f"{head} … {tail}"} if i == longest else m for i, m in enumerate(messages)]
 
     return messages[longest]["content"], with_ends
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing in a text can be seen."""
+    return not VISIBLE.search(text)
 
 
 class Fault(NamedTuple):
@@ -265,6 +276,6 @@ def _structure(messages: list[Message]) -> list[Fault]:
             ("assistant", "empty_response", "the answer is empty", "one of the answers is empty"),
             ("user", "empty_prompt", "the prompt is empty", "one of the user's turns is empty")):
         texts = [said(m) for m in messages if m["role"] == role]
-        if not all(text.strip() for text in texts):
+        if any(map(is_blank, texts)):
             faults.append(Fault(code, the_only if len(texts) == 1 else one_of))
     return faults

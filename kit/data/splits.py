@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from kit.common.errors import KitError
-from kit.common.files import cache_dir
+from kit.common.files import cache_dir, unwritable
 from kit.data.rows import Place, Problems, Row, good_rows, progress, where
 from kit.data.sources import held_out_source
 from kit.gguf.messages import FOR_TOOLS, said
@@ -88,17 +88,14 @@ def _on_disk(rows: Iterable[Row]) -> DiskRows:
     turns = turns_type(*FOR_TOOLS)
     schema = pa.schema([("messages", turns), ("prompt", turns), ("reference", pa.string()),
                         ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
-    try:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-            for batch in batches(rows):
-                talks = [row.messages for row in batch]
-                stream.write_batch(pa.record_batch([
-                    pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),
-                    [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
-                    schema=schema))
-    except OSError as error:
-        raise KitError(f"lazy_preprocess: {path} can't be written: {error}",
-                       "free room, or set KIT_CACHE to another disk") from None
+    with unwritable(path, "lazy_preprocess keeps the rows there: free room, or set KIT_CACHE to another disk"), \
+            pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        for batch in batches(rows):
+            talks = [row.messages for row in batch]
+            stream.write_batch(pa.record_batch([
+                pa.array(talks, turns), pa.array([talk[:-1] for talk in talks], turns),
+                [talk[-1]["content"] for talk in talks], *zip(*(row.place for row in batch), strict=True)],
+                schema=schema))
     return DiskRows(Dataset.from_file(str(path)), folder)
 
 

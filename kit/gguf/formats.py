@@ -171,6 +171,13 @@ def chat_templates(header: Header) -> list[str]:
             if name.startswith("tokenizer.chat_template") and isinstance(value, str)]
 
 
+def control_tokens(header: Header) -> list[str]:
+    """The special tokens of a GGUF's vocabulary as they are written: llama.cpp reads them so wherever they stand."""
+    fields = header.fields
+    kinds = zip(fields.get("tokenizer.ggml.tokens", ()), fields.get("tokenizer.ggml.token_type", ()), strict=False)
+    return [token for token, kind in kinds if kind == CONTROL]
+
+
 class _Reader:
     """No length or count that the file gives is believed: more than the file holds raises EOFError, and takes no
     memory. `place` is what is being read."""

@@ -4,6 +4,8 @@ Training text, the mask (kit.data.masks), the prompt at inference, the GGUF's te
 from `tokenizer.chat_template`, which `prepare_tokenizer` settles once.
 """
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from jinja2 import TemplateError
 
 from kit.common.errors import KitError, one_line
 from kit.common.files import read_json
-from kit.gguf.messages import Message, for_template
+from kit.gguf.messages import Message, for_template, texts
 from kit.gguf.templates import check_template, in_time
 from kit.gguf.trial import check_length
 from kit.models.fetch import loading_options, model_folder, not_loaded
@@ -171,6 +173,21 @@ def tokenizer_of(source: str, recipe: Recipe) -> Any:
         raise not_loaded("tokenizer", recipe, error) from None
 
 
+def control_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens of a tokenizer as they are written: it reads them so wherever they stand in a text."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def typed(messages: list[Message], tokens: re.Pattern[str]) -> list[str]:
+    """Those of the control tokens that stand in the contents as text, in their order."""
+    return [token for text in texts(messages) for token in tokens.findall(text)]
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds each of these, the longest where several begin; nothing without any."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or r"(?!)")
+
+
 def _bos_of(tokenizer: Any) -> str:
     """The beginning-of-text token as template text, if this tokenizer opens every text with one."""
     opens = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -182,8 +199,7 @@ def _literal(text: str | None) -> str:
 
 
 def _pad_token(tokenizer: Any, stop: str) -> str:
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    vocabulary = tokenizer.get_vocab()
+    special, vocabulary = control_tokens(tokenizer), tokenizer.get_vocab()
     known = [token for token in PAD_CANDIDATES if token in vocabulary]
     for token in [*known, tokenizer.unk_token, *reversed(special)]:
         if token and token not in (stop, tokenizer.bos_token):

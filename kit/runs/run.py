@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import psutil
 
-from kit.common.errors import KitError, Stopped
+from kit.common.errors import DiskError, KitError, Stopped
 from kit.common.files import PROJECT, hashes_of, read_json, sha256, timestamp, write_json, write_text
 from kit.common.processes import is_main
 from kit.common.show import ipython
@@ -136,7 +136,8 @@ class Run:
         """Mark the run as ended early: `stage` stays where it stopped."""
         self._check_open()
         self._close_stage()
-        self.note(status=status, reason=reason, finished=timestamp(), peak_memory_gb=round(peak_memory_gb(), 2))
+        with suppress(DiskError):  # the reason itself, maybe: without it, the file says that the process is gone
+            self.note(status=status, reason=reason, finished=timestamp(), peak_memory_gb=round(peak_memory_gb(), 2))
 
     def manifest(self, recipe: Recipe, tokenizer: Any, notes: list[str]) -> None:
         """Write manifest.json: what went in, so that a run can be told from another."""
@@ -253,7 +254,8 @@ def close_dead(folder: Path, reason: str) -> dict[str, Any]:
     result = read_result(folder)
     if result.get("status") in ("running", "stopped"):
         result.update(status="stopped", reason=result.get("reason") or reason, finished=timestamp())
-        write_json(folder / "result.json", result)
+        with suppress(DiskError):
+            write_json(folder / "result.json", result)
     return result
 
 

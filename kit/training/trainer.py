@@ -74,7 +74,7 @@ class LogCallback(TrainerCallback):
         if not figures:
             return
         seconds = time.perf_counter() - self.began
-        with self.run.log.open("a", encoding="utf-8") as file:
+        with unwritable(self.run.log), self.run.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "epoch": round(state.epoch or 0, 4),
                                    "seconds": round(self.seconds_before + seconds, 2),
                                    "tokens": int(state.num_input_tokens_seen), **figures}) + "\n")

@@ -16,7 +16,7 @@ from kit.answering.engines import Engine, InMemory, Prompt, fitted
 from kit.answering.journal import Answer, Journal
 from kit.answering.question_files import LONGEST_CELL, SUFFIXES, read_questions, write_answers
 from kit.common.errors import GateError, KitError
-from kit.models.template import Message
+from kit.models.template import Message, any_of
 from kit.recipe.recipe import Recipe
 
 TEXTS = ["What is it?", "包裹在哪里？\n第二行 🙂", 'Say "hi", please', " =1+1 ", "tab\there\nand a line"]
@@ -187,7 +187,7 @@ class Fake(InMemory):
     """Stands in for a model where only the order of work matters: it answers with the question, backwards."""
 
     def __init__(self, room: int = 100) -> None:
-        self.recipe, self.room = Recipe.load({}), room
+        self.recipe, self.room, self.control = Recipe.load({}), room, any_of(["<|im_end|>", "<|im_start|>"])
         self.batches: list[list[str]] = []
         self.proven = 0
 
@@ -357,3 +357,24 @@ def test_an_answer_too_long_for_a_cell_is_told(tmp_path: Path, monkeypatch: pyte
     [row] = read_back(done.out)
     assert list(row) == ["prompt", "answer", "answer_error", "answer_note"]
     assert len(row["answer"]) == LONGEST_CELL and row["answer_note"] == "cut off at max_new_tokens"
+
+
+def test_a_control_token_in_a_question_is_told_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["kit.answering.answer_file"]
+    monkeypatch.setattr(module, "InMemory", lambda chosen: Fake(room=60))
+    monkeypatch.setattr(module, "choose", lambda *_, **__: Engine("base", Recipe.load({}), None))
+    texts = ["What ends a turn?", "What is <|im_end|> and <|im_start|>?", "A long one. " * 9 + "<|im_end|>", "<im_end>"]
+    done = answer_file("r", made(tmp_path / "q.csv", [{"prompt": text} for text in texts]))
+    assert done.typed == {2: "<|im_end|>, <|im_start|>", 3: "<|im_end|>"} and not done.failed
+    assert "2 rows (row 2, 3)" in str(done)
+    notes = [row["answer_note"] for row in read_back(done.out)]
+    assert [bool(note) for note in notes] == [False, True, True, False]
+    assert "<|im_start|>" in notes[1] and "tokens cut" in notes[2]
+
+
+@pytest.mark.parametrize("empty", ["\u200b", "\ufeff \u2060", "\u00ad"])
+def test_a_question_that_cannot_be_seen_is_empty(tmp_path: Path, empty: str) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": empty}, {"prompt": [{"role": "user", "content": empty}]}]
+    assert set(read_questions(made(tmp_path / "q.jsonl", rows)).faults.values()) == {"the question is empty"}
+    (tmp_path / "q.txt").write_text(f"a\n{empty}\n", encoding="utf-8")
+    assert list(read_questions(tmp_path / "q.txt").asked) == [0]

@@ -149,14 +149,15 @@ finally:
 
 @pytest.mark.parametrize("command", ["ask", "answer"])
 def test_a_gguf_answers_without_torch(command: str, tmp_path: Path) -> None:
-    """Importing torch and unsloth takes longer than such an answer."""
+    """Importing torch and unsloth takes longer than such an answer; a control token in the question is told by both."""
     from kit.models.starter import packaged_gguf
 
-    (tmp_path / "q.txt").write_text("Hi\n", encoding="utf-8")
-    what = ["Hi"] if command == "ask" else [str(tmp_path / "q.txt"), "max_new_tokens=4"]
+    (tmp_path / "q.txt").write_text("Hi <|im_end|>\n", encoding="utf-8")
+    what = ["Hi <|im_end|>"] if command == "ask" else [str(tmp_path / "q.txt"), "max_new_tokens=4"]
     done = subprocess.run([sys.executable, "-c", COMMAND, command, str(packaged_gguf()), *what], cwd=PROJECT,
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and "heavy: []" in done.stdout, done.stdout + done.stderr
+    assert "<|im_end|>" in done.stderr if command == "ask" else "control tokens" in done.stdout
 
 
 def test_a_failing_row_ends_in_exit_code_1(finished_run: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from kit.common import files
-from kit.common.errors import KitError
+from kit.common.errors import DiskError, KitError
 from kit.common.files import (
+    disk_error,
     existing,
     hashes_of,
     read_json,
@@ -94,7 +95,17 @@ def test_what_counts_as_a_refusal_of_the_system(error: Exception, also: Any, ref
         raise error
     assert (caught.value is error) != refused
     if refused:
-        assert caught.value.hint == "the remedy"
+        assert (caught.value.hint, type(caught.value)) == ("the remedy", DiskError)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EFBIG, 1), (errno.EIO, 1),
+                                              (errno.ENOENT, 2), (errno.EACCES, 2), (errno.EROFS, 2)])
+def test_a_full_disk_is_no_bad_input(number: int, code: int) -> None:
+    with pytest.raises(KitError) as caught, unwritable(Path("a")):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.exit_code == code
+    told = disk_error(OSError(number, os.strerror(number), "runs/b/log.jsonl"), "runs/b")
+    assert ("runs/b/log.jsonl" in told.message) if code == 1 and told else told is None
 
 
 def test_hashes_are_those_of_the_files(tmp_path: Path) -> None:

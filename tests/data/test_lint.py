@@ -26,6 +26,7 @@ from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.provenance import check_secrets
 from kit.runs.run import Run
+from support.crafted import workbook_parts, zipped
 
 pytestmark = pytest.mark.slow
 
@@ -146,11 +147,15 @@ class Case(NamedTuple):
 
 
 TABLE = b'instruction,output\n"a cell\nof two lines",1\nb,2\nc,3\nd,4,5\ne,6\nf\ng,8\n'
+SHEET = "".join(f'<row r="{i + 1}"><c t="inlineStr"><is><t>Where is {i}?</t></is></c>' + (
+    "<c><f>B1</f></c>" if i in (4, 6) else f'<c t="inlineStr"><is><t>Here is {i}.</t></is></c>') + "</row>"
+    for i in range(1, 8))
 CASES = {
     "invalid_json": Case(jsonl(lambda i: b'{"messages": [}')),
     "torn_line": Case(jsonl(good) + b'{"messages": [{"role": "user", "content": "Wh', places=((8, 9),)),
     "wrong_encoding": Case(jsonl(lambda i: as_bytes(talk("Café?", "Là.")).decode().encode("latin-1"))),
     "ragged_row": Case(TABLE, places=((4, 6), (6, 8)), name="rows.csv"),
+    "unsaved_formula": Case(zipped(workbook_parts(SHEET, ("prompt", "completion"))), name="rows.xlsx"),
     "not_an_object": Case(jsonl(lambda i: ["a", "b"])),
     "missing_field": Case(jsonl(lambda i: {"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]})),
     "misnamed_field": Case(jsonl(lambda i: {"mesages": good(i)["messages"]})),

@@ -220,9 +220,10 @@ def test_xlsx_with_shared_strings_and_a_wrong_dimension(tmp_path: Path) -> None:
     parts["xl/worksheets/sheet1.xml"] = re.sub(r'ref="A1:A3"', 'ref="A1:A1"', sheet).encode()
     parts["xl/sharedStrings.xml"] = ('<sst xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main">'
                                      + "".join(f"<si>{text}</si>" for text in texts) + "</sst>").encode()
-    kind = "application/vnd.openxmlformats-officedocument.spreadsheetml.sharedStrings+xml"
-    parts["[Content_Types].xml"] = parts["[Content_Types].xml"].replace(
-        b"</Types>", f'<Override PartName="/xl/sharedStrings.xml" ContentType="{kind}" /></Types>'.encode())
+    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/sharedStrings"
+    parts["xl/_rels/workbook.xml.rels"] = parts["xl/_rels/workbook.xml.rels"].replace(
+        b"</Relationships>",
+        f'<Relationship Id="t" Type="{kind}" Target="/xl/sharedStrings.xml"/></Relationships>'.encode())
     assert len(texts) == 3 and places(read(tmp_path / "rows.xlsx", zipped(parts))) == [
         ({"a": "x\r\ny"}, 1, 2), ({"a": "=2 \a"}, 2, 3)]
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +281,85 @@ def test_a_row_without_faults_and_with_clean_text_comes_back_equal(row: dict[str
     whole = {**{key: value for key, value in extra.items() if key not in SHAPED}, **row}
     assert to_messages(whole).faults == [] and shape_of(whole) == shape_of(row)
     assert repaired(whole) == (whole, [])
+
+
+# Every type of JSON in every place
+
+ROWS: list[dict[str, Any]] = [
+    {**TALK, "system": "s", "tools": []}, {"conversations": turns("a", "b", role="from", text="value"), "system": "s"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                  {"role": "assistant", "content": "b", "reasoning_content": "c", "tool_calls": [{"id": "1"}]},
+                  {"role": "tool", "content": "{}", "tool_call_id": "1"}, {"role": "assistant", "content": "d"}]},
+    {**GOOD, "input": "i", "system": "s", "history": [["a", "b"]]}, {"instrution": "a", "output": "b"},
+    {"prompt": turns("a"), "completion": turns("a", "b")[1:]}, {"chosen": "a", "rejected": "b"},
+    {"question": "a", "answer": "b", "images": None},
+    {"messages": [{"rol": "user", "conten": "a"}, {"role": "asistant", "content": "b"}]},
+]
+ANY: list[Any] = [None, True, 0, -1.5, 1e300, 10**40, float("nan"), "", "x", "\u200b", "assistant", [], [[]], [1],
+                  [None], ["user"], {}, {"a": {}}, {"role": []}, [{"role": []}], [{"type": "text"}],
+                  [{"type": "text", "text": []}], {"messages": []}, [["a", "b"]], [[[], {}]]]
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, ...]]:
+    """The path to everything in a value."""
+    yield ()
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from ((key, *path) for path in places_in(part))
+
+
+def with_value(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    made = value.copy()
+    made[path[0]] = with_value(value[path[0]], path[1:], new)
+    return made
+
+
+def mutations() -> Iterator[Any]:
+    for row in ROWS:
+        for path in places_in(row):
+            yield from (with_value(row, path, new) for new in ANY)
+            if path and isinstance(path[-1], str):  # another thing under this name
+                yield from (with_value(row, path[:-1], {name: "x"}) for name in ("role", "text", "", "messages"))
+
+
+def test_every_type_of_json_in_every_place_is_repaired_or_named() -> None:
+    for row in mutations():
+        before = json.dumps(row)
+        value, _ = repaired(row)
+        assert json.dumps(row) == before and repaired(value)[1] == [], row
+        messages, faults = to_messages(value)[1:]
+        assert bool(messages) != bool(faults), row
+
+
+@pytest.mark.slow
+def test_lint_and_fix_take_a_file_of_them(tmp_path: Path, tokenizer: Any) -> None:
+    from kit.data.lint import lint
+
+    rows = [as_bytes(row) for row in mutations()]
+    rows += [b'{"prompt": "a", "completion": "b", "x": ' + b"[" * depth + b"]" * depth + b"}"
+             for depth in range(800, 1000, 7)]
+    rows += [b'{"prompt": "a", "completion": "b", "' + b"[" * 500 + b'": 1}', b'{"": "a", "completion": "b"}', b"[[]]"]
+    source, columns = tmp_path / "rows.jsonl", {"prompt": "question", "role": "from"}
+    source.write_bytes(b"\n".join(rows))
+    for number, fields in enumerate(({}, {"columns": columns})):
+        report = lint(Recipe.load({}, dataset=str(source), **fields), tokenizer)
+        assert report.figures["rows"] == len(rows) and report.page() and repr(report)
+        done = mend(source, tmp_path / f"{number}.jsonl", **fields)
+        assert done["rows written"] and len(read(tmp_path / f"{number}.jsonl")) == done["rows written"]
+
+
+def as_bytes(row: Any) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def test_what_json_has_no_word_for_is_written_as_text(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([{**GOOD, "at": datetime(2024, 1, 2), "raw": b"x", "sum": Decimal("1.5")}]),
+                   tmp_path / "rows.parquet")
+    mend(tmp_path / "rows.parquet", tmp_path / "out.jsonl")
+    [row] = read(tmp_path / "out.jsonl")
+    assert row["at"].startswith("2024-01-02") and row["sum"] == "1.5" and row["output"] == GOOD["output"]

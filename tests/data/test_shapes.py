@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.data.shapes import SENDERS, SHAPES, Fault, renamed, shape_of, to_messages
+from kit.data.shapes import SENDERS, SHAPES, Fault, is_blank, renamed, shape_of, to_messages
 from kit.recipe.recipe import Recipe
 
 Turn = dict[str, str]
@@ -269,3 +270,25 @@ def test_a_column_that_changes_what_a_row_means_is_not_dropped_in_silence(row: d
 def test_preferences_are_named(fields: tuple[str, str]) -> None:
     [fault] = to_messages({name: [ASK, ANSWER] for name in fields}).faults
     assert fault.code == "preferences" and fields[0] in fault.message
+
+
+INVISIBLE = ["\u200b", "\ufeff", "\u2060", "\u00ad", "\u00a0", "\u200d", "\u180e", "\u3164", "\u2800", "\ufe0f", 
+             "\u202e", "\u0000", "\u0085", "\U000e0041", "\u3000"]
+
+
+@pytest.mark.parametrize("text", [*INVISIBLE, "".join(INVISIBLE), " \n\u200b\t"])
+def test_a_text_of_which_nothing_is_seen_is_empty(text: str) -> None:
+    assert [fault.code for fault in to_messages({"prompt": "a", "completion": text}).faults] == ["empty_response"]
+    assert [fault.code for fault in to_messages({"messages": [turn("user", text), ANSWER]}).faults] == ["empty_prompt"]
+
+
+@pytest.mark.parametrize("text", ["0", ".", "猫", "é", "\u0301", "👩\u200d👩", "\u200b!", "\u0600", "\ufffd", "\ue000"])
+def test_a_text_of_which_little_is_seen_is_none_the_less_a_text(text: str) -> None:
+    assert to_messages({"prompt": text, "completion": text}).faults == []
+
+
+def test_white_space_and_format_characters_are_invisible_but_for_signs_in_arabic_and_other_scripts() -> None:
+    seen = {chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) in ("Cf", "Cc", "Zs", "Zl", "Zp")
+            and not is_blank(chr(code))}
+    assert {unicodedata.name(character).split()[0] for character in seen} <= {
+        "ARABIC", "SYRIAC", "KAITHI", "EGYPTIAN", "INTERLINEAR"}

@@ -19,6 +19,7 @@ from kit.common.errors import KitError
 from kit.common.files import PROJECT
 from kit.data.rows import good_rows, rows_of
 from kit.data.sources import STARTER_HELDOUT, STARTER_TRAIN, data_files, files_of
+from kit.data.splits import read_splits
 from kit.recipe.recipe import Recipe
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "source": "x"}
@@ -482,3 +483,37 @@ def test_without_its_package_modelscope_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "modelscope", None)
     message = refusal("cats/talk", hub="modelscope")
     assert "hub: modelscope needs the package modelscope" in message and "pip install modelscope" in message
+
+
+# Names in `columns`
+
+def of_columns(path: Path, columns: dict[str, str]) -> list[list[tuple[str, str]]]:
+    recipe = Recipe.load({}, dataset=str(path), columns=columns)
+    return [[(fault.code, fault.message) for fault in row.faults] for row in rows_of(path, recipe)]
+
+
+def test_a_misspelt_name_in_columns_is_told_with_the_nearest_column(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("question,reply,note\na,b,c\nd,e,f\n")
+    [[(code, message)], again] = of_columns(path, {"prompt": "quesion", "completion": "reply"})
+    assert code == "misnamed_field" and "quesion" in message and "'question'" in message and len(again) == 1
+    [[(code, message)], _] = of_columns(path, {"prompt": "topic", "completion": "reply"})
+    assert code == "missing_field" and "topic" in message and "note" in message
+    [[*both], _] = of_columns(path, {"prompt": "qestion", "completion": "repl"})
+    assert [code for code, _ in both] == ["misnamed_field"] * 2
+    with pytest.raises(KitError, match=r"(?s)2.*quesion.*question"):
+        read_splits(Recipe.load({}, dataset=str(path), columns={"prompt": "quesion", "completion": "reply"}))
+    assert of_columns(path, {"prompt": "question", "completion": "reply"}) == [[], []]
+    # What `columns` says for another file is not told of this one.
+    [[(code, message)], _] = of_columns(path, {"prompt": "topic", "answer": "repy"})
+    assert (code, "topic" in message) == ("misnamed_field", False)
+
+
+def test_a_misspelt_name_of_a_field_that_rows_can_do_without(tmp_path: Path) -> None:
+    """Without it they are whole, and would be trained without a word of it."""
+    path, columns = tmp_path / "rows.jsonl", {"instruction": "ask", "output": "reply"}
+    path.write_text('{"ask": "a", "reply": "b", "context": "c"}\n{"ask": "d", "reply": "e"}\n')
+    with pytest.raises(KitError, match=r"(?s)input.*contxt.*context"):
+        read_splits(Recipe.load({}, dataset=str(path), columns={**columns, "input": "contxt"}))
+    for right in ("context", "system_prompt"):  # the other one may be another file's
+        assert len(read_splits(Recipe.load({}, dataset=str(path), columns={**columns, "input": right}))[0]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -25,8 +26,11 @@ def kit(*arguments: str, timeout: float = 900, **environment: str) -> subprocess
                           timeout=timeout, env={**os.environ, **environment})
 
 
-def stopped(command: list[str], run: Path, number: signal.Signals, times: int = 1) -> tuple[int, str]:
-    """Start the command, send the signal when the fourth step is logged; its exit code and what it printed."""
+def stopped(command: list[str], run: Path, by: signal.Signals | int, times: int = 1) -> tuple[int, str]:
+    """Start the command; when the fourth step is logged, send the signal, or let no file grow beyond so many bytes.
+
+    Returns its exit code and what it printed.
+    """
     log = run / "log.jsonl"
     with subprocess.Popen([sys.executable, "-m", *command], cwd=PROJECT, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, start_new_session=True) as process:
@@ -34,9 +38,11 @@ def stopped(command: list[str], run: Path, number: signal.Signals, times: int = 
         while not log.is_file() or len(log.read_text(encoding="utf-8").splitlines()) < 4:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
             time.sleep(0.05)
-        for _ in range(times):
-            os.kill(process.pid, number)
+        for _ in range(times if isinstance(by, signal.Signals) else 0):
+            os.kill(process.pid, by)
             time.sleep(0.3)  # two at the same time would be one
+        if not isinstance(by, signal.Signals):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (by, by))
         said, _ = process.communicate(timeout=300)
     return process.returncode, said
 

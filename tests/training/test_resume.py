@@ -51,7 +51,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tiny_starter: Path, tmp_path: 
     [whole], _ = drive(recipe("whole"), tmp_path)
     found, done = drive(recipe("parts"), tmp_path, FULL="3")
     assert not found and done.returncode != 0
-    assert re.search(r"checkpoint-4 .*written: .+\n.*checkpoint_dir", done.stderr), done.stderr[-3000:]
+    assert re.search(r"DiskError: .*checkpoint-4 .*written: .+\n.*checkpoint_dir", done.stderr), done.stderr[-3000:]
     [resumed], done = drive(recipe("parts"), tmp_path)
     assert resumed["resumed_from"] == 2
     assert "checkpoint-4 is skipped" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -62,3 +63,19 @@ def test_twice_stops_at_once(taught: Callable[..., Path], tmp_path: Path) -> Non
     assert code == 130, said[-3000:]
     assert read_result(run)["status"] == "stopped"
     assert not list((run / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits another process")
+@pytest.mark.parametrize(("limit", "named"), [(20_000, "checkpoint-"), (0, "log.jsonl")])
+def test_a_full_disk_ends_a_training_with_exit_code_1(taught: Callable[..., Path], tmp_path: Path, limit: int,
+                                                      named: str) -> None:
+    """From the fourth step on no file grows beyond the limit, which with 0 is true of result.json and the log, too."""
+    recipe = write_recipe(tmp_path, taught("qwen2", short=True), name="full", gguf=[], save_steps=5,
+                          save_strategy="steps" if limit else "no")
+    run = tmp_path / "runs" / "full"
+    code, said = stopped(["kit", "train", str(recipe)], run, limit)
+    assert code == 1, said[-3000:]
+    assert "Traceback" not in said and named in said and "can't be written" in said and str(run) in said, said[-3000:]
+    result = read_result(run)
+    assert result["status"] == ("failed" if limit else "stopped") and result["stage"] == "train"
