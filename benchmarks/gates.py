@@ -6,7 +6,8 @@
 
 Each training is exported as f16, q8_0, q5_k_m and q4_k_m, and judged on all conversations of its reference and on DRAWS
 of 4, 8 and 32 of them, drawn with replacement: a sound export should fail at most once in 500. Then it is exported with
-one fault at a time. What is there already in the result (benchmarks/results/gates.json) is not made again.
+one fault at a time, judged on about as many tokens as a large model is. What is there already in the result
+(benchmarks/results/gates.json) is not made again.
 """
 
 from __future__ import annotations
@@ -126,10 +127,32 @@ def predictions_of(path: Path, reference: Any) -> list[Any]:
         return list(gguf_predictions(child, reference))
 
 
-def judged(evidence: Any, header: Any, name: str, predictions: list[Any], numbers: list[int] | None = None) -> Any:
-    """The gates of a GGUF on all compared rows, or on those of the held-out rows `numbers`; and its figures."""
+def only(evidence: Any, places: list[int]) -> Any:
+    """The evidence with those of its compared rows."""
     from dataclasses import replace
 
+    def pick(items: list[Any]) -> list[Any]:
+        return [items[place] for place in places]
+
+    reference = evidence.reference._replace(rows=pick(evidence.reference.rows),
+                                            predictions=pick(evidence.reference.predictions))
+    return replace(evidence, reference=reference, base=evidence.base and pick(evidence.base))
+
+
+def first_tokens(evidence: Any) -> list[int]:
+    """The first compared rows, of LEAST_COMPARED tokens or more and FEWEST conversations."""
+    from kit.verifying.reference import FEWEST, LEAST_COMPARED
+
+    rows, tokens = evidence.reference.rows, 0
+    for place, row in enumerate(rows):
+        tokens += len(row.ids)
+        if tokens >= LEAST_COMPARED and len({row.number for row in rows[:place + 1]}) >= FEWEST:
+            return list(range(place + 1))
+    return list(range(len(rows)))
+
+
+def judged(evidence: Any, header: Any, name: str, predictions: list[Any], numbers: list[int] | None = None) -> Any:
+    """The gates of a GGUF on all compared rows, or on those of the held-out rows `numbers`; and its figures."""
     from kit.runs.gates import Gates
     from kit.verifying.answers import Shipped, check_ends
     from kit.verifying.parity import compare, judge_gguf
@@ -137,11 +160,7 @@ def judged(evidence: Any, header: Any, name: str, predictions: list[Any], number
     if numbers is not None:
         places = [place for number in numbers for place, row in enumerate(evidence.reference.rows)
                   if row.number == number]
-        pick = lambda items: [items[place] for place in places]  # noqa: E731
-        reference = evidence.reference._replace(rows=pick(evidence.reference.rows),
-                                                predictions=pick(evidence.reference.predictions))
-        evidence = replace(evidence, reference=reference, base=evidence.base and pick(evidence.base))
-        predictions = pick(predictions)
+        evidence, predictions = only(evidence, places), [predictions[place] for place in places]
     gates = Gates(name)
     figures = compare(evidence.reference, predictions)
     allowed = judge_gguf(gates, name, header, figures, predictions, evidence)
@@ -220,6 +239,7 @@ def measure(name: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
             "farthest_flip": max(figures.flips, default=0.0), "failed_draws": failed,
             "trained": noise.lost(evidence.reference.predictions, predictions, evidence.base)
             if evidence.base else None}
+    evidence = only(evidence, first_tokens(evidence))
     for fault, change in faults(run, evidence):
         broken = folder / "broken"
         shutil.copytree(run.merged, broken)
