@@ -109,7 +109,9 @@ def _found(trainings: dict[str, Any], fault: str, kind: str) -> str:
 
 def model_of(name: str) -> ModelFiles:
     """The tensors that transformers makes of a model's config, in bfloat16; none holds anything."""
-    import torch  # seconds, and only for this page
+    import kit.common.unsloth  # before transformers; seconds, and only for these pages
+
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {key: value for key, value in CONFIGS[name].items() if key != "model_type"}

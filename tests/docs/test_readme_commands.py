@@ -1,8 +1,8 @@
-"""The README's commands as a newcomer gives them: in their order, after `make demo` alone, from the folder of the clone.
+"""The README's commands as a newcomer gives them: in their order, after `make demo` alone, in a clone.
 
-The folder is a stand-in with the clone's recipes and data and the demo's run; a training that takes minutes is shortened
-by fields on top. `make lab` is asked what it would do, and `ollama`, which is not here, is a script that looks at what it
-is given.
+The clone is a stand-in with the recipes, the data and the demo's run. A training that takes minutes is shortened by
+fields on top, `make lab` is asked what it would do, and `ollama`, which is not here, is a script that looks at what it
+is given: a Modelfile, and the file that it names.
 """
 
 from __future__ import annotations
