@@ -13,6 +13,7 @@ from kit.common.secrets import address, secret
 from kit.common.show import show
 from kit.data.findings import FINDINGS, Findings, control_characters, mojibake, not_normalised
 from kit.data.formatting import fit, rare_collections
+from kit.data.leftovers import makers_of, other_assistant, placeholder
 from kit.data.lint_figures import AcrossRows, Figures
 from kit.data.lint_report import Report, Samples
 from kit.data.masks import Encoded, Formatter, Located
@@ -44,6 +45,7 @@ class _Check:
         self.formatter = Formatter(tokenizer, recipe)
         self.findings = Findings({"too_long": "error" if recipe.overlong_rows == "error" else "warning",
                                   "heldout_overlap": "error" if recipe.eval_overlap == "error" else "warning"})
+        self.makers = makers_of(recipe.model_name, tokenizer.chat_template)
         self.figures = Figures(recipe)
         self.across = AcrossRows(self.figures)
         self.samples = Samples(self.formatter)
@@ -119,6 +121,10 @@ class _Check:
                 faults.append(Fault(code, detail))
         if any(not_normalised(m["content"]) for m in messages):
             faults.append(Fault("not_normalised", ""))
+        for code, leftover in (("placeholder", placeholder(messages)),
+                               ("other_assistant", other_assistant(messages, self.makers))):
+            if leftover:
+                faults.append(Fault(code, leftover))
         if typed := self.formatter.typed(messages):
             faults.append(Fault("special_token", ", ".join(dict.fromkeys(typed))))
         return faults
