@@ -14,7 +14,7 @@ SHOWN = 100  # places kept of each finding
 FINDINGS = {
     "invalid_json": ("error", "not JSON", "correct the line; each is one complete JSON object"),
     "torn_line": ("error", "the last line is cut off", "write the file again, or leave the line out with --fix"),
-    "wrong_encoding": ("error", "not UTF-8", "save the file as UTF-8"),
+    "wrong_encoding": ("error", "not UTF-8", "save the file as UTF-8; a line or a few among others: write them again"),
     "ragged_row": ("error", "cells and columns don't match", "quote cells that hold the delimiter or a line break"),
     "unsaved_formula": ("error", "a formula whose value is not stored in the file", SAVE_VALUES),
     "not_an_object": ("error", "a row that is no object", "each row is an object with named fields"),
