@@ -13,10 +13,11 @@ from kit.common.secrets import address, secret
 from kit.common.show import show
 from kit.data.findings import FINDINGS, Findings, control_characters, mojibake, not_normalised
 from kit.data.formatting import fit, rare_collections
+from kit.data.leftovers import makers_of, other_assistant, placeholder
 from kit.data.lint_figures import AcrossRows, Figures
 from kit.data.lint_report import Report, Samples
 from kit.data.masks import Encoded, Formatter, Located
-from kit.data.repair import check_out, fix
+from kit.data.repair import Repairs, check_out, fix
 from kit.data.rows import Row, empty, progress, rows_of
 from kit.data.segments import ToolsNotShown
 from kit.data.shapes import Fault
@@ -30,22 +31,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def lint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Report:
+def lint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None, any_encoding: bool = False) -> Report:
     """Check the recipe's data as this recipe would train on it.
 
     Reads rows one by one, in bounded memory. Raises KitError when a source can't be read at all; whatever is wrong
-    with single rows is in the report.
+    with single rows is in the report. `any_encoding` reads what a training refuses, files in another encoding than
+    UTF-8, as `--fix` does.
     """
     with rare_collections():
-        return _Check(recipe, tokenizer or load_tokenizer(recipe)).run()
+        return _Check(recipe, tokenizer or load_tokenizer(recipe), any_encoding).run()
 
 
 class _Check:
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.recipe, self.tokenizer = recipe, tokenizer
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, any_encoding: bool) -> None:
+        self.recipe, self.tokenizer, self.any_encoding = recipe, tokenizer, any_encoding
         self.formatter = Formatter(tokenizer, recipe)
         self.findings = Findings({"too_long": "error" if recipe.overlong_rows == "error" else "warning",
                                   "heldout_overlap": "error" if recipe.eval_overlap == "error" else "warning"})
+        self.makers = makers_of(recipe.model_name, tokenizer.chat_template)
         self.figures = Figures(recipe)
         self.across = AcrossRows(self.figures)
         self.samples = Samples(self.formatter)
@@ -61,14 +64,14 @@ class _Check:
             self.findings.add(fault, place)
             self.samples.offer_late(fault, place)
         for source, split in sources:
-            self.samples.look_up(source, split)
+            self.samples.look_up(source, split, self.any_encoding)
         rows = sorted(self.samples.rows, key=lambda row: (row["split"] != "train", row["file"], row["row"]))
         return Report(self.figures.all(self.findings.all()), rows)
 
     def _source(self, source: str, split: str) -> None:
         read = self.figures.read
         with progress(f"checking {source}", source, self.recipe) as on_bytes:
-            rows = batches(rows_of(source, self.recipe, on_bytes))
+            rows = batches(rows_of(source, self.recipe, on_bytes, self.any_encoding))
             for batch, encoded in self.formatter.encode_ahead(self._locate(batch, split) for batch in rows):
                 self._count(batch, encoded, split)
         if self.figures.read == read:
@@ -122,6 +125,10 @@ class _Check:
                 faults.append(Fault(code, detail))
         if any(map(not_normalised, texts(messages))):
             faults.append(Fault("not_normalised", ""))
+        for code, leftover in (("placeholder", placeholder(messages)),
+                               ("other_assistant", other_assistant(messages, self.makers))):
+            if leftover:
+                faults.append(Fault(code, leftover))
         if typed := self.formatter.typed(messages):
             faults.append(Fault("special_token", ", ".join(dict.fromkeys(typed))))
         return faults
@@ -169,7 +176,7 @@ def check(recipe: Recipe, html: Path | None, copy: Path | None, as_json: bool, r
         check_out(first, copy)
     # Only the JSON goes to standard output, so that it can be piped; whatever libraries print goes beside it.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        report = lint(recipe)
+        report = lint(recipe, any_encoding=copy is not None)
     if as_json:
         print(json.dumps(report.figures, ensure_ascii=False, indent=2))
     else:
@@ -183,15 +190,17 @@ def check(recipe: Recipe, html: Path | None, copy: Path | None, as_json: bool, r
     if html:
         report.save(html)
         print(f"page: {html}", file=sys.stderr)
-    if copy:
-        _repair(first, copy, recipe)
-    return 1 if report.errors else 0
+    repairs = _repair(first, copy, recipe) if copy else Repairs()
+    return 1 if report.errors or repairs.encodings else 0
 
 
-def _repair(source: str, copy: Path, recipe: Recipe) -> None:
+def _repair(source: str, copy: Path, recipe: Recipe) -> Repairs:
     repairs = fix(source, copy, recipe)
     print(f"repaired copy: {copy}", file=sys.stderr)
+    for file, name in repairs.encodings.items():
+        print(f"  {file}: read as {name}, written as UTF-8: look whether its texts are right", file=sys.stderr)
     for what, count in repairs.most_common():
         places = ", ".join(map(str, repairs.places.get(what, [])))
         more = ", …" if count > len(repairs.places.get(what, [])) else ""
         print(f"  {count:,} × {what}" + (f": {places}{more}" if places else ""), file=sys.stderr)
+    return repairs

@@ -48,7 +48,7 @@ class Samples:
             self._counts["", fault.code] += 1
             self._late.setdefault(place, []).append(fault)
 
-    def look_up(self, source: str, split: str) -> None:
+    def look_up(self, source: str, split: str, any_encoding: bool) -> None:
         """Add what was noted late, reading the source again as far as rows are missing that were not kept."""
         kept = {Place(row["file"], row["row"], row["line"]): row for row in self.rows}
         for place in self._late.keys() & kept:
@@ -58,7 +58,7 @@ class Samples:
         if not self._late:
             return
         with progress("looking up rows", source, self.recipe) as on_bytes:
-            for row in rows_of(source, self.recipe, on_bytes):
+            for row in rows_of(source, self.recipe, on_bytes, any_encoding):
                 if row.place in self._late and row.messages:
                     self._keep(row, split, self._late.pop(row.place), self.formatter.encode([row.messages])[0])
                     if not self._late:

@@ -11,10 +11,11 @@ from typing import Any
 from kit.common.errors import KitError
 from kit.common.files import writing
 from kit.common.secrets import secret
+from kit.data.encodings import FIXED, other_encoding
 from kit.data.findings import CONTROL
 from kit.data.rows import Place, progress, rows_of
 from kit.data.shapes import NAMES, TURNS, Fault, renamed, to_messages
-from kit.data.sources import local_path
+from kit.data.sources import files_of, local_path
 from kit.gguf.messages import texts
 from kit.recipe.recipe import Recipe
 
@@ -29,11 +30,15 @@ NEAR = 0.8  # how alike a name must be to be taken for a known one (difflib's ra
 
 
 class Repairs(Counter[str]):
-    """What was done, with how many rows it was done to; `places` has the first few of them."""
+    """What was done, with how many rows it was done to; `places` has the first few of them.
+
+    `encodings` are the files that were not in UTF-8, and what they were read as.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.places: dict[str, list[Place]] = {}
+        self.encodings: dict[Path, str] = {}
 
     def add(self, what: str, place: Place) -> None:
         self[what] += 1
@@ -49,9 +54,11 @@ def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
     """
     check_out(source, out)
     done = Repairs()
+    done.encodings = {path: name for path in files_of(source, recipe) or () if path.suffix.lower() in FIXED
+                      and (name := other_encoding(path))}
     seen: set[int] = set()
     with writing(out) as file, progress(f"repairing {source}", source, recipe) as on_bytes:
-        for row in rows_of(source, recipe, on_bytes):
+        for row in rows_of(source, recipe, on_bytes, any_encoding=True):
             if row.raw is None:
                 done.add(f"left out: {row.faults[0].code}", row.place)
                 continue

@@ -1,15 +1,16 @@
 """Rows of a source, good and bad: each with its place, its shape, and its messages or its faults."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kit.common.errors import KitError, nearest
 from kit.common.show import bar
+from kit.data.encodings import in_utf8
 from kit.data.readers import read_rows
-from kit.data.records import Problem
+from kit.data.records import Problem, Record
 from kit.data.shapes import NAMES, SHAPES, UNTRAINED, Fault, renamed, to_messages
 from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
 from kit.data.tools import DEFINITIONS, unfilled
@@ -44,11 +45,12 @@ class Row(NamedTuple):
     faults: list[Fault]
 
 
-def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None) -> Iterator[Row]:
+def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None,
+            any_encoding: bool = False) -> Iterator[Row]:
     """Every row of a file, a folder, a hub's data set or `starter`, good and bad.
 
-    `on_bytes` is called with how many further bytes of the files have been read. Raises KitError for what can't be
-    read at all.
+    `on_bytes` is called with how many further bytes of the files have been read. With `any_encoding` files in another
+    encoding than UTF-8 are read by what they look like. Raises KitError for what can't be read at all.
     """
     local = fetched(source, recipe)
     columns = {*ROW_FIELDS, *UNTRAINED, *DEFINITIONS, *recipe.columns.values()}  # those that are looked at
@@ -56,16 +58,22 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
     if files is None:
         for number, value in enumerate(hub_rows(str(local), recipe), 1):
             yield _row(Place(str(source), number, None), unfilled(value), recipe)
-    for path in files or ():
-        name = str(source) if len(files or ()) == 1 else str(path)
-        for item in read_rows(path, on_bytes):
-            place = Place(name, item.row, item.line)
-            if isinstance(item, Problem):
-                yield Row(place, None, None, [], [Fault(item.code, item.message)])
-            elif lost := [name for name in item.unsaved if name in columns]:
-                yield Row(place, None, None, [], [Fault("unsaved_formula", ", ".join(lost))])
-            elif not item.only_formulas(columns):
-                yield _row(place, unfilled(item.value) if path.suffix.lower() == ".parquet" else item.value, recipe)
+    for path, item in _items(files or (), on_bytes, any_encoding):
+        place = Place(str(source) if len(files or ()) == 1 else str(path), item.row, item.line)
+        if isinstance(item, Problem):
+            yield Row(place, None, None, [], [Fault(item.code, item.message)])
+        elif lost := [name for name in item.unsaved if name in columns]:
+            yield Row(place, None, None, [], [Fault("unsaved_formula", ", ".join(lost))])
+        elif not item.only_formulas(columns):
+            yield _row(place, unfilled(item.value) if path.suffix.lower() == ".parquet" else item.value, recipe)
+
+
+def _items(files: Iterable[Path], on_bytes: Callable[[int], object] | None, any_encoding: bool,
+           ) -> Iterator[tuple[Path, Record | Problem]]:
+    for path in files:
+        with in_utf8(path) if any_encoding else nullcontext(path) as readable:
+            for item in read_rows(readable, on_bytes):
+                yield path, item
 
 
 @contextmanager

@@ -187,6 +187,9 @@ CASES = {
     "thinking_dropped": Case(jsonl(lambda i: {"messages": thinking(i + 100)["messages"] + thinking(i)["messages"]},
                                    good=thinking), "warning", tokenizer=with_template(NO_EARLIER_THOUGHT)),
     "mixed_thinking": Case(jsonl(thinking), "warning"),
+    "placeholder": Case(jsonl(lambda i: talk(f"Dear {{{{name}}}}, where is {i}?", f"Here is {i}.")), "warning"),
+    "other_assistant": Case(jsonl(lambda i: talk(f"Where is {i}?", f"Here is {i}.", system="You are Qwen, created by "
+                                                 "Alibaba Cloud.")), "warning"),
     "control_character": Case(jsonl(lambda i: talk(f"Where is \x07 {i}?", f"Here is {i}.")), "warning"),
     "mojibake": Case(jsonl(lambda i: talk(f"OÃ¹ est le cafÃ© {i} ?", f"Here is {i}.")), "warning"),
     "not_normalised": Case(jsonl(lambda i: talk(f"Un cafe\u0301 au {i} ?", f"Here is {i}.")), "warning"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import csv
+import io
 import json
-from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 
 from kit.common.errors import KitError
 from kit.data.findings import FINDINGS
-from kit.data.repair import fix, repaired
+from kit.data.repair import Repairs, fix, repaired
 from kit.data.rows import good_rows
 from kit.data.shapes import ROLES, SENDERS, shape_of, to_messages
 from kit.recipe.recipe import Recipe
+from support.command import kit
 
 GOOD = {"instruction": "Where?", "output": "Here."}
 TALK = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]}
@@ -40,14 +42,15 @@ def read(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def mend(source: Path, out: Path, **fields: Any) -> Counter[str]:
+def mend(source: Path, out: Path, **fields: Any) -> Repairs:
     return fix(str(source), out, Recipe.load({}, dataset=str(source), **fields))
 
 
 # What comes in, what goes out, and what is said of it.
 REPAIRS: list[tuple[Any, Any, str]] = [
     ({"instrution": "a", "output": "b"}, {"instruction": "a", "output": "b"}, "renamed: instrution to instruction"),
-    ({"Instruction": "a", " output": "b"}, {"instruction": "a", "output": "b"}, "renamed: Instruction to instruction"),
+    ({"Instruction": "a", " output": "b"}, {"instruction": "a", "output": "b"},
+    "renamed: Instruction to instruction"),
     ({"question": "a", "anwser": "b"}, {"question": "a", "answer": "b"}, "renamed: anwser to answer"),
     ({"prompt": "a", "completions": "b"}, {"prompt": "a", "completion": "b"}, "renamed: completions to completion"),
     ({"mesages": turns("a", "b")}, {"messages": turns("a", "b")}, "renamed: mesages to messages"),
@@ -110,7 +113,8 @@ def test_a_good_row_with_other_fields_stays_as_it_is(row: Any) -> None:
 
 @pytest.mark.parametrize("row", [
     {"instruction": True, "output": "b"}, {"instruction": None, "output": "b"}, {"text": "a"},
-    {"messages": [{"role": "robot", "content": "a"}]}, {"messages": [{"role": None, "content": {}}]}, {"messages": "a"},
+    {"messages": [{"role": "robot", "content": "a"}]}, {"messages": [{"role": None, "content": {}}]},
+    {"messages": "a"},
     {"messages": {"role": "user"}}, [], 3, None, "text", {},
 ])
 def test_what_would_be_a_guess_is_left_alone(row: Any) -> None:
@@ -124,7 +128,8 @@ BROKEN = [
     {"instruction": "e", "output": "Log in with hf_" + "Ab3dE5gH" * 5},
     {"instruction": "c", "output": "\x07"}, {"instruction": "d", "output": " "}, b'{"instruction": "cut',
 ]
-MENDED = ("invalid_json", "torn_line", "not_an_object", "misnamed_field", "not_text", "empty_response", "empty_prompt",
+MENDED = ("invalid_json", "torn_line", "not_an_object", "misnamed_field", "not_text", "empty_response",
+"empty_prompt",
           "duplicate", "control_character", "not_normalised", "secret")
 
 
@@ -206,7 +211,8 @@ def test_refusals_leave_everything_as_it_was(tmp_path: Path) -> None:
     refused("starter", out, "works on files")
     refused(tmp_path / "no.jsonl", out, "there is no")
     refused(source, tmp_path / "nowhere" / "out.jsonl", "can't be written")
-    refused(write(tmp_path / "bad.jsonl", [[1], {"instruction": "", "output": ""}]), out, "no row of .* can be trained")
+    refused(write(tmp_path / "bad.jsonl", [[1], {"instruction": "", "output": ""}]),
+    out, "no row of .* can be trained")
     (tmp_path / "empty.jsonl").write_text("")
     refused(tmp_path / "empty.jsonl", out, "is empty")
 
@@ -236,7 +242,8 @@ SHAPED = ("messages", "conversations", "instruction", "input", "output", "system
 NEARLY = ("mesages", "prompts", "Answer", "outputs", "inputs", "contents")
 NAMES = st.sampled_from([*SHAPED, *NEARLY, "role", "content", "from", "value", "type", "text", "tool_calls",
                          "reasoning_content"])
-WORDS = st.one_of(st.text(max_size=8), st.sampled_from([*ROLES, *SENDERS, "usr", "User", "cafe\u0301\r\n\x07", "text"]))
+WORDS = st.one_of(st.text(max_size=8), st.sampled_from([*ROLES, *SENDERS, "usr", "User", "cafe\u0301\r\n\x07",
+"text"]))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | WORDS, inner, max_size=5), max_leaves=25)
@@ -276,7 +283,8 @@ CLEAN = st.one_of(
 
 @settings(deadline=None, database=None)
 @given(CLEAN, st.dictionaries(st.sampled_from(NEARLY) | NAMES | st.text(max_size=6), JSON, max_size=3))
-def test_a_row_without_faults_and_with_clean_text_comes_back_equal(row: dict[str, Any], extra: dict[str, Any]) -> None:
+def test_a_row_without_faults_and_with_clean_text_comes_back_equal(row: dict[str, Any],
+extra: dict[str, Any]) -> None:
     # Fields that belong to a shape make another row of it; any others must not matter.
     whole = {**{key: value for key, value in extra.items() if key not in SHAPED}, **row}
     assert to_messages(whole).faults == [] and shape_of(whole) == shape_of(row)
@@ -286,7 +294,8 @@ def test_a_row_without_faults_and_with_clean_text_comes_back_equal(row: dict[str
 # Every type of JSON in every place
 
 ROWS: list[dict[str, Any]] = [
-    {**TALK, "system": "s", "tools": []}, {"conversations": turns("a", "b", role="from", text="value"), "system": "s"},
+    {**TALK, "system": "s", "tools": []}, {"conversations": turns("a", "b", role="from", text="value"),
+    "system": "s"},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
                   {"role": "assistant", "content": "b", "reasoning_content": "c", "tool_calls": [{"id": "1"}]},
                   {"role": "tool", "content": "{}", "tool_call_id": "1"}, {"role": "assistant", "content": "d"}]},
@@ -340,7 +349,8 @@ def test_lint_and_fix_take_a_file_of_them(tmp_path: Path, tokenizer: Any) -> Non
     rows = [as_bytes(row) for row in mutations()]
     rows += [b'{"prompt": "a", "completion": "b", "x": ' + b"[" * depth + b"]" * depth + b"}"
              for depth in range(800, 1000, 7)]
-    rows += [b'{"prompt": "a", "completion": "b", "' + b"[" * 500 + b'": 1}', b'{"": "a", "completion": "b"}', b"[[]]"]
+    rows += [b'{"prompt": "a", "completion": "b", "' + b"[" * 500 + b'": 1}', b"[[]]",
+             b'{"": "a", "completion": "b"}']
     source, columns = tmp_path / "rows.jsonl", {"prompt": "question", "role": "from"}
     source.write_bytes(b"\n".join(rows))
     for number, fields in enumerate(({}, {"columns": columns})):
@@ -363,3 +373,70 @@ def test_what_json_has_no_word_for_is_written_as_text(tmp_path: Path) -> None:
     mend(tmp_path / "rows.parquet", tmp_path / "out.jsonl")
     [row] = read(tmp_path / "out.jsonl")
     assert row["at"].startswith("2024-01-02") and row["sum"] == "1.5" and row["output"] == GOOD["output"]
+
+
+# Other encodings
+
+def numbered(prompt: str, completion: str) -> list[dict[str, str]]:
+    return [{"prompt": prompt.format(i), "completion": completion.format(i)} for i in range(40)]
+
+
+CHINESE = numbered("第{}号包裹在哪里？我等了很久，请帮我查一下。", "您好，「第{}号」包裹已经发出，\n预计明天送到。")
+OTHERS = {"big5": numbered("第{}號包裹在哪裡？我等了很久。", "您好，第{}號包裹已經發出，預計明天送到。"),
+          "cp1252": numbered("Où est le colis n° {}\xa0?", "Le colis n° {} est arrivé à côté du café, « là ».")}
+
+
+def as_kind(rows: list[dict[str, str]], kind: str) -> str:
+    if kind == ".json":
+        return json.dumps(rows, ensure_ascii=False, indent=1)
+    if kind == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if kind == ".txt":
+        return "".join(f"{row['prompt']}\t{row['completion']}".replace("\n", " ") + "\n" for row in rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+# Without a mark at its beginning UTF-16 is known by the first characters, which must be ASCII's.
+@pytest.mark.parametrize(("kind", "codec"), [
+    (kind, codec) for kind in (".json", ".jsonl", ".csv", ".tsv", ".txt")
+    for codec in ("gb18030", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "big5", "cp1252")
+    if kind != ".txt" or codec not in ("utf-16-le", "utf-16-be")])
+def test_other_encodings_come_back_as_utf8(tmp_path: Path, kind: str, codec: str) -> None:
+    rows = OTHERS.get(codec, CHINESE)
+    source = tmp_path / f"rows{kind}"
+    source.write_bytes(as_kind(rows, kind).encode(codec))
+    before = source.read_bytes()
+    with pytest.raises(KitError, match="--fix"):
+        list(good_rows(source, Recipe.load({})))
+    done = mend(source, tmp_path / "out.jsonl")
+    assert done["rows written"] == len(rows) and list(done.encodings) == [source]
+    line_end = " " if kind == ".txt" else "\n"
+    assert read(tmp_path / "out.jsonl") == [
+        {name: text.replace("\n", line_end) for name, text in row.items()} for row in rows]
+    assert source.read_bytes() == before
+    assert len(list(good_rows(tmp_path / "out.jsonl", Recipe.load({})))) == len(rows)
+
+
+def test_a_file_that_only_begins_in_another_encoding_is_refused_by_its_name(tmp_path: Path) -> None:
+    source = tmp_path / "rows.csv"
+    source.write_bytes(as_kind(CHINESE * 80, ".csv").encode("gb18030") + b"\xff\xff,\xff\n")
+    with pytest.raises(KitError, match="GB18030") as caught:
+        mend(source, tmp_path / "out.jsonl")
+    assert str(source) in caught.value.message and not (tmp_path / "out.jsonl").exists()
+    source.write_bytes("[{]".encode("utf-16"))  # what is wrong with the text names the file, too
+    with pytest.raises(KitError) as caught:
+        mend(source.rename(tmp_path / "rows.json"), tmp_path / "out.jsonl")
+    assert str(tmp_path / "rows.json") in caught.value.message and "kit-utf8" not in caught.value.message
+
+
+@pytest.mark.slow
+def test_the_command_checks_and_repairs_a_file_from_excel(tmp_path: Path) -> None:
+    source = tmp_path / "rows.csv"
+    source.write_bytes(as_kind([*CHINESE, CHINESE[3]], ".csv").encode("gb18030"))
+    done = kit("lint", str(source), "--fix", str(tmp_path / "out.jsonl"))
+    assert done.returncode == 1 and "GB18030" in done.stderr and "duplicate" in done.stdout, done.stdout + done.stderr
+    assert read(tmp_path / "out.jsonl") == CHINESE
