@@ -258,7 +258,7 @@ print(merged or "save_merged is none: no merged model, no GGUF")
 
 # %%
 run.stage("gguf")
-files = kit.export_gguf(merged, run.gguf, recipe.gguf, kit.model_label(recipe), kit.about(run)) if recipe.gguf else []
+files = kit.export_gguf(merged, run.gguf, recipe.gguf, recipe.run_name, kit.about(run)) if recipe.gguf else []
 rows = [[path.name, kit.size(path.stat().st_size)] for path in files]
 kit.show(kit.Table(["file", "size"], rows))
 
@@ -280,7 +280,7 @@ kit.show(kit.scores(answered, **scores))
 run.note(scores=scores, answered=answered)
 
 # %%
-figure = plots.before_after(scores, run.figures / "scores.png")
+figure = plots.before_after(scores, run.figures / "scores.png", min(answered.values()))
 kit.show(figure or "no metric, no figure")
 
 # %% [markdown]
@@ -328,8 +328,9 @@ for address in kit.push(run):
 # %%
 run.finish()
 print(f"the run's page, with the verdict on top: {kit.write_report(run)}")
-rows = [[name, kit.size(size)] for name, size in run.result["files"].items() if not name.startswith("checkpoints/")]
-kit.show(kit.Table(["file", "size"], rows, title=str(run.folder)))
+made = run.result["files"]
+rows = [[name, kit.size(size)] for name, size in made.items() if not name.startswith("checkpoints/")]
+kit.show(kit.Table(["file", "size"], rows, title=str(run.folder), of=len(made)))
 print(f"ask it:     kit ask {run.folder}")
 if files:
     print(f"in Ollama:  cd {run.gguf} && ollama create {recipe.run_name} -f Modelfile && ollama run {recipe.run_name}")

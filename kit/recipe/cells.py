@@ -4,7 +4,7 @@ stays in the kernel."""
 import ast
 from typing import Any
 
-from kit.common.show import ipython
+from kit.common.progress import in_kernel, ipython, take_over
 
 _assigned: dict[str, set[str]] = {}  # what the latest version of each cell assigns, by the cell's id
 _deleted: set[str] = set()
@@ -15,6 +15,8 @@ def watch() -> None:
     shell = ipython()
     if shell is not None and _remember not in shell.events.callbacks["pre_run_cell"]:
         shell.events.register("pre_run_cell", _remember)
+        if in_kernel():
+            take_over()
 
 
 def deleted() -> set[str]:

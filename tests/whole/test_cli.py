@@ -118,13 +118,14 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path: Path) -> None:
         run = Run.start(Recipe.load({}, run_name=name, output_dir=str(tmp_path)))
         run.stage("train")
         if name == "done":
-            run.note(scores={"before": {"exact": 0.25}, "after": {"exact": 0.5}})
+            run.note(scores={"before": {"exact": 0.25}, "after": {"exact": 0.5}},
+                     answered={"rows": 20, "before": 12, "after": 8})
             run.finish()
         else:
             run.fail("no memory")
     listed = kit("list", str(tmp_path))
     rows = {line.split()[0]: line for line in listed.stdout.splitlines() if line.strip()}
-    assert listed.returncode == 0 and "50.0%" in rows["done"] and "finished" in rows["done"], listed
+    assert listed.returncode == 0 and "50.0% of 8 " in rows["done"] and "finished" in rows["done"], listed
     assert "failed at train" in rows["broken"] and "not verified" in rows["broken"]
     # What was verified before the run was made again, or is about other files, counts here as little as on its page.
     verify = {"passed": True, "gates": [{"name": "sha256", "passed": True, "figure": "1 file"}],
