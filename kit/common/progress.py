@@ -1,10 +1,9 @@
-"""What is looking, and progress that suits it: a widget in a notebook, a bar in a terminal, plain lines elsewhere.
+"""Progress where it is looked at: a widget in a notebook, a bar in a terminal, plain lines everywhere else.
 
 Jupyter paints what comes on standard error pink, and an executed notebook keeps every carriage return. So in a kernel
 nothing of it goes there: libraries' own bars (downloads, loading of weights, mapping of rows) come the same way.
 """
 
-import importlib.util
 import io
 import sys
 import time
@@ -12,6 +11,8 @@ import warnings
 from typing import Any
 
 from tqdm.std import tqdm
+
+from kit.common.notebook import in_kernel, shows_widgets
 
 LINE_SECONDS, LONGEST_SILENCE = 5, 60  # between two lines: at least, and at most where a tenth takes longer
 
@@ -43,25 +44,6 @@ class Lines(tqdm):  # type: ignore[misc]
         self.said, self.said_at = self.n, time.monotonic()
         # Where standard output is a program's input, as of `kit ask RUN PROMPT > FILE`, progress is no part of it.
         print(str(self).strip(), file=sys.stdout if in_kernel() else sys.stderr, flush=True)
-
-
-def ipython() -> Any:
-    """The IPython shell that runs this code, a notebook's kernel among them; else None."""
-    module = sys.modules.get("IPython")  # in a shell it has been imported
-    return module.get_ipython() if module else None
-
-
-def in_kernel() -> bool:
-    """Whether this is a notebook's kernel, also one that papermill or nbconvert started."""
-    return getattr(ipython(), "kernel", None) is not None
-
-
-def shows_widgets() -> bool:
-    """Whether a person's front end shows this cell: it sends the cell's id, which papermill and nbconvert do not."""
-    if not in_kernel() or importlib.util.find_spec("ipywidgets") is None:
-        return False
-    metadata = ipython().kernel.get_parent("shell").get("metadata", {})
-    return "cellId" in metadata or "google.colab" in sys.modules
 
 
 def kind() -> type[tqdm]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+from kit.common.notebook import in_kernel
 from kit.common.processes import is_main
-from kit.common.progress import in_kernel, kind
+from kit.common.progress import kind
 from kit.common.secrets import redacted
 
 TEXT_WIDTH = 110  # characters of a table

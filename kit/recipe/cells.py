@@ -2,9 +2,11 @@
 stays in the kernel."""
 
 import ast
+import importlib
+from contextlib import suppress
 from typing import Any
 
-from kit.common.progress import in_kernel, ipython, take_over
+from kit.common.notebook import in_kernel, ipython
 
 _assigned: dict[str, set[str]] = {}  # what the latest version of each cell assigns, by the cell's id
 _deleted: set[str] = set()
@@ -16,7 +18,8 @@ def watch() -> None:
     if shell is not None and _remember not in shell.events.callbacks["pre_run_cell"]:
         shell.events.register("pre_run_cell", _remember)
         if in_kernel():
-            take_over()
+            with suppress(ImportError):  # before the first cell has installed anything
+                importlib.import_module("kit.common.progress").take_over()
 
 
 def deleted() -> set[str]:
