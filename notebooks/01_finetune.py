@@ -3,11 +3,9 @@
 #   jupytext:
 #     cell_metadata_filter: tags,cellView,-all
 #     formats: ipynb,py:percent
-#     text_representation:
-#       extension: .py
-#       format_name: percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -53,7 +51,7 @@ from kit import Recipe, Run, plots
 #
 # For a GPU with 16 GB, `recipes/qwen3-4b-alpaca.yaml` is the usual Qwen3-4B QLoRA set-up, explained line by line.
 
-# %% tags=["parameters"] cellView="form"
+# %% cellView="form" tags=["parameters"]
 recipe = "recipes/quickstart.yaml"  # @param {type:"string"}
 
 # %% tags=["every-process"]
@@ -131,7 +129,7 @@ run.note(trainable_parameters=trainable, parameters=total)
 # %% [markdown]
 # ## 8. Format the data
 #
-# Look at this before you pay for training. Highlighted is what the model learns to write: the answer and the token
+# Look at this before you train. Highlighted is what the model learns to write: the answer and the token
 # that ends it. If the highlight is missing, cut off or covers the question, training can't repair it.
 
 # %% tags=["every-process"]

@@ -3,11 +3,9 @@
 #   jupytext:
 #     cell_metadata_filter: tags,cellView,-all
 #     formats: ipynb,py:percent
-#     text_representation:
-#       extension: .py
-#       format_name: percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -56,7 +54,7 @@ from kit import Recipe, plots
 # | ShareGPT | `conversations`: a list of `from` and `value` |
 # | pairs | `prompt` and `completion`, or `question` and `answer` |
 
-# %% tags=["parameters"] cellView="form"
+# %% cellView="form" tags=["parameters"]
 dataset = "data/messy-faq.csv"  # @param {type:"string"}
 columns = {"prompt": "问题", "completion": "答案"}
 max_seq_length = 128  # @param {type:"integer"}

@@ -51,7 +51,13 @@ def kind() -> type[tqdm]:
     if shows_widgets():
         from tqdm.notebook import tqdm as widget
 
-        return widget
+        class Widget(widget):  # type: ignore[misc, valid-type]
+            def __exit__(self, error: Any, *rest: Any) -> None:
+                if error is None:  # a widget that saw less than was expected would be red, as after an error
+                    self.total = self.n
+                super().__exit__(error, *rest)
+
+        return Widget
     return tqdm if sys.stderr.isatty() and not in_kernel() else Lines
 
 
