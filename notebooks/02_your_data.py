@@ -122,8 +122,7 @@ kit.show(checked)
 # Open `fixed.jsonl` in an editor for that. Here the rows with an error are simply left out.
 
 # %%
-bad = {place["row"] for finding in checked.figures["findings"] if finding["severity"] == "error"
-       for place in finding["places"]}
+bad = checked.bad_rows.get(str(fixed), set())
 lines = fixed.read_text(encoding="utf-8").splitlines()
 final = folder / "final.jsonl"
 final.write_text("".join(line + "\n" for number, line in enumerate(lines, 1) if number not in bad), encoding="utf-8")

@@ -61,7 +61,7 @@ class _Check:
         for source, split in sources:
             self.samples.look_up(source, split)
         rows = sorted(self.samples.rows, key=lambda row: (row["split"] != "train", row["file"], row["row"]))
-        return Report(self.figures.all(self.findings.all()), rows)
+        return Report(self.figures.all(self.findings.all()), rows, self.findings.bad_rows)
 
     def _source(self, source: str, split: str) -> None:
         read = self.figures.read
