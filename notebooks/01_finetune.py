@@ -220,7 +220,8 @@ scores = kit.score_stages(references, recipe.metric, before=before, after=after)
 kit.show(kit.side_by_side(prompts, references, before=before, after=after))
 kit.show(kit.scores(answered, **scores))
 run.note(score_before=scores["before"], score_after=scores["after"], answered=answered,
-         stopped_after=sum(reply.stopped for reply in after) / len(after))
+         stopped_after=sum(reply.stopped for reply in after) / len(after),
+         answers=kit.side_by_side(prompts, references, 5, before=before, after=after).as_json())
 
 # %% [markdown]
 # ## 12. Save the adapter

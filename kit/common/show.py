@@ -33,6 +33,10 @@ class Table:
         part = f"{len(self.rows):,} of {of:,} rows" if of > len(self.rows) else ""
         self.title = ": ".join(filter(None, (title, part)))
 
+    def as_json(self) -> list[dict[str, str]]:
+        """A row each: {heading: cell}."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
     def __repr__(self) -> str:
         # Here, as it takes 0.1 s and most processes show no table.
         from rich import box, console, table
