@@ -22,7 +22,7 @@ WORKERS ?= 2
 # The stamp's name holds the content of what was asked for: change a line and set-up runs again.
 STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: help setup engines demo test test-all test-fast test-gpu check pair docs data clean
+.PHONY: help setup lab engines demo test test-all test-fast test-gpu check pair docs data clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,13 @@ $(STAMP):
 	@echo "setup 4/4: the kit command"
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@rm -f $(VENV)/.ready-* && touch $@
+
+lab: setup  ## JupyterLab with this environment as its kernel (its own options: LAB="--no-browser")
+	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("jupyterlab") and i.find_spec("ipywidgets")))' \
+		|| { echo "lab: packages of requirements-lab.txt (0.2 GB on disk)"; \
+		     $(PIP) install -q $(CONSTRAINTS) -r requirements-lab.txt; }
+	@$(BIN)/jupyter-lab --ContentsManager.pre_save_hook=kit.lab.before_saving \
+		--LabApp.default_url=/lab/tree/notebooks/01_finetune.ipynb $(LAB)
 
 engines: $(STAMP)  ## what several processes need besides (DeepSpeed; on a machine without a GPU triton too)
 	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("deepspeed") and i.find_spec("triton")))' \

@@ -148,7 +148,7 @@ def whole_path(fields: dict[str, Any]) -> None:
         merged = kit.merge(saved, run, recipe)
         assert merged
         run.stage("gguf")
-        kit.export_gguf(merged, run.gguf, recipe.gguf, kit.model_label(recipe), kit.about(run))
+        kit.export_gguf(merged, run.gguf, recipe.gguf, recipe.run_name, kit.about(run))
         run.stage("verify")
         kit.seal(run)
         run.note(verdict=kit.verify(run).verdict)

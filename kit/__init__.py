@@ -30,6 +30,7 @@ _HOMES = {
     "fix": "data.repair",
     "forecast": "readiness.forecast",
     "free_memory": "models.load",
+    "install_packages": "common.packages",
     "lint": "data.lint",
     "load_data": "data.formatting",
     "load_model": "models.load",

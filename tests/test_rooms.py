@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 KIT = PROJECT / "kit"
 # From the ground up; rooms of one line don't import from one another.
 FLOORS = [["common"], ["gguf"], ["recipe"], ["models"], ["data"], ["runs"], ["training", "answering", "export"],
-          ["verifying"], ["readiness"], ["plots", "batch", "cli", "__init__", "__main__"]]
+          ["verifying"], ["readiness"], ["plots", "batch", "cli", "lab", "__init__", "__main__"]]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(KIT.rglob("*.py"))
 

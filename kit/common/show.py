@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+from kit.common.notebook import in_kernel
 from kit.common.processes import is_main
+from kit.common.progress import kind
 from kit.common.secrets import redacted
 
 TEXT_WIDTH = 110  # characters of a table
@@ -23,12 +25,17 @@ TOKEN_STYLES = {
 
 
 class Table:
-    """Rows under headings; in text, long cells are wrapped."""
+    """Rows under headings; in text, long cells are wrapped. Where there are more rows (`of`), the title says so."""
 
-    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
+    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "", of: int = 0) -> None:
         self.columns = list(columns)
         self.rows = [[f"{cell:,}" if type(cell) is int else str(cell) for cell in row] for row in rows]
-        self.title = title
+        part = f"{len(self.rows):,} of {of:,} rows" if of > len(self.rows) else ""
+        self.title = ": ".join(filter(None, (title, part)))
+
+    def as_json(self) -> list[dict[str, str]]:
+        """A row each: {heading: cell}."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
     def __repr__(self) -> str:
         # Here, as it takes 0.1 s and most processes show no table.
@@ -119,7 +126,7 @@ def spans(tokenizer: Any, ids: list[int], labels: list[int],
 def show(thing: Any) -> None:
     """Display in a notebook, print elsewhere; of a figure, where it was saved."""
     is_figure = hasattr(thing, "savefig")
-    if getattr(ipython(), "kernel", None) is not None:  # also under papermill
+    if in_kernel():
         from IPython.display import Image, display
 
         if is_figure:  # made without pyplot, it has no picture of its own in a notebook
@@ -135,29 +142,26 @@ def show(thing: Any) -> None:
         print(thing.get_label() if is_figure else thing)
 
 
-def ipython() -> Any:
-    """The IPython shell that runs this code, a notebook's kernel among them; else None."""
-    module = sys.modules.get("IPython")  # in a shell it has been imported
-    return module.get_ipython() if module else None
-
-
 def side_by_side(prompts: list[Any], references: list[str], limit: int = 3, **answers: list[Any]) -> Table:
     """The first prompts with the answers of each stage: `side_by_side(p, r, before=…, after=…)`.
 
     What looks like a secret is replaced by its kind: a model makes some up, and the notebook is passed on.
     """
+    count = min(len(prompts), *map(len, answers.values()))
     rows = [[prompts[i][-1]["content"], *(redacted(column[i].text) for column in answers.values()), references[i]]
-            for i in range(min(limit, len(prompts)))]
-    return Table(["prompt", *answers, "reference"], rows)
+            for i in range(min(limit, count))]
+    return Table(["prompt", *answers, "reference"], rows, of=count)
 
 
 def scores(answered: dict[str, int] | None = None, /, **columns: dict[str, float]) -> Table:
     """Scores of several stages in per cent, one row per field.
 
-    `answered` is how many rows each stage answered, and how many there are; where that is more, the heading says so.
+    `answered` is how many rows each stage answered, and how many there are: the heading says of how many this is.
     """
-    count, total = (min(answered.values()), max(answered.values())) if answered else (0, 0)
-    heading = f"held-out score, first {count:,} of {total:,} rows" if count < total else "held-out score"
+    heading = "held-out score"
+    if answered:
+        count, total = min(answered.values()), max(answered.values())
+        heading += f", first {count:,} of {total:,} rows" if count < total else f", {count:,} rows"
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [["whole answer" if name == "exact" else name,
              *(f"{column[name]:.1%}" if name in column else "–" for column in columns.values())] for name in names]
@@ -165,11 +169,12 @@ def scores(answered: dict[str, int] | None = None, /, **columns: dict[str, float
 
 
 def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:
-    """A tqdm bar on standard error; where that is a file, a line every five seconds at most."""
-    from tqdm import tqdm
+    """Progress as it suits where it is shown: a tqdm bar, to be closed or used by `with`; `options` are tqdm's.
 
-    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, dynamic_ncols=True, disable=not is_main(),
-                mininterval=0.5 if sys.stderr.isatty() else 5, **options)
+    Of several processes the main one shows it.
+    """
+    return kind()(total=total, desc=what, unit=unit, disable=not is_main(),
+                  **{"dynamic_ncols": True, "mininterval": 0.5, **options})
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,6 @@ That is transformers, TRL and PEFT. It takes seconds, so files that can do witho
 
 import logging
 import os
-import warnings
 
 from kit.common.files import cache_dir
 
@@ -13,8 +12,7 @@ from kit.common.files import cache_dir
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))
 os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Two remarks that alarm and change nothing: text bars are wanted, and the kernel is an optional speed-up.
-warnings.filterwarnings("ignore", message="IProgress not found")
+# A remark that alarms and changes nothing: the kernel it misses is an optional speed-up.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import torch  # noqa: E402

@@ -75,11 +75,12 @@ FINDINGS = {
 
 
 class Findings:
-    """Findings by code; `severities` are those that the recipe changes."""
+    """Findings by code; `severities` are those that the recipe changes. `bad_rows`: {file: rows with an error}, all."""
 
     def __init__(self, severities: dict[str, str]) -> None:
         self._severities = severities
         self._by_code: dict[str, dict[str, Any]] = {}
+        self.bad_rows: dict[str, set[int]] = {}
 
     def add(self, fault: Fault, place: Place) -> None:
         """One more row with this fault."""
@@ -89,6 +90,8 @@ class Findings:
                                          "count": 0, "message": message, "remedy": remedy, "places": []}
         finding = self._by_code[fault.code]
         finding["count"] += 1
+        if finding["severity"] == "error":
+            self.bad_rows.setdefault(place.file, set()).add(place.row)
         if len(finding["places"]) < SHOWN:
             finding["places"].append({**place._asdict(), "detail": fault.message})
 

@@ -66,7 +66,7 @@ class _Check:
         for source, split in sources:
             self.samples.look_up(source, split, self.any_encoding)
         rows = sorted(self.samples.rows, key=lambda row: (row["split"] != "train", row["file"], row["row"]))
-        return Report(self.figures.all(self.findings.all()), rows)
+        return Report(self.figures.all(self.findings.all()), rows, self.findings.bad_rows)
 
     def _source(self, source: str, split: str) -> None:
         read = self.figures.read

@@ -6,7 +6,7 @@ import html
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Report:
-    """`figures` are what `--json` prints; `rows` are some rows of each finding and some without, to be looked at."""
+    """`figures` are what `--json` prints; `rows` are some rows of each finding and some without, to be looked at.
+
+    `bad_rows` has every row with an error, by file and from 1: of each finding the figures name the first 100.
+    """
 
     figures: dict[str, Any]
     rows: list[dict[str, Any]]
+    bad_rows: dict[str, set[int]] = field(default_factory=dict)
 
     @property
     def errors(self) -> int:

@@ -1,5 +1,6 @@
 """`kit export`: the merged model and GGUFs of a run, or of an adapter that was trained elsewhere."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,10 +8,10 @@ from kit.common.errors import KitError
 from kit.common.files import read_json, write_text
 from kit.common.show import Table, size
 from kit.export.adapter import merge, merge_adapter, save_4bit
-from kit.export.modelfile import modelfile_of
+from kit.export.modelfile import Modelfile, modelfile_of
 from kit.gguf.convert import export_gguf
 from kit.gguf.formats import QUANTIZATIONS, check_quantizations
-from kit.models.fetch import base_folder, model_label, read_adapter_config
+from kit.models.fetch import base_folder, read_adapter_config
 from kit.models.saved import saved_tokenizer
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
@@ -59,7 +60,7 @@ def _export_run(run: Run, base: str | None, gguf: list[str], save_merged: str | 
         _merge(run, recipe)
         made.append(run.merged)
         seal(run, made)
-    made += _make_missing(run, recipe, model_label(recipe), about(run), again)
+    made += _make_missing(run, recipe, recipe.run_name, about(run), again)
     if made:
         seal(run, made)
     return run.folder, made
@@ -133,8 +134,16 @@ def _make_missing(run: Run, recipe: Recipe, name: str, description: str, again: 
     if files or ("Modelfile" in again and paths):
         try:
             modelfile = modelfile_of(recipe, saved_tokenizer(run.merged, recipe.trust_remote_code))
-            write_text(run.gguf / "Modelfile", modelfile.text((files or list(paths.values()))[-1].name))
-            files.append(run.gguf / "Modelfile")
+            files.append(_write_modelfile(run.gguf / "Modelfile", modelfile, (files or list(paths.values()))[-1].name))
         except KitError as error:
             print(f"no Modelfile: {error}")
     return made + files
+
+
+def _write_modelfile(path: Path, modelfile: Modelfile, gguf_name: str) -> Path:
+    """Write it, and say so where it named another GGUF before: `ollama create` gives another model then."""
+    before = re.search(r"^FROM \./(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else None
+    write_text(path, modelfile.text(gguf_name))
+    if before and before[1] != gguf_name:
+        print(f"the Modelfile names {gguf_name} now, not {before[1]}")
+    return path

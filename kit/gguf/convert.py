@@ -79,7 +79,7 @@ def _checked(path: Path) -> Iterator[Path]:
     with whole_file(path) as partial:
         yield partial
         check_gguf(partial)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", flush=True)
+    print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s", flush=True)
 
 
 def merged_weights(merged: Path) -> tuple[int, str]:

@@ -117,7 +117,7 @@ def not_loaded(part: str, recipe: Recipe, error: Exception) -> KitError:
 
 
 def model_label(recipe: Recipe) -> str:
-    """The model's own name, for file names: Qwen/Qwen3-4B → Qwen3-4B."""
+    """The model's own name: Qwen/Qwen3-4B → Qwen3-4B."""
     return NAME if recipe.model_name == "starter" else Path(recipe.model_name.rstrip("/")).name
 
 

@@ -76,6 +76,7 @@ def rehearse(recipe: Recipe) -> Gates:
     _remove_leftovers(output_dir)
     with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=output_dir) as folder, suppress(_Stopped):
         _rehearse_in(Path(folder), recipe, gates)
+    print()
     return gates
 
 
@@ -150,16 +151,14 @@ def _rehearse_gguf(run: Run, tokenizer: Any, recipe: Recipe, gates: Gates) -> No
 
 @contextmanager
 def _step(gates: Gates, name: str) -> Iterator[None]:
-    """A KitError inside is a failed gate of this name. Shows what was checked; ends the rehearsal if it failed."""
-    before = len(gates.gates)
+    """A KitError inside is a failed gate of this name. Says what is at work; ends the rehearsal if a gate failed."""
+    print(name, end=" … ", flush=True)
     try:
         yield
     except KitError as error:
         # What a GateError advises is for a model that is trained already.
         hint = NO_EXPORT if isinstance(error, GateError) else error.hint
         gates.check(name, False, "failed", detail=error.message, hint=hint)
-    for gate in gates.gates[before:]:
-        print(f"  {gate.sign} {gate.name}: {gate.figure}", flush=True)
     if gates.failed:
         raise _Stopped
 

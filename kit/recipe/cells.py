@@ -2,9 +2,11 @@
 stays in the kernel."""
 
 import ast
+import importlib
+from contextlib import suppress
 from typing import Any
 
-from kit.common.show import ipython
+from kit.common.notebook import in_kernel, ipython
 
 _assigned: dict[str, set[str]] = {}  # what the latest version of each cell assigns, by the cell's id
 _deleted: set[str] = set()
@@ -15,6 +17,9 @@ def watch() -> None:
     shell = ipython()
     if shell is not None and _remember not in shell.events.callbacks["pre_run_cell"]:
         shell.events.register("pre_run_cell", _remember)
+        if in_kernel():
+            with suppress(ImportError):  # before the first cell has installed anything
+                importlib.import_module("kit.common.progress").take_over()
 
 
 def deleted() -> set[str]:

@@ -17,6 +17,7 @@ import psutil
 
 from kit.common.errors import KitError
 from kit.common.files import existing
+from kit.common.packages import environment
 
 
 def peak_memory_gb() -> float:
@@ -26,13 +27,6 @@ def peak_memory_gb() -> float:
         return float(torch.cuda.max_memory_reserved()) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def environment() -> str:
-    """colab, kaggle, autodl or local: decides only which advice is printed."""
-    hosts = {"colab": "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules,
-             "kaggle": "KAGGLE_KERNEL_RUN_TYPE" in os.environ, "autodl": Path("/root/autodl-tmp").is_dir()}
-    return next((host for host, is_here in hosts.items() if is_here), "local")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Gates: checks that say pass or fail with their figure, the tolerance beside it, and the cause of a failure."""
 
+import html
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,14 +95,17 @@ class Gates:
             return f"FAILED: {', '.join(gate.name for gate in self.failed)} ({passed})"
         return passed if count < 2 else f"all {passed}"
 
-    def _table(self) -> Table:
+    def _table(self, title: str) -> Table:
         rows = [[gate.sign, gate.name, gate.figure, gate.tolerance,
                  gate.detail + (f"\n→ {gate.hint}" if gate.hint and gate.passed is False else "")]
                 for gate in self.gates]
-        return Table(["", "gate", "measured", "allowed", "remarks"], rows, f"{self.title}: {self.verdict}")
+        return Table(["", "gate", "measured", "allowed", "remarks"], rows, title)
 
     def __repr__(self) -> str:
-        return repr(self._table())
+        return repr(self._table(f"{self.title}: {self.verdict}"))
 
     def _repr_html_(self) -> str:
-        return self._table()._repr_html_()
+        """Folded behind the verdict; a gate that failed opens it."""
+        summary = html.escape(f"{self.title}: {self.verdict}")
+        return f"<details{' open' if self.failed else ''}><summary><b>{summary}</b></summary>" \
+               f"{self._table('')._repr_html_()}</details>"

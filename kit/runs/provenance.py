@@ -19,7 +19,7 @@ TEXTS = ("*.yaml", "*.json", "*.jsonl", "*.ipynb", "*.html", "*.md", "*.txt", "*
 NOT_TEXT = {"tokenizer.json", "vocab.json"}
 # Of result.json what is known when the run is sealed and does not change after that.
 FIGURES = ("data", "gates", "parameters", "trainable_parameters", "train", "score_before", "score_after",
-           "stopped_after", "scores")
+           "stopped_after", "scores", "answers")
 CHANGED, GONE, ADDED = "changed since the run", "gone", "not made by the run"
 RUN_AGAIN = "run the recipe again: kit run RECIPE --overwrite"
 COPY_AGAIN = f"copy the run's folder again from where it was made, or {RUN_AGAIN}"

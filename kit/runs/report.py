@@ -29,6 +29,7 @@ FIGURES = {"loss.png": "Loss of each optimiser step", "lengths.png": "Row length
            "scores.png": "Held-out score of each stage"}
 FORECAST = {"peak_memory_gb": "memory at most", "disk_gb": "disk", "steps": "optimiser steps",
             "train_seconds": "training time"}
+Z = 1.959964  # of the normal distribution 95 % lie within so many standard deviations
 # Half a surrogate pair is no UTF-8; the others a reader would not see, or they would turn the text's direction.
 UNSEEN = re.compile(f"{CONTROL.pattern}|[\ud800-\udfff]")
 
@@ -69,6 +70,8 @@ def _contents(run: Run) -> dict[str, Any]:
         "name": run.folder.resolve().name, "result": result, "manifest": manifest, "recipe": recipe,
         "verdict": _verdict(run, result, gates, doubt),
         "gates": sorted(gates.gates, key=lambda gate: gate.passed is not False) if gates else [],
+        "failed": bool(gates and gates.failed), "summary": gates.verdict if gates else "",
+        "score": _score(result, stages), "answers": _answers(result),
         "stages": stages, "scores": scores(result.get("answered"), **stages) if any(stages.values()) else None,
         "train": _training(run, result), "forecast": _forecast(result), "figures": _figures(run),
         "files": _files(run, result, manifest), "differences": _differences(recipe),
@@ -123,6 +126,37 @@ def _verdict(run: Run, result: dict[str, Any], gates: Gates | None, doubt: str) 
     if gates.failed:
         return Verdict("error", gates.verdict, gates.title)
     return Verdict("clean", "VERIFIED: what is shipped is what was trained", f"{gates.verdict}; {gates.title}")
+
+
+def _score(result: dict[str, Any], stages: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Share of held-out answers that are right before and after training, its rows and its 95 % interval."""
+    rows = min((result.get("answered") or {"": 0}).values())
+    found = []
+    for when, stage in (("after training", "after"), ("before training", "before")):
+        share = (stages.get(stage) or {}).get("exact")
+        if isinstance(share, (int, float)):
+            low, high = interval(share, rows) if rows else (None, None)
+            found.append({"when": when, "share": share, "rows": rows, "low": low, "high": high})
+    return found
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` answers: Wilson's, which holds for few answers and near 0 and 1 too.
+
+    E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927), 209-212.
+    """
+    square = Z * Z / count
+    middle, half = share + square / 2, Z * math.sqrt((share * (1 - share) + square / 4) / count)
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
+
+
+def _answers(result: dict[str, Any]) -> dict[str, Any]:
+    """Headings, the answers that the run kept as (heading, text), and of how many rows; {} where there are none."""
+    rows = result.get("answers")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return {}
+    return {"heads": list(rows[0]), "rows": [list(row.items()) for row in rows],
+            "of": min((result.get("answered") or {"": 0}).values())}
 
 
 def _training(run: Run, result: dict[str, Any]) -> dict[str, Any]:

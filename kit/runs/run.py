@@ -18,8 +18,8 @@ import psutil
 
 from kit.common.errors import DiskError, KitError, Stopped
 from kit.common.files import PROJECT, hashes_of, read_json, sha256, timestamp, write_json, write_text
+from kit.common.notebook import ipython
 from kit.common.processes import is_main
-from kit.common.show import ipython
 from kit.data.sources import data_files
 from kit.models.fetch import adapter_folder, model_folder, read_adapter_config
 from kit.recipe.machine import machine, peak_memory_gb, versions

@@ -21,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from kit.common.files import cache_dir, unwritable
 from kit.common.processes import is_main
+from kit.common.progress import say
 from kit.common.show import bar, duration
 from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
@@ -49,7 +50,7 @@ class PaceCallback(TrainerCallback):
         if len(self.steps) == 2:
             tokens = tokens_of(self.recipe, self.rows, state.max_steps)
             self.seconds = seconds_of(state.max_steps, tokens, *self.steps)
-            print(f"forecast after two steps: {duration(self.seconds)} for all {state.max_steps}", flush=True)
+            say(f"forecast after two steps: {duration(self.seconds)} for all {state.max_steps}")
 
 
 class LogCallback(TrainerCallback):
@@ -83,8 +84,8 @@ class LogCallback(TrainerCallback):
             self.bar.set_postfix_str(f"loss {float(figures['loss']):.3f}, {speed:.0f} tok/s", refresh=False)
         else:
             loss, perplexity, accuracy = (figures[f"eval_{name}"] for name in METRICS)
-            print(f"\nheld-out rows after step {state.global_step}: loss {loss:.4f}, perplexity {perplexity:.2f}, "
-                  f"token accuracy {accuracy:.1%}", flush=True)
+            say(f"held-out rows after step {state.global_step}: loss {loss:.4f}, perplexity {perplexity:.2f}, "
+                f"token accuracy {accuracy:.1%}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()

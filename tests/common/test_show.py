@@ -24,6 +24,16 @@ def test_a_table_without_rows_has_its_headings() -> None:
     assert repr(Table(["a", "b"], [])).split()[:2] == ["a", "b"]
 
 
+def test_a_part_says_of_how_many() -> None:
+    part = Table(["a"], [[1], [2], [3]], "answers", of=6)
+    assert repr(part).splitlines()[0] == "answers: 3 of 6 rows" and "3 of 6 rows" in part._repr_html_()
+    assert repr(Table(["a"], [[1]], of=6)).splitlines()[0] == "1 of 6 rows"
+    assert "of" not in repr(Table(["a"], [[1], [2]], of=2))
+    asked, replies = [[{"role": "user", "content": str(n)}] for n in range(6)], [Reply("yes", True)] * 5
+    shown = side_by_side(asked, ["no"] * 6, before=replies, after=replies[:4])
+    assert len(shown.rows) == 3 and shown.title == "3 of 4 rows", "all stages answered four"
+
+
 def test_kinds_of_text_are_told_apart_without_colours() -> None:
     text = MarkedText("title", [("masked", "ask "), ("special", "<s>"), ("trained", "an"), ("trained", "swer"),
                                 ("stop", "</s>"), ("lost", "cut")])

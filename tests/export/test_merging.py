@@ -151,7 +151,7 @@ def test_kit_export_makes_what_a_run_does_not_have(tiny: Callable[[str], Path], 
     seal(run)
     done = command("export", str(run.folder), "--gguf", "q8_0", "--save-merged", "4bit")
     assert done.returncode == 0, done.stderr
-    gguf = run.gguf / f"{base.name}-q8_0.gguf"
+    gguf = run.gguf / "tiny-q8_0.gguf"
     check_gguf(gguf)
     for made in ("merged", "merged-4bit", gguf.name, "Modelfile"):
         assert f"\n{made} " in done.stdout

@@ -116,7 +116,7 @@ def test_the_starter_passes_within_a_minute(tmp_path: Path, capfd: pytest.Captur
     assert seconds < 60
     assert list(tmp_path.iterdir()) == []
     said = capfd.readouterr().out
-    assert all(f"✓ {name}" in said for name in STEPS)
+    assert "✓" not in said, "the gates are shown once, by whoever asked for them"
 
 
 def test_what_a_killed_rehearsal_left_goes_at_the_next(tmp_path: Path) -> None:

@@ -27,6 +27,15 @@ def test_a_check_says_whether_it_failed() -> None:
     assert (gates.passed, [gate.name for gate in gates.failed]) == (False, ["c"])
 
 
+def test_a_page_folds_gates_and_opens_itself_when_one_failed() -> None:
+    gates = some()
+    assert gates._repr_html_().startswith(f"<details><summary><b>stage: {gates.verdict}</b></summary>")
+    gates.check("<bad>", False, "0")
+    page = gates._repr_html_()
+    assert page.startswith("<details open>") and "&lt;bad&gt;" in page and "<bad>" not in page
+    assert all(gate.name in repr(gates) for gate in gates.gates), "text is complete"
+
+
 def test_gates_that_passed_let_the_run_go_on() -> None:
     assert some().passed and some().failed == []
     some().require()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kit.recipe.recipe import Recipe
-from kit.runs.report import write_report
+from kit.runs.report import interval, write_report
 from kit.runs.run import Run
 
 HOSTILE = "</td></style><script>alert(1)</script><img src=x onerror=alert(2)> \"' &lt;b&gt; {{ 7 * 7 }} 🦥 中文"
@@ -100,6 +100,12 @@ def verified(run: Run, *gates: dict[str, Any], **more: Any) -> None:
                                "gates": gates, **{"artefacts": SEALED, **more}})
 
 
+def places(shown: Page, *names: str) -> bool:
+    """Whether these parts are there, in this order."""
+    found = [shown.source.index(f'id="{name}"') for name in names]
+    return found == sorted(found)
+
+
 def page(run: Run) -> Page:
     path = write_report(run)
     assert path == run.folder / "report.html"
@@ -119,6 +125,9 @@ def run(tmp_path: Path) -> Run:
     write(made, "result.json", {
         "status": "finished", "stage": "done", "pid": 1, "started": "2026-11-21T08:07:01+0000",
         "finished": "2026-11-21T08:11:34+0000", "seconds": {"load": 0.5, "train": 40.25, "gguf": 6.1},
+        "answered": {"rows": 60, "before": 60, "after": 60, "q8_0": 60},
+        "answers": [{"prompt": "Hi 你好?", "before": "no", "after": "yes", "reference": "yes"},
+                    {"prompt": "Bye?", "before": "no", "after": "no", "reference": "yes"}],
         "parameters": 1000, "trainable_parameters": 35, "peak_memory_gb": 3.96,
         "score_before": {"exact": 0.1, "city": 0.25}, "score_after": {"exact": 0.9, "city": 0.75},
         "scores": {"before": {"exact": 0.1, "city": 0.25}, "after": {"exact": 0.9, "city": 0.75},
@@ -160,7 +169,32 @@ def test_failed_gates_stand_on_top_with_cause_and_remedy(run: Run) -> None:
     assert [row[:2] for row in others] == [["✓", "token ids"], ["–", "speed"], ["✓", "stops"]]
     assert "VERIFIED" not in shown.text and "not needed" not in shown.text
     assert "not ready to be shipped" in shown.below["uses"]
-    assert shown.source.index('id="verdict"') < shown.source.index('id="gates"') < shown.source.index('id="numbers"')
+    assert places(shown, "verdict", "gates", "result", "answers", "numbers")
+    assert ("details", "open", "") in shown.attributes, "it opens by itself"
+
+
+def test_a_run_that_went_well_begins_with_what_came_of_it(run: Run) -> None:
+    verified(run, gate("parity"), gate("stops"))
+    shown = page(run)
+    assert places(shown, "verdict", "result", "answers", "uses", "gates", "numbers")
+    assert ("details", "open", "") not in shown.attributes and "all 2 gates passed" in shown.below["gates"]
+    result = " ".join(shown.below["result"].split())
+    for text in ("90.0%", "10.0%", "of 60 rows", "79.9% to 95.3%", "4.7% to 20.1%"):
+        assert text in result, text
+    assert shown.rows["answers"] == [["prompt", "before", "after", "reference"], ["Hi 你好?", "no", "yes", "yes"],
+                                     ["Bye?", "no", "no", "yes"]]
+    assert "2 of 60 rows" in shown.below["answers"]
+    change(run, "result.json", scores={"before": {}, "after": {}}, score_before={}, score_after={}, answers=[])
+    shown = page(run)
+    assert "answers" not in shown.below and "rows" not in shown.below["result"] and "scores.png" not in shown.text
+
+
+@pytest.mark.parametrize(("right", "count", "low", "high"), [
+    # R. G. Newcombe, Two-sided confidence intervals for the single proportion, Statistics in Medicine 17 (1998).
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+    (20, 20, 0.8389, 1.0)])
+def test_the_interval_is_wilsons(right: int, count: int, low: float, high: float) -> None:
+    assert interval(right / count, count) == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize(("content", "why"), [
@@ -241,16 +275,18 @@ def test_no_script_no_network_and_the_figures_are_inside(run: Run) -> None:
     assert shown.values("link", "href") == ["data:,"]
     heads, codes = zip(*(source.split(",") for source in shown.values("img", "src")), strict=True)
     assert set(heads) == {"data:image/png;base64"}
-    assert list(map(base64.b64decode, codes)) == [PIXEL + name for name in (b"scores.png", b"loss.png", b"lengths.png")]
+    assert list(map(base64.b64decode, codes)) == [PIXEL + name for name in (b"loss.png", b"scores.png", b"lengths.png")]
 
 
 def test_hostile_text_stays_text(run: Run) -> None:
     verified(run, gate("parity", False, detail="a", hint="b"))
+    change(run, "result.json", answers=[{"prompt": "a", "after": "b"}])
     plain = page(run)
     verified(run, gate(HOSTILE, False, figure=HOSTILE, tolerance=HOSTILE, detail=HOSTILE, hint=HOSTILE),
              artefacts={HOSTILE: HOSTILE})
     change(run, "result.json", files={HOSTILE: 5}, seconds={HOSTILE: 1.0}, started=HOSTILE,
-           scores={"after": {HOSTILE: 0.5, "exact": 0.5}, HOSTILE: {"exact": 1.0}})
+           scores={"after": {HOSTILE: 0.5, "exact": 0.5}, HOSTILE: {"exact": 1.0}},
+           answers=[{"prompt": HOSTILE, HOSTILE: "x"}])
     change(run, "manifest.json", settings=[HOSTILE], versions={HOSTILE: HOSTILE}, data_sha256={HOSTILE: HOSTILE},
            artefacts={HOSTILE: HOSTILE}, stop_token=HOSTILE, git=HOSTILE)
     with (run.folder / "recipe.yaml").open("a", encoding="utf-8") as recipe:
@@ -258,7 +294,8 @@ def test_hostile_text_stays_text(run: Run) -> None:
     shown = page(run)
     assert set(shown.tags) == set(plain.tags) and shown.tags.count("img") == 3
     assert {pair[:2] for pair in shown.attributes} == {pair[:2] for pair in plain.attributes}
-    for section, times in {"gates": 5, "stages": 1, "files": 1, "scores": 2, "recipe": 2, "manifest": 5}.items():
+    for section, times in {"gates": 6, "answers": 2, "stages": 1, "files": 1, "scores": 2, "recipe": 2,
+                           "manifest": 5}.items():
         assert shown.below[section].count(HOSTILE) == times, section
     change(run, "result.json", status="failed", reason=HOSTILE)
     assert page(run).below["verdict"].count(HOSTILE) == 1
@@ -303,7 +340,7 @@ def test_an_address_and_a_picture_are_no_secret(run: Run) -> None:
     change(run, "result.json", status="failed", reason="ask anna@kit-mail.org")
     shown = page(run)
     assert "ask anna@kit-mail.org" in shown.verdict
-    assert base64.b64decode(shown.values("img", "src")[1].partition(",")[2]) == picture
+    assert base64.b64decode(shown.values("img", "src")[0].partition(",")[2]) == picture
 
 
 def test_the_forecast_stands_beside_what_happened(run: Run) -> None:
@@ -321,10 +358,10 @@ def test_the_forecast_stands_beside_what_happened(run: Run) -> None:
 
 def test_figures_recipe_files_and_manifest_are_told(run: Run) -> None:
     shown = page(run)
-    for text in ("90.0%", "held out, before training 10.0%", "200", "8,000 tokens, 20 steps, 40.0 s", "3.96 GB",
+    for text in ("200", "8,000 tokens, 20 steps, 40.0 s", "3.96 GB",
                  "46.9 s", "3.5%", "35 of 1,000"):
         assert text in shown.below["numbers"], text
-    assert shown.rows["scores"] == [["Share that is right", "before", "after", "q8_0"],
+    assert shown.rows["scores"] == [["Share that is right, 60 rows", "before", "after", "q8_0"],
                                     ["whole answer", "10.0%", "90.0%", "80.0%"], ["city", "25.0%", "75.0%", "–"]]
     change(run, "result.json", answered={"rows": 200, "before": 60, "after": 60, "q8_0": 40})
     assert page(run).rows["scores"][0][0] == "Share that is right, first 40 of 200 rows"
@@ -370,6 +407,7 @@ def test_a_browser_shows_it_without_complaint_and_without_sideways_scrolling(run
 def test_a_real_run_has_a_whole_page(finished_run: Path) -> None:
     shown = Page(write_report(Run.open(finished_run)))
     assert shown.verdict.startswith("VERIFIED: what is shipped is what was trained")
+    assert len(shown.rows["answers"]) == 6 and "of 8 rows" in shown.below["result"]
     assert {"numbers", "scores", "uses", "pictures", "stages", "recipe", "files", "manifest"} <= set(shown.below)
     assert shown.tags.count("img") == 3
     assert "notebook.ipynb" in shown.values("a", "href")

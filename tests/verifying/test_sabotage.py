@@ -57,7 +57,7 @@ def another(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = kit.add_lora(model, chosen)
     kit.train(kit.make_trainer(model, tokenizer, kit.load_data(chosen, tokenizer), chosen), chosen)
     merged = kit.merge(kit.save_adapter(model, tokenizer, run), run, chosen)
-    kit.export_gguf(merged, run.gguf, ["f16"], kit.model_label(chosen), kit.about(run))
+    kit.export_gguf(merged, run.gguf, ["f16"], chosen.run_name, kit.about(run))
     run.finish()
     return run.folder
 

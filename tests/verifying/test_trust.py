@@ -297,7 +297,8 @@ def test_export_makes_again_what_is_wrong_and_blesses_nothing_else(sure_run: Pat
 
 
 def test_what_is_named_is_made_again_and_the_modelfile_follows(sure_run: Path, tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+                                                               monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     run = copy_run(sure_run, tmp_path)
     replace(run.folder / MODELFILE, "FROM ./nothing.gguf\n")
     times = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.is_file()}
@@ -305,6 +306,7 @@ def test_what_is_named_is_made_again_and_the_modelfile_follows(sure_run: Path, t
     assert {path for path in times if path.stat().st_mtime_ns != times[path]} == {
         run.folder / F16, run.folder / MODELFILE, run.folder / "manifest.json"}
     assert "FROM ./tiny-f16.gguf\n" in (run.folder / MODELFILE).read_text()
+    assert "nothing.gguf" in capsys.readouterr().out, "that the Modelfile names another file is said"
     assert changed(run) == ""
     before = (run.folder / F16).read_bytes()
     monkeypatch.setattr("kit.gguf.convert._run", lambda *_: (_ for _ in ()).throw(GateError("no converter")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,15 +16,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def run_cell() -> Iterator[Callable[..., str]]:
-    """`run_cell(source, "a")` runs it as JupyterLab runs the cell "a": what it printed, or its error as shown."""
+    """`run_cell(source, "a")` runs it as JupyterLab runs the cell "a": what it printed, or its error as shown.
+
+    With `stream`, what went to that one alone.
+    """
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(PROJECT))
     said: list[str] = []
+    wanted: list[str | None] = [None]
 
     def shown(message: Any) -> None:
         content = message["content"]
-        said.append(content.get("text") or "\n".join(content.get("traceback", [])))
+        if wanted[0] in (None, content.get("name")):
+            said.append(content.get("text") or "\n".join(content.get("traceback", [])))
 
-    def run(source: str, cell: str | None = None) -> str:
+    def run(source: str, cell: str | None = None, stream: str | None = None) -> str:
+        wanted[0] = stream
         said.clear()
         # JupyterLab sends the cell's id with what it runs.
         send = client.session.send
@@ -76,3 +83,33 @@ def test_a_users_mistake_is_told_in_two_lines(run_cell: Callable[..., str]) -> N
     assert len(lines) == 2 and lines[0].startswith("KitError: there is no recipe nowhere.yaml"), said
     assert lines[1].startswith("  → recipes here: ")
     assert "ZeroDivisionError" in run_cell("1 / 0") and "Traceback" in run_cell("1 / 0"), "others keep theirs"
+
+
+PROGRESS = """
+import time
+import kit
+from kit.common import progress, show
+import tqdm.auto
+progress.LINE_SECONDS = 0.1
+for bar in (show.bar(100, "ours", "row"), tqdm.auto.tqdm(total=100, desc="theirs")):
+    with bar:
+        for _ in range(100):
+            time.sleep(0.005)
+            bar.update()
+"""
+
+
+def test_progress_is_plain_lines_and_none_of_it_pink(run_cell: Callable[..., str]) -> None:
+    """Without ipywidgets, and under papermill: what comes on standard error would be pink."""
+    assert run_cell(PROGRESS, stream="stderr") == ""
+    lines = run_cell(PROGRESS, "a", stream="stdout").splitlines()
+    assert {line.partition(":")[0] for line in lines} == {"ours", "theirs"}
+    assert 2 <= len(lines) <= 14, lines
+    assert lines[-1].startswith("theirs: 100%") and not any("\r" in line for line in lines)
+
+
+def test_a_front_end_with_widgets_gets_widgets(run_cell: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "ipywidgets.py").write_text("")
+    run_cell(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport kit\nfrom kit.common import progress")
+    assert run_cell("print(progress.shows_widgets())", "a") == "True"
+    assert run_cell("print(progress.shows_widgets())") == "False", "papermill sends no cell's id"

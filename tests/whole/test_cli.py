@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from support.command import PROJECT, kit, refused
 
@@ -118,13 +122,14 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path: Path) -> None:
         run = Run.start(Recipe.load({}, run_name=name, output_dir=str(tmp_path)))
         run.stage("train")
         if name == "done":
-            run.note(scores={"before": {"exact": 0.25}, "after": {"exact": 0.5}})
+            run.note(scores={"before": {"exact": 0.25}, "after": {"exact": 0.5}},
+                     answered={"rows": 20, "before": 12, "after": 8})
             run.finish()
         else:
             run.fail("no memory")
     listed = kit("list", str(tmp_path))
     rows = {line.split()[0]: line for line in listed.stdout.splitlines() if line.strip()}
-    assert listed.returncode == 0 and "50.0%" in rows["done"] and "finished" in rows["done"], listed
+    assert listed.returncode == 0 and "50.0% of 8 " in rows["done"] and "finished" in rows["done"], listed
     assert "failed at train" in rows["broken"] and "not verified" in rows["broken"]
     # What was verified before the run was made again, or is about other files, counts here as little as on its page.
     verify = {"passed": True, "gates": [{"name": "sha256", "passed": True, "figure": "1 file"}],
@@ -149,3 +154,31 @@ def test_ask_needs_a_run_or_a_whole_file(tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 4)
     refused(tmp_path, "ask", str(cut), "Hi", words="cut.gguf")
+
+
+def commands() -> dict[str, Any]:
+    from typer.main import get_command
+
+    from kit.cli import app
+
+    return get_command(app).commands  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_help_ends_with_an_example_that_can_be_copied(name: str) -> None:
+    from kit.cli import app, parsed
+    from kit.recipe.recipe import Recipe
+
+    command = commands()[name]
+    label, _, example = command.epilog.partition(": ")
+    said = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"}).output
+    assert label == "Example" and f"{label}: {example}\n" in re.sub(" +\n", "\n", said), "on one line, as it is typed"
+    words = shlex.split(example)
+    assert words[:2] == ["kit", name]
+    given = command.make_context(name, words[2:]).params  # a wrong option or argument is an error here
+    for word in words[2:]:
+        assert not word.startswith(("recipes/", "data/")) or (PROJECT / word).is_file(), word
+    if given.get("recipe"):
+        Recipe.load(given["recipe"], **parsed(given["fields"]))
+    else:
+        parsed(given.get("fields"))

@@ -63,11 +63,13 @@ def test_one_parameters_cell_and_no_variable_that_looks_like_a_field(source: Pat
 
 @pytest.mark.slow
 def test_the_data_notebook_runs_with_its_own_file_and_with_another(tmp_path: Path) -> None:
-    """With papermill, as people run it in batches; then with a file that has other columns."""
+    """With papermill, as people run it in batches; then with a file that has other columns, and more bad rows of one
+    kind than a finding names."""
     own = tmp_path / "faq.xlsx"
     import pandas
 
-    pandas.DataFrame({"question": [f"Question {i}?" for i in range(12)], "answer": ["Yes."] * 12}).to_excel(
+    answers = ["Yes."] * 12 + ["Yes. <|im_end|>"] * 120 + [" "] * 150
+    pandas.DataFrame({"question": [f"Question {i}?" for i in range(len(answers))], "answer": answers}).to_excel(
         own, index=False)
     other = ["-p", "dataset", str(own), "-y", "columns: {}"]
     for name, parameters in (("bundled", []), ("other", other)):
@@ -80,6 +82,8 @@ def test_the_data_notebook_runs_with_its_own_file_and_with_another(tmp_path: Pat
             path.name for path in (tmp_path / name / "your_data").iterdir()}
         text = out.read_text(encoding="utf-8")
         assert "rows can be trained" in text and "image/png" in text and "Traceback" not in text
+    final = (tmp_path / "other" / "your_data" / "final.jsonl").read_text(encoding="utf-8")
+    assert len(final.splitlines()) == 12 and "<|im_end|>" not in final
     # What it wrote is a recipe, and its data is clean.
     checked = kit("lint", "--recipe", str(tmp_path / "bundled" / "your_data" / "recipe.yaml"), "--rows", "0")
     assert checked.returncode == 0, checked.stdout + checked.stderr

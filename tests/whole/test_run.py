@@ -24,8 +24,8 @@ def test_the_run_folder_is_complete(finished_run: Path) -> None:
     result = read_result(finished_run)
     assert result["status"] == "finished"
     for name in ("recipe.yaml", "manifest.json", "log.jsonl", "notebook.ipynb", "adapter/adapter_model.safetensors",
-                 "merged/model.safetensors", "gguf/SmolLM2-135M-Instruct-f16.gguf",
-                 "gguf/SmolLM2-135M-Instruct-q8_0.gguf", "gguf/Modelfile", "figures/loss.png", "figures/lengths.png",
+                 "merged/model.safetensors", "gguf/quickstart-f16.gguf",
+                 "gguf/quickstart-q8_0.gguf", "gguf/Modelfile", "figures/loss.png", "figures/lengths.png",
                  "figures/scores.png", "reference.safetensors", "verify.json", "report.html"):
         assert (finished_run / name).stat().st_size > 0, name
     assert not [p for p in finished_run.rglob("*") if p.name.endswith((".partial", ".old"))]
@@ -42,13 +42,13 @@ def test_the_run_folder_is_complete(finished_run: Path) -> None:
     assert manifest["stop_token"] == "<|im_end|>" != manifest["pad_token"]
     assert len(manifest["data_sha256"]) == 2 and manifest["versions"]["unsloth"]
     assert "model.safetensors" in manifest["base_sha256"]
-    assert "gguf/SmolLM2-135M-Instruct-q8_0.gguf" in manifest["artefacts"]
+    assert "gguf/quickstart-q8_0.gguf" in manifest["artefacts"]
 
 
 def test_what_the_terminal_showed(finished_run: Path) -> None:
     text = (finished_run / "terminal.txt").read_text()
-    for words in ("── 10. Train ──", "training: 100%", "adamw_torch_fused instead of adamw_8bit", "held-out score",
-                  "forecast after two steps", "gates passed", "FROM ./SmolLM2-135M-Instruct-q8_0.gguf", "finished: "):
+    for words in ("── 10. Train ──", "6 steps in ", "adamw_torch_fused instead of adamw_8bit", "held-out score",
+                  "forecast after two steps", "gates passed", "FROM ./quickstart-q8_0.gguf", "finished: "):
         assert words in text, words
     assert "Traceback" not in text
 
@@ -61,6 +61,10 @@ def test_the_executed_notebook_shows_pictures_tables_and_no_secret(finished_run:
     pages = "".join("".join(d.get("text/html", "")) for d in data)
     assert "background:#c8e6c9" in pages and pages.count("<table>") >= 9
     assert not [output for output in outputs if output["output_type"] == "error"]
+    streams = [output for output in outputs if output["output_type"] == "stream"]
+    assert not [output["text"] for output in streams if output["name"] == "stderr"], "Jupyter paints that pink"
+    assert streams and not any("\r" in "".join(output["text"]) for output in streams)
+    assert pages.count("<details><summary>") == 3, "rehearsal, trainer and verdict passed, and are folded"
     injected = [c["source"] for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags", [])]
     assert len(injected) == 1 and "max_steps = 6" in "".join(injected[0])
 
@@ -74,7 +78,7 @@ def test_one_template_everywhere(finished_run: Path) -> None:
     assert AutoTokenizer.from_pretrained(finished_run / "merged").chat_template == tokenizer.chat_template
     for name in ("config.json", "generation_config.json"):
         assert json.loads((finished_run / "merged" / name).read_text())["eos_token_id"] == tokenizer.eos_token_id
-    with LlamaChild(finished_run / "gguf" / "SmolLM2-135M-Instruct-q8_0.gguf") as child:
+    with LlamaChild(finished_run / "gguf" / "quickstart-q8_0.gguf") as child:
         meta = child.metadata()
         assert meta["tokenizer.chat_template"] == tokenizer.chat_template
         assert int(meta["tokenizer.ggml.eos_token_id"]) == tokenizer.eos_token_id
@@ -106,13 +110,13 @@ def test_ask_every_engine(finished_run: Path) -> None:
     for engine in ("gguf", "merged", "adapter", "base"):
         done = kit("ask", str(finished_run), "Ticket to JSON: say hello.", "--engine", engine, timeout=200)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr[-2000:]
-    file = finished_run / "gguf" / "SmolLM2-135M-Instruct-q8_0.gguf"
+    file = finished_run / "gguf" / "quickstart-q8_0.gguf"
     assert kit("ask", str(file), "Hi").stdout.strip()
     assert "did you mean 'adapter'" in kit("ask", str(finished_run), "Hi", "--engine", "adaptor").stderr
 
 
 def test_a_gguf_cut_in_half(finished_run: Path, tmp_path: Path) -> None:
-    data = (finished_run / "gguf" / "SmolLM2-135M-Instruct-q8_0.gguf").read_bytes()
+    data = (finished_run / "gguf" / "quickstart-q8_0.gguf").read_bytes()
     cut = tmp_path / "half.gguf"
     cut.write_bytes(data[: len(data) // 2])
     done = kit("ask", str(cut), "Hi")

