@@ -95,6 +95,25 @@ def test_other_seeds(family: str, seed: int, taught: Callable[..., Path], whole_
                              seed=seed, **PLAIN.get(family, {})))
 
 
+@pytest.mark.long
+def test_function_calls(tiny: Callable[..., Path], whole_run: Callable[..., Any], tmp_path: Path) -> None:
+    """Definitions, calls and results, from the rows to each file's own template."""
+    definition = {"type": "function", "function": {"name": "find", "parameters": {
+        "type": "object", "properties": {"parcel": {"type": "integer"}}}}}
+    with (tmp_path / "with-tools.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(40):
+            call = {"type": "function", "function": {"name": "find", "arguments": {"parcel": number}}}
+            talk = [{"role": "user", "content": f"包裹{number}在哪里？"}, {"role": "assistant", "tool_calls": [call]},
+                    {"role": "tool", "content": '{"place": "北京"}'}, {"role": "assistant", "content": "在北京。"}]
+            file.write(json.dumps({"messages": talk[: 2 + 2 * (number % 2)], "tools": [definition]}) + "\n")
+    run, gates = whole_run(tiny("qwen3"), name="calls", dataset=str(tmp_path / "with-tools.jsonl"), gguf=["f16", "q8_0"],
+                           learning_rate=2e-2, enable_thinking=False)
+    # All eight held-out rows have tools; Ollama's template can't show them.
+    counts = {name: int(gates[f"template {name}"]["figure"].split()[0]) for name in ("f16", "Modelfile")}
+    assert counts["f16"] >= counts["Modelfile"] + 8
+    assert any("<tool_call>" in answer for answer in Reference.load(run / "reference.safetensors").expected)
+
+
 SELDOM = {"8bit", "rslora", "base-chatml", "alpaca"}  # their training and merge have tests of their own
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("qwen2", {"load_in_4bit": True, "save_merged": "4bit", "gguf": ["q8_0"]}),
