@@ -161,10 +161,14 @@ class Problems(list[str]):
             raise KitError(f"{what} ({self.total:,}):\n  " + "\n  ".join(self) + more, hint)
 
 
-def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None) -> Iterator[Row]:
-    """The rows of a source; KitError at the end with up to 20 bad ones, or when a file mixes shapes."""
+def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None,
+              only: Callable[[Iterator[Row]], Iterator[Row]] = iter, may_be_empty: bool = False) -> Iterator[Row]:
+    """The rows of a source; KitError at the end with up to 20 bad ones, or when a file mixes shapes.
+
+    `only` passes on those that are looked at.
+    """
     problems, shapes = Problems(), Shapes()
-    for row in rows_of(source, recipe, on_bytes):
+    for row in only(rows_of(source, recipe, on_bytes)):
         shapes.add(row)
         if row.faults:
             file = "" if row.place.file == str(source) else f"{Path(row.place.file).name} "
@@ -178,7 +182,7 @@ def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], obje
     problems.refuse(f"dataset: {source}: bad rows",
                     f"`kit lint {source}` shows all of them with remedies; known shapes: Alpaca (instruction, output), "
                     "messages, conversations, prompt and completion, question and answer, others through columns")
-    if not shapes.counts:
+    if not shapes.counts and not may_be_empty:
         raise empty(source)
 
 
