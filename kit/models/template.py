@@ -71,7 +71,8 @@ def rendered(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     check_templates(tokenizer)
     try:
         with in_time():
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            # A copy, because a filter may write into it: `messages | indent` adds a line end to the list.
+            text = str(tokenizer.apply_chat_template([{**m} for m in messages], tokenize=False, **options))
         check_length(text, messages)
     except (KitError, TemplateError):
         raise

@@ -5,12 +5,15 @@ Each function makes one from a `random.Random`; `attempts` gives many of them to
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
 import struct
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,14 @@ class TooSlow(BaseException):
 
 def _too_slow(*_: Any) -> None:
     raise TooSlow(f"longer than {SECONDS} seconds")
+
+
+@contextmanager
+def in_memory(folder: Path) -> Iterator[Path]:
+    """A folder in memory where there is one, else this: a disk would be written ten thousands of times."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else folder) as made:
+        yield Path(made)
 
 
 def peak_megabytes() -> float:
@@ -138,7 +149,7 @@ SCALAR_TYPES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 
 def gguf(rng: random.Random) -> bytes:
     """A GGUF file with a small header, and as many bytes of tensors as it says or not."""
     fields, tensors = rng.choice((0, 1, 2, 5, 12)), rng.choice((0, 0, 1, 2, 5))
-    body = b"".join(_gguf_text(rng, rng.choice([rng.choice(FIELD_NAMES), f"a{number}"])) + _gguf_value(rng, 0)
+    body = b"".join(_gguf_text(rng, rng.choice([rng.choice(FIELD_NAMES), *[f"a{number}"] * 3])) + _gguf_value(rng, 0)
         for number in range(fields))
     for number in range(tensors):
         dimensions = rng.choice((0, 1, 2, 2, 3, 4, 5))
@@ -146,7 +157,7 @@ def gguf(rng: random.Random) -> bytes:
             for _ in range(dimensions)]
         body += _gguf_text(rng, f"blk.{number}.weight") + struct.pack(f"<I{dimensions}QIQ", dimensions, *shape,
             rng.choice((0, 1, 8, 12, 30, 99, 2**32 - 1)), rng.choice((0, 32, 1024, rng.choice(UNSIGNED))))
-    count = [number if rng.random() < 0.95 else rng.choice(UNSIGNED) for number in (tensors, fields)]
+    count = [number if rng.random() < 0.98 else rng.choice(UNSIGNED) for number in (tensors, fields)]
     data = (rng.choice([b"GGUF"] * 30 + [b"GGML", b"", b"PK\3\4"]) + struct.pack("<IQQ", rng.choice([3] * 20 + [2, 1,
         4, 2**32 - 1]), *count) + body)
     data += bytes(-len(data) % 32) + rng.randbytes(rng.choice((0, 0, 100, 4096)))
@@ -162,7 +173,7 @@ def gguf(rng: random.Random) -> bytes:
 
 def _gguf_text(rng: random.Random, text: str | None = None) -> bytes:
     data = (rng.choice(WORDS) if text is None else text).encode("utf-8", "surrogatepass")
-    return struct.pack("<Q", len(data) if rng.random() < 0.99 else rng.choice(UNSIGNED)) + data
+    return struct.pack("<Q", len(data) if rng.random() < 0.998 else rng.choice(UNSIGNED)) + data
 
 
 def _gguf_value(rng: random.Random, depth: int) -> bytes:
@@ -175,7 +186,7 @@ def _gguf_payload(rng: random.Random, kind: int, depth: int) -> bytes:
         return _gguf_text(rng)
     if kind == 9:
         item, count = rng.choice([*SCALAR_TYPES, 8, 8, 9]), rng.choice((0, 1, 3, 40))
-        said = count if rng.random() < 0.95 else rng.choice(UNSIGNED)
+        said = count if rng.random() < 0.99 else rng.choice(UNSIGNED)
         items = b"".join(_gguf_payload(rng, item, depth + 1) for _ in range(count)) if depth < 3 else b""
         return struct.pack("<IQ", item, said) + items
     return rng.randbytes(struct.calcsize(SCALAR_TYPES[kind])) if kind in SCALAR_TYPES else b""
@@ -186,7 +197,6 @@ def _gguf_payload(rng: random.Random, kind: int, depth: int) -> bytes:
 ESCAPED = ["a", "", "猫", "&amp;&lt;", "&#233;", "&#0;", "&#xD800;", "&nbsp;", "_x000D_", "_x005F_x000D_",
     "<![CDATA[<x>]]>", "<!-- x -->", "<?x y?>", "1", "-1", "1e5", "1e999", "nan", "9" * 5000, "0", "99999999",
     "45000.5", "TRUE", "2024-01-02T03:04:05", "PT1H", "=A1", "#N/A", " x ", "<b/>", "<t>x</t>", "x" * 40_000]
-TYPES = ["n", "s", "str", "inlineStr", "b", "e", "d", "", "x"]
 
 
 def workbook(rng: random.Random) -> bytes:
@@ -196,12 +206,13 @@ def workbook(rng: random.Random) -> bytes:
         parts["xl/sharedStrings.xml"] = _xml("sst", "".join(f"<si>{_text(rng)}</si>"
             for _ in range(rng.randrange(5)))).encode()
     if rng.random() < 0.3:
-        formats = "".join(f'<numFmt numFmtId="{rng.choice((14, 164, 165, "x"))}" formatCode="{rng.choice(("0.00", "yyyy-mm-dd", "[h]:mm", "&quot;d&quot;0", "", ";;;"))}"/>'
+        codes = ("0.00", "yyyy-mm-dd", "[h]:mm", "&quot;d&quot;0", "", ";;;")
+        formats = "".join(f'<numFmt numFmtId="{rng.choice((14, 164, 165, "x"))}" formatCode="{rng.choice(codes)}"/>'
             for _ in range(rng.randrange(3)))
         styles = "".join(f'<xf numFmtId="{rng.choice((0, 14, 22, 46, 164, 165, 999, "x"))}"/>'
             for _ in range(rng.randrange(4)))
-        parts["xl/styles.xml"] = _xml("styleSheet",
-            f"<numFmts>{formats}</numFmts><cellStyleXfs>{styles}</cellStyleXfs><cellXfs>{styles}</cellXfs>").encode()
+        parts["xl/styles.xml"] = _xml("styleSheet", f"<numFmts>{formats}</numFmts><cellStyleXfs>{styles}</cellStyleXfs>"
+            f"<cellXfs>{styles}</cellXfs>").encode()
     for name in list(parts):
         if rng.random() < 0.04:
             parts[name] = _spoilt(rng, parts[name])
@@ -224,23 +235,36 @@ def _xml(tag: str, inner: str) -> str:
 
 
 def _text(rng: random.Random) -> str:
-    return "".join(rng.choice(("<t>{}</t>", '<t xml:space="preserve">{}</t>', "<r><rPr/><t>{}</t></r>",
-        "<rPh><t>{}</t></rPh>", "{}")).format(rng.choice(ESCAPED)) for _ in range(rng.choice((0, 1, 1, 1, 3))))
+    ways = ("<t>{}</t>", '<t xml:space="preserve">{}</t>', "<r><rPr/><t>{}</t></r>", "<rPh><t>{}</t></rPh>", "{}")
+    sound = [text for text in ESCAPED if text[:2] != "&#" and text != "&nbsp;"]
+    return "".join(rng.choice(ways).format(rng.choice(sound if rng.random() < 0.98 else ESCAPED))
+        for _ in range(rng.choice((0, 1, 1, 1, 3))))
 
 
 def _row(rng: random.Random, number: int) -> str:
-    reference = rng.choice([f' r="{number}"'] * 8 + ["", ' r="1"', ' r="0"', ' r="-3"', ' r="2.0"', ' r="2.5"',
-        ' r="x"', ' r="99999999999"', ' r="1048577"', ' r="nan"'])
-    return f"<row{reference}>{''.join(_cell(rng, number, column) for column in range(rng.choice((0, 1, 2, 2, 2, 3))))}</row>"
+    places = ["", ' r="1"', ' r="0"', ' r="-3"', ' r="2.0"', ' r="2.5"', ' r="x"', ' r="1048577"', ' r="nan"']
+    place = rng.choice(places) if rng.random() < 0.1 else f' r="{number}"'
+    cells = "".join(_cell(rng, number, column) for column in range(rng.choice((0, 1, 2, 2, 2, 2, 3))))
+    return f"<row{place}>{cells}</row>"
+
+
+SOUND = {"n": ["1", "-2.5", "1e5", "45000.5"], "s": ["0"], "str": ["a", "&amp;", "猫", "_x000D_"], "b": ["0", "1"],
+    "e": ["#N/A"], "d": ["2024-01-02T03:04:05", "2024-01-02"]}
 
 
 def _cell(rng: random.Random, number: int, column: int) -> str:
-    place = rng.choice([f"{'ABC'[column]}{number}"] * 8 + ["", "A1", "XFD1", "XFE1", "ZZZZZ1", "1", "a1", "é1",
-        "$A$1", "A"])
-    kind, style = rng.choice(TYPES), rng.choice(["", "", ' s="1"', ' s="99"', ' s="x"'])
-    inner = rng.choice([f"<v>{rng.choice(ESCAPED)}</v>"] * 4 + [f"<is>{_text(rng)}</is>"] * 3 + ["", "<v/>",
-        "<f>A1</f>", "<f>A1</f><v>2</v>", "<v>1</v><v>2</v>", "<c><v>1</v></c>"])
-    return f'<c{f""" r="{place}" """ if place else ""}{f""" t="{kind}" """ if kind else ""}{style}>{inner}</c>'
+    place, kind, style = f"{'ABC'[column]}{number}", rng.choice([*SOUND, "inlineStr"]), rng.choice(["", "", ' s="1"'])
+    inner = f"<is>{_text(rng)}</is>" if kind == "inlineStr" else f"<v>{rng.choice(SOUND[kind])}</v>"
+    if rng.random() < 0.1:
+        inner = rng.choice(["", "<v/>", "<f>A1</f>", "<f>A1</f><v>2</v>", "<v>1</v><v>2</v>", "<c><v>1</v></c>"])
+    if rng.random() < 0.05:
+        inner = f"<v>{rng.choice(ESCAPED)}</v>"
+    if rng.random() < 0.05:
+        place = rng.choice(["", "A1", "XFD1", "XFE1", "ZZZZZ1", "1", "a1", "é1", "$A$1", "A"])
+    if rng.random() < 0.05:
+        kind, style = rng.choice(["", "x", *SOUND]), rng.choice(["", ' s="99"', ' s="x"', ' s=""'])
+    marks = f' r="{place}"' * bool(place) + f' t="{kind}"' * bool(kind) + style
+    return f"<c{marks}>{inner}</c>"
 
 
 # Chat templates
@@ -253,17 +277,21 @@ EXPRESSIONS = ["message", "messages", "message['role']", "message.content", "mes
     "message.content.split('</think>')[-1]", "raise_exception('no')", "strftime_now('%Y')", "message.__class__",
     "''.__class__.__mro__", "messages | map(attribute='role') | join", "message.tool_calls", "cycler('a')",
     "dict(a=1)", "lipsum(n=1)", "self", "caller()", "f(1)", "ns.x", "x"]
+FILTERS = ["length", "tojson", "trim", "default(1)", "join", "list", "string", "int", "first", "last", "sort", "nope",
+    "indent(2)", "replace(1, 2)", "selectattr(1)", "items", "safe"]
+TESTS = ["defined", "none", "string", "mapping", "iterable", "nope", "sameas 1", "divisibleby 0"]
 OPERATORS = ["+", "~", "==", "!=", "in", "and", "or", "*", "%", "<", "-", "is", "**", "//", "|", "."]
 
 
 def template(rng: random.Random) -> str:
     """A Jinja template as models have them, or nearly."""
-    if rng.random() < 0.5:
-        body = _template(rng, 1)
-        return (
-            f"{{% for message in messages %}}{body}{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}}}{{% endfor %}}"
-            f"{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}{_template(rng, 2)}"
-        )
+    quiet = ["", "{# note #}", "{% set x = 1 %}", "{% if loop.first %}{% endif %}", "{% if message.x %}y{% endif %}"]
+    if rng.random() < 0.7:
+        body = rng.choice(quiet) if rng.random() < 0.5 else _template(rng, 1)
+        end = _template(rng, 2) if rng.random() < 0.3 else ""
+        turn = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        return (f"{{% for message in messages %}}{body}{turn}{{% endfor %}}{{% if add_generation_prompt %}}"
+            f"{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}{end}")
     return _template(rng, 0)
 
 
@@ -295,6 +323,6 @@ def _expression(rng: random.Random, depth: int) -> str:
     return rng.choice([f"{one} {rng.choice(OPERATORS)} {other}", f"({one})", f"not {one}",
         f"{one} if {other} else {one}", f"{one}[{other}]",
         f"{one}.{rng.choice(('x', 'role', 'items()', '__class__'))}",
-        f"{one} | {rng.choice(('length', 'tojson', 'trim', 'default(1)', 'join', 'list', 'string', 'int', 'first', 'last', 'sort', 'nope', 'indent(2)', 'replace(1, 2)', 'selectattr(1)', 'items', 'safe'))}",
-        f"{one} is {rng.choice(('defined', 'none', 'string', 'mapping', 'iterable', 'nope', 'sameas 1', 'divisibleby 0'))}",
+        f"{one} | {rng.choice(FILTERS)}",
+        f"{one} is {rng.choice(TESTS)}",
         f"{one}[1:]", f"{one}({other})"])
