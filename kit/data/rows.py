@@ -11,7 +11,7 @@ from kit.common.show import bar
 from kit.data.encodings import in_utf8
 from kit.data.readers import read_rows
 from kit.data.records import Problem, Record
-from kit.data.shapes import NAMES, SHAPES, UNTRAINED, Fault, renamed, to_messages
+from kit.data.shapes import NAMES, SHAPES, UNTRAINED, Fault, renamed, shape_of, to_messages
 from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
 from kit.models.template import Message
 from kit.recipe.fields import ROW_FIELDS
@@ -62,7 +62,8 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
         if isinstance(item, Problem):
             yield Row(place, None, None, [], [Fault(item.code, item.message)])
         elif lost := [name for name in item.unsaved if name in columns]:
-            yield Row(place, None, None, [], [Fault("unsaved_formula", ", ".join(lost))])
+            shape = shape_of(renamed(item.value, recipe.columns))
+            yield Row(place, None, shape, [], [Fault("unsaved_formula", ", ".join(lost))])
         elif not item.only_formulas(columns):
             yield _row(place, item.value, recipe)
 
