@@ -19,7 +19,8 @@ FINDINGS = {
     "unsaved_formula": ("error", "a formula whose value is not stored in the file", SAVE_VALUES),
     "not_an_object": ("error", "a row that is no object", "each row is an object with named fields"),
     "missing_field": ("error", "a field is missing", "add it, or name its column in the recipe's columns"),
-    "misnamed_field": ("error", "a field is nearly named right", "rename it (--fix does), or use the recipe's columns"),
+    "misnamed_field": ("error", "a field is nearly named right",
+                       "rename it (--fix does), or correct the recipe's columns"),
     "untrained_column": ("error", "a column that changes what the row means is not trained",
                          "write what belongs to the prompt into its text, or take the column out if the row is "
                          "meant without it"),

@@ -22,7 +22,7 @@ from kit.data.rows import Row, empty, progress, rows_of
 from kit.data.segments import ToolsNotShown
 from kit.data.shapes import Fault
 from kit.data.sources import files_of, held_out_source
-from kit.data.splits import batches
+from kit.data.splits import Kept, batches
 from kit.gguf.messages import said, texts
 from kit.models.template import Message, load_tokenizer
 from kit.recipe.recipe import Recipe
@@ -49,7 +49,8 @@ class _Check:
         self.findings = Findings({"too_long": "error" if recipe.overlong_rows == "error" else "warning",
                                   "heldout_overlap": "error" if recipe.eval_overlap == "error" else "warning"})
         self.makers = makers_of(recipe.model_name, tokenizer.chat_template)
-        self.figures = Figures(recipe)
+        self.kept = Kept(recipe)
+        self.figures = Figures(recipe, self.kept)
         self.across = AcrossRows(self.figures)
         self.samples = Samples(self.formatter)
 
@@ -69,12 +70,13 @@ class _Check:
         return Report(self.figures.all(self.findings.all()), rows, self.findings.bad_rows)
 
     def _source(self, source: str, split: str) -> None:
-        read = self.figures.read
+        read, may_be_empty = self.figures.read, split == "train" and self.kept.any_may_be_missing
         with progress(f"checking {source}", source, self.recipe) as on_bytes:
-            rows = batches(rows_of(source, self.recipe, on_bytes, self.any_encoding))
-            for batch, encoded in self.formatter.encode_ahead(self._locate(batch, split) for batch in rows):
+            rows = rows_of(source, self.recipe, on_bytes, self.any_encoding)
+            coming = batches(self.kept.rows(rows) if split == "train" else rows)
+            for batch, encoded in self.formatter.encode_ahead(self._locate(batch, split) for batch in coming):
                 self._count(batch, encoded, split)
-        if self.figures.read == read:
+        if self.figures.read == read and not may_be_empty:
             raise empty(source)
 
     def _locate(self, batch: list[Row], split: str) -> tuple[list[tuple[Row, Located, list[Fault]]], list[Located]]:

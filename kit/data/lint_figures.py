@@ -13,7 +13,7 @@ from kit.data.formatting import Formatted
 from kit.data.masks import IGNORED
 from kit.data.rows import Place, Row, Shapes
 from kit.data.shapes import Fault
-from kit.data.splits import held_out_rows, prompt_key, repeated
+from kit.data.splits import Kept, drawn, prompt_key
 from kit.gguf.messages import said
 from kit.models.fetch import model_label
 from kit.recipe.recipe import Recipe
@@ -44,8 +44,8 @@ class Places:
 class Figures:
     """What is counted as rows pass; the arrays are about the training rows that can be formatted."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, kept: Kept) -> None:
+        self.recipe, self.kept = recipe, kept
         self.read = self.rows = 0  # all rows, and those of training, good and bad
         self.shapes = Shapes()
         self.places = Places()
@@ -90,7 +90,8 @@ class Figures:
             "title": ", ".join(str(source) for source in recipe.sources),
             "files": [self._file(file) for file in self.shapes.counts],
             "tokenizer": model_label(recipe), "prompt_style": recipe.prompt_style,
-            "max_seq_length": recipe.max_seq_length, "rows": self.rows,
+            "max_seq_length": recipe.max_seq_length,
+            "max_train_samples": recipe.max_train_samples, "rows": self.rows,
             "usable_rows": sum(length > 0 for length in self._kept),
             "errors": severities["error"], "warnings": severities["warning"],
             "lengths": lengths,
@@ -107,14 +108,14 @@ class Figures:
 
     def _epoch(self) -> tuple[int, int, int]:
         """Rows, tokens and trained tokens of an epoch: after held-out rows, weights and max_train_samples."""
-        taken: list[int] = []
-        apart = held_out_rows(self.prompts, self.recipe) if self.recipe.test_size and len(self.places) else None
-        for source, start, end in zip(self.recipe.sources, [0, *self._ends], self._ends, strict=False):
-            numbers = np.arange(start, end)
-            if apart is not None:
-                numbers = numbers[~apart[start:end]]
-            taken += numbers[repeated(source, len(numbers), self.recipe)].tolist()
-        kept = [number for number in taken[: self.recipe.max_train_samples] if self._kept[number]]
+        if self.kept.drawn:
+            number = {self.places[k]: k for k in range(len(self.places))}
+            taken = [number[place] for place in self.kept.train if place in number]
+        else:
+            ends = self._ends[: len(self.recipe.sources)]
+            counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            taken, _ = drawn(counts, self.prompts, self.recipe) if self.places else ([], [])
+        kept = [k for k in taken if self._kept[k]]
         return len(kept), sum(self._kept[k] for k in kept), sum(self._trained[k] for k in kept)
 
 

@@ -147,7 +147,8 @@ class Report:
 
     def _summary(self) -> Table:
         f, lengths = self.figures, self.figures["lengths"]
-        rows = [["rows", f"{f['rows']:,}, of which {f['usable_rows']:,} are trained"],
+        looked_at = "" if f["max_train_samples"] is None else f" (max_train_samples: {f['max_train_samples']:,})"
+        rows = [["rows", f"{f['rows']:,}, of which {f['usable_rows']:,} are trained{looked_at}"],
                 *[[file["name"], _about(file)] for file in f["files"]]]
         if lengths:
             keep = lengths["keep"]

@@ -112,7 +112,7 @@ def _xlsx(path: Path, progress: Progress) -> Rows:
         raise KitError(f"{path}: reading .xlsx needs openpyxl", "pip install openpyxl") from None
     row = 0
     with _library(path, "an Excel workbook"), path.open("rb") as file:
-        top, rows = below_titles(sheet_rows(file, path.stat().st_size))
+        top, rows = below_titles(path, sheet_rows(file, path.stat().st_size))
         if not top:
             return
         if top.unsaved:

@@ -11,7 +11,7 @@ from kit.common.show import bar
 from kit.data.encodings import in_utf8
 from kit.data.readers import read_rows
 from kit.data.records import Problem, Record
-from kit.data.shapes import NAMES, SHAPES, UNTRAINED, Fault, renamed, to_messages
+from kit.data.shapes import NAMES, SHAPES, UNTRAINED, Fault, renamed, shape_of, to_messages
 from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
 from kit.data.tools import DEFINITIONS, unfilled
 from kit.models.template import Message
@@ -63,7 +63,8 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
         if isinstance(item, Problem):
             yield Row(place, None, None, [], [Fault(item.code, item.message)])
         elif lost := [name for name in item.unsaved if name in columns]:
-            yield Row(place, None, None, [], [Fault("unsaved_formula", ", ".join(lost))])
+            shape = shape_of(renamed(item.value, recipe.columns))
+            yield Row(place, None, shape, [], [Fault("unsaved_formula", ", ".join(lost))])
         elif not item.only_formulas(columns):
             yield _row(place, unfilled(item.value) if path.suffix.lower() == ".parquet" else item.value, recipe)
 
@@ -162,10 +163,14 @@ class Problems(list[str]):
             raise KitError(f"{what} ({self.total:,}):\n  " + "\n  ".join(self) + more, hint)
 
 
-def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None) -> Iterator[Row]:
-    """The rows of a source; KitError at the end with up to 20 bad ones, or when a file mixes shapes."""
+def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object] | None = None,
+              only: Callable[[Iterator[Row]], Iterator[Row]] = iter, may_be_empty: bool = False) -> Iterator[Row]:
+    """The rows of a source; KitError at the end with up to 20 bad ones, or when a file mixes shapes.
+
+    `only` passes on those that are looked at.
+    """
     problems, shapes = Problems(), Shapes()
-    for row in rows_of(source, recipe, on_bytes):
+    for row in only(rows_of(source, recipe, on_bytes)):
         shapes.add(row)
         if row.faults:
             file = "" if row.place.file == str(source) else f"{Path(row.place.file).name} "
@@ -179,7 +184,7 @@ def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], obje
     problems.refuse(f"dataset: {source}: bad rows",
                     f"`kit lint {source}` shows all of them with remedies; known shapes: Alpaca (instruction, output), "
                     "messages, conversations, prompt and completion, question and answer, others through columns")
-    if not shapes.counts:
+    if not shapes.counts and not may_be_empty:
         raise empty(source)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from kit.common.errors import KitError
 from kit.common.files import cache_dir, unwritable
-from kit.data.rows import Place, Problems, Row, good_rows, progress, where
+from kit.data.rows import Place, Problems, Row, good_rows, progress, rows_of, where
 from kit.data.sources import held_out_source
 from kit.gguf.messages import FOR_TOOLS, said
 from kit.models.template import Message
@@ -99,32 +100,91 @@ def _on_disk(rows: Iterable[Row]) -> DiskRows:
     return DiskRows(Dataset.from_file(str(path)), folder)
 
 
+class Kept:
+    """The rows of the training sources that `max_train_samples` leaves, and those that test_size holds out: only they
+    are looked at, in a training and by the data check.
+
+    They are the first rows, and reading stops behind them. Where test_size or weights draw from all rows, these are
+    read once before, for their prompts; a row that can't be understood counts as one with a prompt of its own.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.left = recipe.max_train_samples
+        self.drawn = self.left is not None and bool(recipe.test_size or {*recipe.sources.values()} != {1})
+        self.train: list[Place] = []  # where they are drawn
+        self.held_out: list[Place] = []
+        if self.drawn:
+            places, prompts, counts = list[Place](), array("Q"), list[int]()
+            for source in recipe.sources:
+                with progress(f"drawing from {source}", source, recipe) as on_bytes:
+                    for row in rows_of(source, recipe, on_bytes, any_encoding=True):
+                        places.append(row.place)
+                        prompts.append(prompt_key(row.messages or [{"role": "user", "content": str(row.place)}] * 2))
+                counts.append(len(places) - sum(counts))
+            self.train, self.held_out = ([places[k] for k in part] for part in drawn(counts, prompts, recipe))
+        self._places = {*self.train, *self.held_out}
+
+    def rows(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Those of a source's rows, good and bad, that are looked at; called for one source after the other."""
+        if self.drawn:
+            yield from (row for row in rows if row.place in self._places)
+        elif self.left is None:
+            yield from rows
+        elif self.left:
+            for row in rows:
+                self.left -= 1
+                yield row
+                if not self.left:
+                    return
+
+    @property
+    def any_may_be_missing(self) -> bool:
+        """Whether of the next source no row may be looked at, though it has some."""
+        return self.drawn or self.left == 0
+
+
+def drawn(counts: Sequence[int], prompts: Sequence[int], recipe: Recipe) -> tuple[list[int], list[int]]:
+    """Numbers of the rows that an epoch trains on, before they are shuffled, and of those that test_size holds out.
+
+    `counts` are how many rows each of the recipe's sources has, numbered through; `prompts` their `prompt_key`s, needed
+    with test_size only.
+    """
+    apart = held_out_rows(prompts, recipe) if recipe.test_size else np.zeros(sum(counts), dtype=bool)
+    train: list[int] = []
+    start = 0
+    for source, count in zip(recipe.sources, counts, strict=True):
+        own: np.ndarray[Any, Any] = start + np.flatnonzero(~apart[start:start + count])
+        train += own[np.array(repeated(source, len(own), recipe), dtype=int)].tolist()
+        start += count
+    return train[: recipe.max_train_samples], np.flatnonzero(apart).tolist()[: recipe.max_eval_samples]
+
+
 def read_splits(recipe: Recipe) -> tuple[Examples, Examples]:
     """Training and held-out conversations, before formatting.
 
     With test_size, rows that share a prompt go to the same side. Raises KitError when rows of eval_dataset ask what
     is trained on (`eval_overlap`).
     """
-    sources = {source: _read(source, recipe) for source in recipe.sources}
+    kept = Kept(recipe)
+    sources = [_read(source, recipe, kept) for source in recipe.sources]
     train: Examples = []
     held_out: Examples = []
-    if recipe.test_size:
-        apart = held_out_rows([prompt_key(row.messages) for rows in sources.values() for row in rows], recipe)
-        ends = np.cumsum([len(rows) for rows in sources.values()])
-        for (source, rows), of_source in zip(sources.items(), np.split(apart, ends[:-1]), strict=True):
-            held_out = _joined(held_out, _picked(rows, of_source.nonzero()[0].tolist()))
-            sources[source] = _picked(rows, (~of_source).nonzero()[0].tolist())
-    for source, passes in recipe.sources.items():
-        rows = sources[source]
-        train = _joined(train, rows if passes == 1 else _picked(rows, repeated(source, len(rows), recipe)))
+    for rows in sources:
+        train = _joined(train, rows)
+    if kept.drawn:
+        number = {row.place: i for i, row in enumerate(train)}
+        train, held_out = (_picked(train, [number[place] for place in part]) for part in (kept.train, kept.held_out))
+    elif recipe.test_size or {*recipe.sources.values()} != {1}:
+        prompts = [prompt_key(row.messages) for row in train] if recipe.test_size else []
+        train, held_out = (_picked(train, part) for part in drawn([len(rows) for rows in sources], prompts, recipe))
     if apart_source := held_out_source(recipe):
         held_out = _without_overlap(train, _read(apart_source, recipe), recipe)
-    return train[: recipe.max_train_samples], held_out[: recipe.max_eval_samples]
+    return train, held_out[: recipe.max_eval_samples]
 
 
-def _read(source: str, recipe: Recipe) -> Examples:
+def _read(source: str, recipe: Recipe, kept: Kept | None = None) -> Examples:
     with progress(f"reading {source}", source, recipe) as on_bytes:
-        rows = good_rows(source, recipe, on_bytes)
+        rows = good_rows(source, recipe, on_bytes, *((kept.rows, kept.any_may_be_missing) if kept else ()))
         return _on_disk(rows) if recipe.lazy_preprocess else [Example(row.place, row.messages) for row in rows]
 
 

@@ -4,6 +4,7 @@ The limits are far beyond what Excel, LibreOffice and the usual libraries write;
 takes memory or time.
 """
 
+import itertools
 import posixpath
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,7 @@ MEGABYTE = 1_000_000
 # one long text written out in every row can come near 100.
 SHEET = (200, 100 * MEGABYTE)
 TEXTS = (50, 200 * MEGABYTE)  # the cells' texts, each of which is there once: they are held in memory
+ELEMENTS = (3, 2_000_000)  # the same of elements; a cell has two or three and takes at least two bytes of a sound file
 SMALL = (0, 32 * MEGABYTE)  # which sheets there are, and the styles of cells
 LONGEST_TAG = MEGABYTE  # bytes; also of a comment
 DEEPEST = 100  # elements in one another; a sheet has about six
@@ -56,9 +58,12 @@ class Parts:
         `data` gets the tags that a text stands in, and the text or a piece of it.
         """
         member = self._within(name, limit)
-        parser, names, path = ParserCreate(), set[str](), list[str]()
+        parser, names, path, elements = ParserCreate(), set[str](), list[str](), itertools.count(1)
+        most = ELEMENTS[0] * self.size + ELEMENTS[1]
 
         def opened(tag: str, attributes: dict[str, str]) -> None:
+            if next(elements) > most:
+                raise ValueError(f"{name} has more than {most:,} elements, in a workbook of {self.size:,} bytes")
             names.add(tag)
             names.update(attributes)
             path.append(tag.rpartition(":")[2])

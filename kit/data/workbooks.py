@@ -58,11 +58,11 @@ def sheet_rows(file: BinaryIO, size: int) -> Iterator[SheetRow]:
         yield from _Sheet(_Texts(parts, texts), _Numbers(parts, styles, from_1904)).rows(parts, sheet)
 
 
-def below_titles(rows: Iterator[SheetRow]) -> tuple[SheetRow | None, Iterator[SheetRow]]:
+def below_titles(path: Path, rows: Iterator[SheetRow]) -> tuple[SheetRow | None, Iterator[SheetRow]]:
     """The row of the column names, None without any rows, and those below it.
 
     It is the first row, unless that and perhaps two more have a single cell each, no field's name, and what follows is
-    a table: a row of several short and different texts, and another row with several cells.
+    a table: a row of several short and different texts, and another row with several cells. Then it is said.
     """
     first = list(itertools.islice(rows, MOST_TITLES + 2))
     titles = 0
@@ -73,7 +73,7 @@ def below_titles(rows: Iterator[SheetRow]) -> tuple[SheetRow | None, Iterator[Sh
             or {*first[0].cells.values()} & {*ROW_FIELDS} or not _names(below[0]):
         titles = 0
     else:
-        _say(f"row {first[0].number} is taken for a title: the column names are in row {below[0].number} "
+        _say(f"{path}: row {first[0].number} is taken for a title: the column names are in row {below[0].number} "
              f"({', '.join(below[0].cells.values())})")
     return (first[titles] if first else None), itertools.chain(first[titles + 1:], rows)
 
@@ -81,7 +81,7 @@ def below_titles(rows: Iterator[SheetRow]) -> tuple[SheetRow | None, Iterator[Sh
 def row_of_names(path: Path) -> int:
     """The sheet's row in which the column names of a workbook stand that has been read before."""
     with path.open("rb") as file:
-        names, _ = below_titles(sheet_rows(file, path.stat().st_size))
+        names, _ = below_titles(path, sheet_rows(file, path.stat().st_size))
     return names.number if names else 1
 
 

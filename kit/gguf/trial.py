@@ -100,8 +100,9 @@ def attempt(template: str) -> None:
         except Exception:
             return
         for messages, prompt, options in product(TALKS, (False, True), OPTIONS):
+            own = [{**message} for message in messages]  # a filter may write into the list
             try:
-                text = compiled.render(messages=messages, add_generation_prompt=prompt, bos_token="<s>",
+                text = compiled.render(messages=own, add_generation_prompt=prompt, bos_token="<s>",
                                        eos_token="</s>", tools=None, documents=None, raise_exception=_refuse,
                                        strftime_now=lambda form: datetime.now().strftime(form), **options)
             except MemoryError:

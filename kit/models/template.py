@@ -72,6 +72,7 @@ def rendered(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     taken, tools = for_template(messages)
     try:
         with in_time():
+            # Copies, because a filter may write into them: `messages | indent` adds a line end to the list.
             text = str(tokenizer.apply_chat_template(taken, tools=tools, tokenize=False, **options))
         check_length(text, messages)
     except (KitError, TemplateError):

@@ -43,7 +43,8 @@ _source = partial(_field, affects="weights source", min_length=1)
 class Fields(BaseModel):
     """The fields, each checked by itself; what they must not be together stands in kit.recipe.recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True,
+                              allow_inf_nan=False)
 
     # Run
     run_name: str = _run("run", "Name of the run's folder below output_dir.", pattern=r"^[\w+-][\w.+-]*$",
@@ -106,7 +107,8 @@ class Fields(BaseModel):
         "on one side.", "share or rows", ge=0)
     eval_overlap: Literal["error", "drop", "keep"] = _rows(
         "error", "Held-out rows whose prompt is also trained on: refuse, leave them out of the held-out rows, or keep.")
-    max_train_samples: int | None = _rows(None, "Train on the first rows only.", "rows", ge=1)
+    max_train_samples: int | None = _rows(
+        None, "Train on the first rows only; the data check looks at no others.", "rows", ge=1)
     max_eval_samples: int = _rows(100, "Held-out rows, answered before and after training.", "rows", ge=0)
     answer_seconds: float | None = _run(
         300, "Time for the held-out answers of each stage (before, after, llama.cpp). If all would take longer, only "

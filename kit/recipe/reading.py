@@ -15,6 +15,7 @@ from kit.recipe.cells import deleted
 from kit.recipe.fields import Fields
 
 MAX_ERRORS = 20
+LONGEST = 200  # characters of a value in an error
 DEEPEST = 20  # lists and mappings in one another
 # A parameter of such a name holds a secret, and everything a notebook is given is published with it.
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|private)_?key)$", re.I)
@@ -23,8 +24,8 @@ ALL_FIELDS = "every field with its bounds: docs/recipe.md"
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML's plain part: a file that nests without end, refers to itself, or grows by aliases is refused, and so is a
-    key that is there twice, of which the last would count."""
+    """YAML's plain part: a file that nests without end, refers to itself, or grows by aliases is refused, and so are
+    tags and a key that is there twice, of which the last would count."""
 
     depth = 0
 
@@ -33,6 +34,9 @@ class PlainLoader(yaml.SafeLoader):
             event = self.get_event()
             raise yaml.MarkedYAMLError(problem="a recipe has no aliases (*name): write the value out",
                                        problem_mark=event.start_mark)
+        if getattr(event := self.peek_event(), "tag", None) not in (None, "!"):
+            raise yaml.MarkedYAMLError(problem=f"a recipe has no tags ({event.tag}): write the value in quotes, if it "
+                                       "is a text", problem_mark=event.start_mark)
         self.depth += 1
         if self.depth > DEEPEST:
             raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} lists or mappings in one another",
@@ -169,9 +173,13 @@ def _explain(problem: Any, places: dict[str, str]) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else ""
     place = places.get(name, "")
     if problem["type"] == "extra_forbidden":
-        return f"{place}{name!r} is no recipe field{nearest(name, Fields.model_fields)}"
-    text = problem["msg"].removeprefix("Value error, ")
+        return f"{place}{_short(repr(name))} is no recipe field{nearest(name[:LONGEST], Fields.model_fields)}"
+    text = _short(problem["msg"].removeprefix("Value error, "))
     if not name:
         return text
     description = Fields.model_fields[name].description
-    return f"{place}{name}: {problem['input']!r}: {text[:1].lower()}{text[1:]} ({description})"
+    return f"{place}{name}: {_short(repr(problem['input']))}: {text[:1].lower()}{text[1:]} ({description})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"

@@ -4,7 +4,6 @@ A YAML file states what differs from the defaults; the same file drives the note
 papermill and the command line. `Recipe.load(path, learning_rate="1e-4")` reads and checks it.
 """
 
-import math
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -31,8 +30,6 @@ class Recipe(Fields):
             meant = [word for word in (("yes", "on") if value else ("no", "off")) if word in kinds]
             if meant or int in kinds or float in kinds:
                 return meant[0] if meant else _refuse(f"{str(value).lower()} is no number")
-        if isinstance(value, float) and not math.isfinite(value):
-            _refuse("must be finite")
         return value
 
     @field_validator("dataset", mode="before")

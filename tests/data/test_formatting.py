@@ -531,3 +531,19 @@ def test_thinking_before_an_answer_is_not_scored() -> None:
     assert score(["<think>\n\n</think>\n\n42", "<think>\nhm\n</think>\n41"], ["42", "42"], "exact") == {"exact": 0.5}
     assert score(['<think>\n\n</think>\n\n{"a": 1}'], ['{"a": 1}'], "json") == {"exact": 1.0, "a": 1.0}
     assert score(["42 <think>no</think>"], ["42"], "exact") == {"exact": 0.0}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"test_size": 0.25}, {"test_size": 3}, {"weights": 1.5}, {"weights": 0.5},
+                                    {"weights": 2, "test_size": 0.25, "max_eval_samples": 3}], ids=str)
+def test_max_train_samples_keeps_the_first_of_the_rows_there_are_without_it(tmp_path: Path, lazy: bool,
+                                                                            fields: dict[str, Any]) -> None:
+    files = [write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i % 17}", "completion": str(i)}
+                                                for i in range(30)]) for name in "ab"]
+    fields = {**fields}
+    weight = fields.pop("weights", 1)
+    recipe = Recipe.load({}, dataset=dict.fromkeys(files, weight), lazy_preprocess=lazy, **fields)
+    train, held_out = (list(part) for part in read_splits(recipe))
+    for most in (1, 20, 29, 30, 31, 45, 500):
+        limited = recipe.model_copy(update={"max_train_samples": most})
+        assert [list(part) for part in read_splits(limited)] == [train[:most], held_out]

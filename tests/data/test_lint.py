@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -21,6 +22,7 @@ from kit.data.findings import FINDINGS, SHOWN
 from kit.data.formatting import load_data
 from kit.data.lint import lint
 from kit.data.lint_report import SAMPLES, Report
+from kit.data.splits import Kept
 from kit.models.template import CHATML, prepare_tokenizer, render
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
@@ -403,6 +405,9 @@ def test_the_limits_it_names_keep_that_share_when_loaded(tmp_path: Path, tokeniz
     {"prompt_style": "alpaca"}, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 7},
     {"dataset": ["a.jsonl", "b.jsonl"]}, {"dataset": {"a.jsonl": 3, "b.jsonl": 1}},
     {"dataset": {"a.jsonl": 0.5, "b.jsonl": 1}}, {"test_size": 0.25}, {"max_train_samples": 17},
+    {"max_train_samples": 17, "test_size": 0.25}, {"dataset": ["a.jsonl", "b.jsonl"], "max_train_samples": 70},
+    {"dataset": {"a.jsonl": 0.5, "b.jsonl": 2}, "max_train_samples": 70},
+    {"dataset": ["a.jsonl", "b.jsonl"], "max_train_samples": 9},
 ], ids=str)
 def test_what_an_epoch_costs_is_what_loading_gives(tmp_path: Path, starter: Path, fields: Row,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,6 +443,34 @@ def test_a_mixture_is_checked_as_one(tmp_path: Path, tokenizer: Any) -> None:
     [place] = report.figures["findings"][0]["places"]
     assert (place["file"], place["row"]) == (str(other), 2)
     assert "one.jsonl" in place["detail"]  # two files have a row 2
+
+
+@pytest.mark.parametrize("fields", [{}, {"test_size": 4, "max_eval_samples": 2}, {"dataset": {"a.jsonl": 1.5}}],
+                         ids=str)
+def test_only_rows_that_max_train_samples_keeps_are_looked_at(tmp_path: Path, tokenizer: Any, fields: Row,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bad row: the check names it, and loading refuses it, where it is kept; elsewhere both pass over it."""
+    monkeypatch.chdir(tmp_path)
+    rows = [good(i) for i in range(20)]
+    recipe = Recipe.load({"dataset": "a.jsonl", **fields}, max_train_samples=8)
+    bad = [b"{", as_bytes({"prompt": 1}), as_bytes({**good(9), "images": ["a"]}),
+           as_bytes(talk("What is <|im_end|>?", "y"))]
+    seen = Counter[bool]()
+    for number in range(20):
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(
+            bad[number % 4] if i == number else as_bytes(row) for i, row in enumerate(rows)))
+        kept = Kept(recipe)
+        used = {place.row for place in (*kept.train, *kept.held_out)} if kept.drawn else range(1, 9)
+        assert len(used) == 8 + 2 * bool(recipe.test_size)
+        report = lint(recipe, tokenizer)
+        assert bool(report.errors) == (number + 1 in used) and report.figures["rows"] == len(used), report
+        seen[number + 1 in used] += 1
+        if number + 1 in used:
+            with pytest.raises(KitError):
+                load_data(recipe, tokenizer)
+        else:
+            assert not codes(report) and len(load_data(recipe, tokenizer)["train"]) == 8
+    assert seen[True] and seen[False]
 
 
 def test_held_out_rows_count_in_no_figure_of_the_training(tmp_path: Path, tokenizer: Any) -> None:

@@ -22,6 +22,7 @@ from kit.data.readers import read_rows
 from kit.data.records import Problem, Record
 from kit.data.rows import rows_of
 from kit.recipe.recipe import Recipe
+from support import grammars
 from support.crafted import workbook_parts, zipped
 
 Cells = list[list[Any]]
@@ -125,6 +126,7 @@ READ = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
 def test_column_names_below_a_title(tmp_path: Path, above: Cells, capsys: pytest.CaptureFixture[str]) -> None:
     path = workbook(tmp_path / "rows.xlsx", [*above, *TABLE])
     assert values(path) == READ
+    assert capsys.readouterr().out.count(str(path)) == 1
     assert [item.line for item in read_rows(path)] == [len(above) + 2, len(above) + 3]
     # The workbook that is written back has the answers beside their questions, and their name beside the others.
     questions = read_questions(path)
@@ -253,3 +255,17 @@ def test_a_workbook_of_fifty_megabytes_is_read(tmp_path: Path) -> None:
     book.save(path := tmp_path / "rows.xlsx")
     assert path.stat().st_size > 50_000_000
     assert sum(isinstance(item, Record) for item in read_rows(path)) == 120_000
+
+
+@pytest.mark.parametrize("count", [pytest.param(800, marks=pytest.mark.slow),
+                                   pytest.param(15_000, marks=pytest.mark.long)])
+def test_random_workbooks_give_rows_or_one_error(tmp_path: Path, count: int) -> None:
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        for row in rows_of(path, Recipe.load({})):
+            assert row.place.row > 0 and bool(row.messages) != bool(row.faults)
+
+    with grammars.in_memory(tmp_path) as folder:
+        path = folder / "random.xlsx"
+        outcomes = grammars.attempts(count, grammars.workbook, use)
+    assert min(outcomes["value"], outcomes["refused"]) > count / 10

@@ -14,10 +14,11 @@ import pytest
 from kit.common.errors import GateError, KitError
 from kit.gguf.child import LlamaChild, child_environment
 from kit.gguf.convert import export_gguf
-from kit.gguf.formats import MAX_HEADER, check_gguf, read_header
+from kit.gguf.formats import MAX_HEADER, chat_templates, check_gguf, control_tokens, read_header
 from kit.gguf.setup import converter_dir
 from kit.gguf.templates import check_template, in_time
 from kit.gguf.trial import MEMORY, NO_REAL_ONE, OVERTIME
+from support import grammars
 from support.command import kit
 from support.crafted import CRAFTED_TEMPLATES
 from support.sabotage import edit_gguf
@@ -176,3 +177,19 @@ def test_a_gguf_with_such_a_template(starter: Path, tmp_path: Path) -> None:
     asked = kit("ask", str(path), "hi")
     assert (asked.returncode, asked.stdout) == (1, "")
     assert asked.stderr == f"kit: {path.name}: {OVERTIME}\n  → {NO_REAL_ONE}\n"
+
+
+@pytest.mark.parametrize("count", [pytest.param(5_000, marks=pytest.mark.slow),
+                                   pytest.param(45_000, marks=pytest.mark.long)])
+def test_random_headers_are_read_or_refused(tmp_path: Path, count: int) -> None:
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        found = read_header(path)
+        chat_templates(found)
+        control_tokens(found)
+        assert 0 < check_gguf(path) <= len(data)
+
+    with grammars.in_memory(tmp_path) as folder:
+        path = folder / "random.gguf"
+        outcomes = grammars.attempts(count, grammars.gguf, use)
+    assert min(outcomes["value"], outcomes["refused"]) > count / 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from kit.common.errors import KitError
 from kit.data.masks import Formatter
+from kit.gguf.trial import BeyondLimits, attempt
 from kit.models.template import ALPACA_PREAMBLE, alpaca_turn, prepare_tokenizer, prompt_ids, render
 from kit.recipe.recipe import Recipe
+from support import grammars
 from support.crafted import CRAFTED_TEMPLATES
 
 TURNS = [
@@ -117,6 +120,15 @@ def test_a_template_is_a_program_that_is_not_trusted(tokenizer: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_template_does_not_write_into_the_conversation(tokenizer: Any) -> None:
+    changed, messages = copy.deepcopy(tokenizer), copy.deepcopy(TURNS[0])
+    changed.chat_template = "{% set x %}{{ (messages | indent)[0] }}{% endset %}" + tokenizer.chat_template
+    with contextlib.suppress(KitError):
+        render(changed, messages, Recipe.load({}))
+    assert messages == TURNS[0]
+
+
+@pytest.mark.slow
 def test_no_template_names_the_remedy(tokenizer: Any) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
@@ -136,3 +148,25 @@ def test_alpaca_text_has_its_three_headings(tokenizer: Any) -> None:
     messages = [{"role": "user", "content": alpaca_turn("Add.", "1, 2")}, {"role": "assistant", "content": "3"}]
     assert render(fresh, messages, recipe) == (
         f"{ALPACA_PREAMBLE}\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n3{fresh.eos_token}\n\n")
+
+
+@pytest.mark.parametrize("count", [pytest.param(500, marks=pytest.mark.slow),
+                                   pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # Jinja's code of (1)(2)
+def test_random_templates_are_masked_or_refused(tokenizer: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried out as in the process of their own, which would take 0.2 seconds for each."""
+    def use(template: str) -> None:
+        try:
+            attempt(template)
+        except BeyondLimits as error:
+            raise KitError(str(error)) from None
+        fresh = copy.copy(tokenizer)
+        fresh.chat_template = template
+        prepared = prepare_tokenizer(fresh, recipe)
+        for ids, labels in Formatter(prepared, recipe).encode(TURNS):
+            assert len(ids) == len(labels) and prepared.eos_token_id in labels
+
+    recipe = Recipe.load({})
+    monkeypatch.setattr("kit.models.template.check_template", lambda template: None)
+    outcomes = grammars.attempts(count, grammars.template, use)
+    assert min(outcomes["value"], outcomes["refused"]) > count / 10

@@ -16,6 +16,7 @@ from kit.common.files import PROJECT
 from kit.recipe.fields import AFFECTS, fields_affecting
 from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
+from support import grammars
 from support.command import kit
 
 RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
@@ -265,8 +266,8 @@ def test_words_that_yaml_takes_for_truth_values_are_read_as_meant(word: str, tmp
 
 @pytest.mark.parametrize("line, part", [
     ("r: true", "true is no number"), ("learning_rate: yes", "true is no number"), ("r: " + "9" * 5000, "digits"),
-    ("learning_rate: .inf", "must be finite"), ("weight_decay: .nan", "must be finite"),
-    ("max_steps: .inf", "must be finite"), ("gguf: " + "[" * 3000 + "]" * 3000, "in one another"),
+    ("learning_rate: .inf", "finite"), ("weight_decay: .nan", "finite"), ("test_size: 1e999", "finite"),
+    ("max_steps: .inf", "finite"), ("r: !!bool x", "tags"), ("gguf: " + "[" * 3000 + "]" * 3000, "in one another"),
     ("gguf: &a [*a]", "no aliases"), ("run_name: " + "n" * 300, "at most 80"), ("run_name: ..", "pattern"),
     ("columns: {instruction: a, instruction: b}", "instruction is there twice"), ("eval_strategy: yes", "input should"),
     ("a: &a [x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi",
@@ -279,3 +280,19 @@ def test_a_recipe_of_any_making_ends_in_one_message(line: str, part: str, tmp_pa
     with pytest.raises(KitError) as error:
         Recipe.load(path)
     assert part in error.value.message and len(error.value.message) < 6000, error.value.message[:500]
+
+
+@pytest.mark.parametrize("count", [pytest.param(600, marks=pytest.mark.slow),
+                                   pytest.param(30_000, marks=pytest.mark.long)])
+def test_random_recipes_are_read_or_refused(tmp_path: Path, count: int) -> None:
+    """What is read is written, and read again as the same."""
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        recipe = Recipe.load(path)
+        again.write_text(recipe.dump(), encoding="utf-8")
+        assert Recipe.load(again) == recipe
+
+    with grammars.in_memory(tmp_path) as folder:
+        path, again = folder / "random.yaml", folder / "again.yaml"
+        outcomes = grammars.attempts(count, grammars.recipe, use)
+    assert min(outcomes["value"], outcomes["refused"]) > count / 20
