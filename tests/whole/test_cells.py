@@ -91,7 +91,7 @@ import kit
 from kit.common import progress, show
 import tqdm.auto
 progress.LINE_SECONDS = 0.1
-for bar in (show.bar(100, "ours", "row"), tqdm.auto.tqdm(total=100, desc="theirs")):
+for bar in (show.bar(100, "ours", "row"), tqdm.auto.tqdm(total=100, desc="theirs", disable=None)):
     with bar:
         for _ in range(100):
             time.sleep(0.005)
