@@ -1,11 +1,11 @@
 """`make lab`: what JupyterLab writes of the project's notebooks stays what git holds, and what they showed is kept."""
 
 import copy
-import json
+import time
 from pathlib import Path
 from typing import Any
 
-from kit.common.files import PROJECT, write_text
+from kit.common.files import PROJECT, write_json
 
 NOTEBOOKS = PROJECT / "notebooks"
 SHOWN = PROJECT / "runs" / "notebooks"  # outputs: git ignores runs/
@@ -16,7 +16,7 @@ KEPT = ("tags", "cellView")  # of a cell's metadata, as jupytext is told in the 
 def before_saving(model: dict[str, Any], path: str, contents_manager: Any, **_: Any) -> None:
     """Jupyter's pre_save_hook. A notebook with a .py beside it is saved without what a machine adds.
 
-    With its outputs it is written to runs/notebooks/.
+    With its outputs it is written to runs/notebooks/, a file a day.
     """
     file = Path(contents_manager.root_dir).expanduser().resolve() / path.strip("/")
     if model["type"] != "notebook" or not file.is_relative_to(NOTEBOOKS) or not file.with_suffix(".py").is_file():
@@ -24,7 +24,7 @@ def before_saving(model: dict[str, Any], path: str, contents_manager: Any, **_: 
     notebook = model["content"]
     if any(cell.get("outputs") for cell in notebook["cells"]):
         SHOWN.mkdir(parents=True, exist_ok=True)
-        write_text(SHOWN / file.name, json.dumps(notebook, ensure_ascii=False, indent=1) + "\n")
+        write_json(SHOWN / f"{file.stem}.{time.strftime('%Y-%m-%d')}.ipynb", notebook)
     # Shift+Enter on the last cell adds an empty one; jupytext writes the .py from this same list.
     while notebook["cells"] and not notebook["cells"][-1]["source"].strip():
         notebook["cells"].pop()

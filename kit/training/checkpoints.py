@@ -17,13 +17,15 @@ import pyarrow.compute as pc
 
 from kit.common.errors import KitError
 from kit.common.files import read_json, sha256, unwritable, write_json
+from kit.data.sources import data_files
 from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
-from kit.recipe.settings import resolved
+from kit.recipe.settings import resolved, sharding
 from kit.runs.own import MANIFEST
 from kit.runs.run import Run
 
 TRAINED = fields_affecting("weights")  # a checkpoint is resumed under the same values only
+ROWS = ("training rows", "held-out rows")
 LOG = "log.jsonl"  # the run's log as it was at this step
 DISK_HINT = "free room or set checkpoint_dir to another disk; the same command resumes from the checkpoint before"
 
@@ -36,15 +38,21 @@ class Checkpoint(NamedTuple):
     seconds: float
 
 
-def identity(recipe: Recipe, tokenizer: Any, rows: Any, held_out: Any, sharding: dict[str, Any]) -> dict[str, Any]:
+def identity(recipe: Recipe, tokenizer: Any, rows: Any, held_out: Any) -> dict[str, Any]:
     """What a training is made of, as a flat dict of plain values: two with the same identity take the same steps."""
     base = read_json(Run.of(recipe).folder / "manifest.json").get("base_sha256")
     # Of the others, data is compared by its rows and the processes by `sharding`.
     fields = recipe.model_dump(mode="json", include=set(TRAINED))
-    return {"training rows": rows_sha256(rows), "held-out rows": rows_sha256(held_out) if held_out else None,
+    hashes = (rows_sha256(rows), rows_sha256(held_out) if held_out else None)
+    return {**dict(zip(ROWS, hashes, strict=True)),
             "chat template": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
             "base model": hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest() if base else None,
-            "number format": resolved(recipe).dtype, **sharding, **fields}
+            "number format": resolved(recipe).dtype, **sharding(recipe), **fields}
+
+
+def source(recipe: Recipe, data: list[str]) -> dict[str, Any]:
+    """What the training rows come from, known without reading them: hashes of the data files, and what picks rows."""
+    return {"data": sorted(data), **recipe.model_dump(mode="json", include=set(fields_affecting("rows")))}
 
 
 def rows_sha256(rows: Any) -> str:
@@ -62,10 +70,12 @@ def rows_sha256(rows: Any) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: Path, identity: dict[str, Any], seconds: float, log: Path) -> None:
+def seal(folder: Path, identity: dict[str, Any], seconds: float, log: Path,
+         source: dict[str, Any] | None = None) -> None:
     """Add the run's log and, when every byte is on the disk, the manifest that makes the checkpoint count.
 
-    Raises KitError when the disk refuses; the checkpoints before this one are whole.
+    `source` is that of `source()`, for `check_resumable`. Raises KitError when the disk refuses; the checkpoints before
+    this one are whole.
     """
     with unwritable(folder, DISK_HINT):
         if log.is_file():
@@ -75,7 +85,7 @@ def seal(folder: Path, identity: dict[str, Any], seconds: float, log: Path) -> N
             _to_disk(path)
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         write_json(folder / MANIFEST, {"step": _step(folder), "seconds": round(seconds, 2), "identity": identity,
-                                       "files": files})
+                                       "source": source, "files": files})
         for path in (folder / MANIFEST, folder, folder.parent):
             _to_disk(path)
 
@@ -96,13 +106,47 @@ def newest(folder: Path, wanted: dict[str, Any]) -> Checkpoint | None:
             os.replace(path, aside)
             continue
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if changed := _changes(manifest["identity"], wanted):
-            raise KitError(f"training can't resume from {path}, what it was made from has changed: "
-                           f"{'; '.join(changed)}",
-                           "set it back, give another run_name, or start again with --overwrite "
-                           "(resume_from_checkpoint: false)")
+        _refuse_changes(path, manifest["identity"], wanted)
         return Checkpoint(path, manifest["step"], manifest["seconds"])
     return None
+
+
+def check_resumable(recipe: Recipe) -> None:
+    """Raise KitError, before anything long, where the newest checkpoint was made with other settings or other rows.
+
+    Settings are compared, and what the rows come from; only where that changed are the rows made and compared. Base
+    model and number format, which take loading, are left to `newest`, as is whether the checkpoint is whole.
+    """
+    folder = Run.of(recipe).checkpoints
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        manifest = read_json(path / MANIFEST)
+        had = manifest.get("identity")
+        if not isinstance(had, dict):
+            continue
+        wanted = {**sharding(recipe), **recipe.model_dump(mode="json", include=set(TRAINED))}
+        _refuse_changes(path, {name: had[name] for name in had if name in wanted}, wanted)
+        if manifest.get("source") != source(recipe, [sha256(file) for file in data_files(recipe)]):
+            _refuse_changes(path, {name: had.get(name) for name in ROWS}, _rows_of(recipe))
+        return
+
+
+def _rows_of(recipe: Recipe) -> dict[str, Any]:
+    """The part of `identity` that tells of the rows, made as the training will make them."""
+    import kit.common.unsloth  # before transformers, which the next two import
+
+    from kit.data.formatting import load_data
+    from kit.models.template import load_tokenizer
+
+    data = load_data(recipe, load_tokenizer(recipe))
+    held_out = data["test"] if recipe.eval_strategy != "no" and len(data["test"]) else None
+    return dict(zip(ROWS, (rows_sha256(data["train"]), held_out and rows_sha256(held_out)), strict=True))
+
+
+def _refuse_changes(path: Path, had: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if changed := _changes(had, wanted):
+        raise KitError(f"training can't resume from {path}, what it was made from has changed: {'; '.join(changed)}",
+                       "set it back, give another run_name, or start again with --overwrite "
+                       "(resume_from_checkpoint: false)")
 
 
 def problem(folder: Path) -> str:

@@ -13,7 +13,7 @@ import kit.common.unsloth
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from kit.common.files import write_json
+from kit.common.files import read_json, write_json
 from kit.common.processes import StopWish, any_of, is_main, rank, wait
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
@@ -87,7 +87,9 @@ class SaveCallback(TrainerCallback):
         wait()
         if is_main():
             seconds = (self.resumed.seconds if self.resumed else 0.0) + time.perf_counter() - self.began
-            checkpoints.seal(folder, self.identity, seconds, self.run.log)
+            data = read_json(self.run.folder / "manifest.json").get("data_sha256") or {}
+            checkpoints.seal(folder, self.identity, seconds, self.run.log,
+                             checkpoints.source(self.recipe, list(data.values())))
             best = best_step(state.log_history) if self.recipe.load_best_model_at_end else None
             checkpoints.rotate(self.run.checkpoints, self.recipe.save_total_limit, best)
         wait()

@@ -66,8 +66,7 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     run, gates, pace = Run.of(recipe), Gates("first step"), PaceCallback(recipe, trainer.train_dataset)
-    own_identity = identity(recipe, trainer.processing_class, trainer.train_dataset, trainer.eval_dataset,
-                            sharding(recipe))
+    own_identity = identity(recipe, trainer.processing_class, trainer.train_dataset, trainer.eval_dataset)
     resumed = _checkpoint(run, own_identity) if recipe.resume_from_checkpoint else None
     if trainer.state.global_step and not resumed:  # its weights are no longer those that a training begins with
         raise KitError(f"this trainer has taken {trainer.state.global_step} steps already, and there is no checkpoint "

@@ -108,7 +108,8 @@ def check_scores(gates: Gates, evidence: Evidence, shipped: dict[str, Shipped]) 
     remark = f"{count} rows" if count >= ENOUGH else f"too few to judge: {count}, {ENOUGH} would do"
     cause = "".join(f"; {name} answers fewer rows as expected than the adapter, by chance once in "
                     f"{1 / chances[name]:,.0f} runs" for name in low)
-    gates.check("held-out score", passed, ", ".join(f"{name} {values['exact']:.1%}" for name, values in scores.items()),
+    figure = ", ".join(f"{name} {values['exact']:.1%} of {len(answers[name])}" for name, values in scores.items())
+    gates.check("held-out score", passed, figure,
                 f"{', '.join(JUDGED)}: as the adapter, but for chance", remark + cause,
                 export_again(low[0]) if low else "")
     return scores

@@ -111,8 +111,8 @@ def test_this_environment_is_the_tested_one() -> None:
 def test_make_alone_lists_its_verbs() -> None:
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     verbs = re.findall(r"^  make ([a-z-]+) ", done.stdout, re.MULTILINE)
-    assert verbs == ["help", "setup", "engines", "demo", "test", "test-all", "test-fast", "test-gpu", "check", "pair",
-                     "docs", "data", "clean"]
+    assert verbs == ["help", "setup", "lab", "engines", "demo", "test", "test-all", "test-fast", "test-gpu", "check",
+                     "pair", "docs", "data", "clean"]
 
 
 # --- the converter ---

@@ -179,7 +179,7 @@ def test_a_run_that_went_well_begins_with_what_came_of_it(run: Run) -> None:
     assert places(shown, "verdict", "result", "answers", "uses", "gates", "numbers")
     assert ("details", "open", "") not in shown.attributes and "all 2 gates passed" in shown.below["gates"]
     result = " ".join(shown.below["result"].split())
-    for text in ("90.0%", "10.0%", "of 60 rows", "79.9% to 95.3%", "4.7% to 20.1%"):
+    for text in ("90.0%", "10.0%", "of 60 held-out rows", "79.9% to 95.3%", "4.7% to 20.1%"):
         assert text in result, text
     assert shown.rows["answers"] == [["prompt", "before", "after", "reference"], ["Hi 你好?", "no", "yes", "yes"],
                                      ["Bye?", "no", "no", "yes"]]
@@ -407,7 +407,7 @@ def test_a_browser_shows_it_without_complaint_and_without_sideways_scrolling(run
 def test_a_real_run_has_a_whole_page(finished_run: Path) -> None:
     shown = Page(write_report(Run.open(finished_run)))
     assert shown.verdict.startswith("VERIFIED: what is shipped is what was trained")
-    assert len(shown.rows["answers"]) == 6 and "of 8 rows" in shown.below["result"]
+    assert len(shown.rows["answers"]) == 6 and "of 8 held-out rows" in shown.below["result"]
     assert {"numbers", "scores", "uses", "pictures", "stages", "recipe", "files", "manifest"} <= set(shown.below)
     assert shown.tags.count("img") == 3
     assert "notebook.ipynb" in shown.values("a", "href")

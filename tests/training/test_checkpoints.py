@@ -12,8 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kit.common.errors import KitError
+from kit.recipe.recipe import Recipe
 from kit.training import checkpoints
-from kit.training.checkpoints import MANIFEST, newest, problem, restore_log, rotate, rows_sha256, seal
+from kit.training.checkpoints import (
+    MANIFEST,
+    identity,
+    newest,
+    problem,
+    restore_log,
+    rotate,
+    rows_sha256,
+    seal,
+    source,
+)
 from kit.training.evaluate import since_best
 from kit.training.saving import best_step
 
@@ -173,3 +184,52 @@ def test_the_best_step_is_the_first_of_the_lowest() -> None:
     history = [{"step": 2, "eval_loss": 1.5}, {"step": 2, "loss": 0.1}, {"step": 4, "eval_loss": 1.0},
                {"step": 6, "eval_loss": 1.0}]
     assert best_step(history) == 4 and best_step([]) is None
+
+
+def rows_in(path: Path, *answers: str) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": text}) + "\n" for n, text in
+                            enumerate(answers)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+def test_what_makes_a_checkpoint_unusable_is_told_before_the_run_begins(tmp_path: Path) -> None:
+    """A run that was stopped: the settings, the data file and what picks its rows are compared at once."""
+    from kit.data.formatting import load_data
+    from kit.models.template import load_tokenizer
+    from kit.readiness.doctor import preflight
+
+    data = rows_in(tmp_path / "a.jsonl", "yes", "no", "maybe")
+    given = {"run_name": "r", "output_dir": str(tmp_path), "dataset": str(data), "gguf": [], "save_merged": "none"}
+
+    def recipe(**more: Any) -> Recipe:
+        return Recipe.load({}, **{**given, **more})
+
+    first = recipe()
+    preflight(first)
+    tokenizer = load_tokenizer(first)
+    made = tmp_path / "r" / "checkpoints" / "checkpoint-2"
+    made.mkdir(parents=True)
+    (tmp_path / "r" / "result.json").write_text('{"status": "stopped", "stage": "train"}')
+    seal(made, identity(first, tokenizer, load_data(first, tokenizer)["train"], None), 1.0, tmp_path / "log",
+         source(first, [checkpoints.sha256(data)]))
+
+    def refused(chosen: Recipe) -> str:
+        try:
+            preflight(chosen)
+        except KitError as error:
+            assert "--overwrite" in error.hint
+            return error.message.rpartition("has changed: ")[2]
+        return ""
+
+    assert refused(recipe()) == "" and refused(recipe(max_new_tokens=7)) == ""
+    assert refused(recipe(learning_rate=0.5)) == "learning_rate: 0.0002 → 0.5"
+    assert refused(recipe(learning_rate=0.5, resume_from_checkpoint=False)) == ""
+    moved = shutil.copyfile(data, tmp_path / "moved.jsonl")
+    assert refused(recipe(dataset=str(moved))) == "", "the same rows, in another place"
+    assert refused(recipe(max_train_samples=3)) == "", "all there are"
+    assert refused(recipe(max_train_samples=2)) == "the training rows changed"
+    rows_in(data, "yes", "no", "never")
+    assert refused(recipe()) == "the training rows changed"
+    (tmp_path / "r" / "result.json").write_text('{"status": "finished", "stage": "done"}')
+    assert refused(recipe(overwrite=True)) == "", "a finished run is replaced as a whole"

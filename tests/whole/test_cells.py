@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jupytext
 import pytest
 from jupyter_client.manager import start_new_kernel
 
@@ -85,13 +86,23 @@ def test_a_users_mistake_is_told_in_two_lines(run_cell: Callable[..., str]) -> N
     assert "ZeroDivisionError" in run_cell("1 / 0") and "Traceback" in run_cell("1 / 0"), "others keep theirs"
 
 
+def test_the_first_cell_stops_in_two_lines_where_it_may_not_install(run_cell: Callable[..., str]) -> None:
+    first = next(cell.source for cell in jupytext.read(PROJECT / "notebooks" / "01_finetune.py").cells
+                 if cell.cell_type == "code")
+    run_cell("import importlib.util\nfrom kit.common import packages\nreal = importlib.util.find_spec\n"
+             "importlib.util.find_spec = lambda name, *rest: None if name == 'unsloth' else real(name, *rest)\n"
+             "packages.environment, packages.has_gpu = (lambda: 'local'), (lambda: False)")
+    lines = run_cell(first).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("KitError: unsloth: not installed") and "make lab" in lines[1], lines
+
+
 PROGRESS = """
 import time
 import kit
 from kit.common import progress, show
 import tqdm.auto
 progress.LINE_SECONDS = 0.1
-for bar in (show.bar(100, "ours", "row"), tqdm.auto.tqdm(total=100, desc="theirs")):
+for bar in (show.bar(100, "ours", "row"), tqdm.auto.tqdm(total=100, desc="theirs", disable=None)):
     with bar:
         for _ in range(100):
             time.sleep(0.005)
