@@ -106,8 +106,8 @@ def test_function_calls(tiny: Callable[..., Path], whole_run: Callable[..., Any]
             talk = [{"role": "user", "content": f"包裹{number}在哪里？"}, {"role": "assistant", "tool_calls": [call]},
                     {"role": "tool", "content": '{"place": "北京"}'}, {"role": "assistant", "content": "在北京。"}]
             file.write(json.dumps({"messages": talk[: 2 + 2 * (number % 2)], "tools": [definition]}) + "\n")
-    run, gates = whole_run(tiny("qwen3"), name="calls", dataset=str(tmp_path / "with-tools.jsonl"), gguf=["f16", "q8_0"],
-                           learning_rate=2e-2, enable_thinking=False)
+    run, gates = whole_run(tiny("qwen3"), name="calls", dataset=str(tmp_path / "with-tools.jsonl"),
+                           gguf=["f16", "q8_0"], learning_rate=2e-2, enable_thinking=False)
     # All eight held-out rows have tools; Ollama's template can't show them.
     counts = {name: int(gates[f"template {name}"]["figure"].split()[0]) for name in ("f16", "Modelfile")}
     assert counts["f16"] >= counts["Modelfile"] + 8
