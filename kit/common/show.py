@@ -147,7 +147,7 @@ def side_by_side(prompts: list[Any], references: list[str], limit: int = 3, **an
 
     What looks like a secret is replaced by its kind: a model makes some up, and the notebook is passed on.
     """
-    count = min(len(prompts), *map(len, answers.values()))
+    count = min([len(prompts), *map(len, answers.values())])
     rows = [[prompts[i][-1]["content"], *(redacted(column[i].text) for column in answers.values()), references[i]]
             for i in range(min(limit, count))]
     return Table(["prompt", *answers, "reference"], rows, of=count)

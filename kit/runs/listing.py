@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.common.show import Table, size
-from kit.runs.report import verified
+from kit.runs.report import scored_rows, verified
 from kit.runs.run import Run, file_sizes, read_result
 
 VERDICTS = {True: "VERIFIED", False: "FAILED", None: "not verified"}
@@ -23,7 +23,7 @@ def runs_in(folder: Path) -> list[dict[str, Any]]:
             "name": run.folder.name,
             "status": status if status == "finished" else f"{status} at {result.get('stage', '?')}",
             "verdict": VERDICTS[verified(run)],
-            "score": score, "rows": min((result.get("answered") or {"": 0}).values()),
+            "score": score, "rows": scored_rows(result),
             "bytes": sum(file_sizes(run.folder).values()), "started": str(result.get("started") or "")})
     return sorted(found, key=lambda run: run["started"], reverse=True)
 

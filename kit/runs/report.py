@@ -66,13 +66,14 @@ def _contents(run: Run) -> dict[str, Any]:
     recipe = _read_recipe(run)
     stages = result.get("scores") or {stage: result[f"score_{stage}"] for stage in ("before", "after")
                                       if result.get(f"score_{stage}")}
+    answered = result["answered"] if scored_rows(result) else None
     return {
         "name": run.folder.resolve().name, "result": result, "manifest": manifest, "recipe": recipe,
         "verdict": _verdict(run, result, gates, doubt),
         "gates": sorted(gates.gates, key=lambda gate: gate.passed is not False) if gates else [],
         "failed": bool(gates and gates.failed), "summary": gates.verdict if gates else "",
         "score": _score(result, stages), "answers": _answers(result),
-        "stages": stages, "scores": scores(result.get("answered"), **stages) if any(stages.values()) else None,
+        "stages": stages, "scores": scores(answered, **stages) if any(stages.values()) else None,
         "train": _training(run, result), "forecast": _forecast(result), "figures": _figures(run),
         "files": _files(run, result, manifest), "differences": _differences(recipe),
         "run": run, "adapter": (run.adapter / "adapter_config.json").is_file(),
@@ -130,11 +131,10 @@ def _verdict(run: Run, result: dict[str, Any], gates: Gates | None, doubt: str) 
 
 def _score(result: dict[str, Any], stages: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """Share of held-out answers that are right before and after training, its rows and its 95 % interval."""
-    rows = min((result.get("answered") or {"": 0}).values())
-    found = []
+    rows, found = scored_rows(result), []
     for when, stage in (("before training", "before"), ("after training", "after")):
         share = (stages.get(stage) or {}).get("exact")
-        if isinstance(share, (int, float)):
+        if isinstance(share, (int, float)) and 0 <= share <= 1:
             low, high = interval(share, rows) if rows else (None, None)
             found.append({"when": when, "share": share, "rows": rows, "low": low, "high": high})
     return found
@@ -156,7 +156,14 @@ def _answers(result: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return {}
     return {"heads": list(rows[0]), "rows": [list(row.items()) for row in rows],
-            "of": min((result.get("answered") or {"": 0}).values())}
+            "of": scored_rows(result)}
+
+
+def scored_rows(result: dict[str, Any]) -> int:
+    """Over how many held-out rows a run's scores are; 0 where result.json does not say."""
+    answered = result.get("answered")
+    counts = list(answered.values()) if isinstance(answered, dict) else []
+    return min(counts, default=0) if all(isinstance(count, int) and count >= 0 for count in counts) else 0
 
 
 def _training(run: Run, result: dict[str, Any]) -> dict[str, Any]:

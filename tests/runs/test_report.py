@@ -278,6 +278,14 @@ def test_no_script_no_network_and_the_figures_are_inside(run: Run) -> None:
     assert list(map(base64.b64decode, codes)) == [PIXEL + name for name in (b"loss.png", b"scores.png", b"lengths.png")]
 
 
+@pytest.mark.parametrize("answered", [None, [], {}, {"after": "many"}, {"after": -1}, {"after": 0}, "60"])
+@pytest.mark.parametrize("answers", [None, "x", [1], [[]], {"a": "b"}])
+def test_figures_that_are_none_leave_a_page(run: Run, answered: Any, answers: Any) -> None:
+    change(run, "result.json", answered=answered, answers=answers, scores={"before": {"exact": 7}, "after": {}})
+    shown = page(run)
+    assert "interval" not in shown.text and "answers" not in shown.below
+
+
 def test_hostile_text_stays_text(run: Run) -> None:
     verified(run, gate("parity", False, detail="a", hint="b"))
     change(run, "result.json", answers=[{"prompt": "a", "after": "b"}])
