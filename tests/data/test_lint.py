@@ -165,6 +165,7 @@ CASES = {
     "mixed_shapes": Case(jsonl(lambda i: {"instruction": "Where?", "output": "Here."}, at=(4,)), places=((4, 5),)),
     "untrained_column": Case(jsonl(lambda i: {**good(i), "images": ["street.png"]})),
     "preferences": Case(jsonl(lambda i: {"chosen": good(i)["messages"], "rejected": good(i + 9)["messages"]})),
+    "tools_not_shown": Case(jsonl(lambda i: {**good(i), "tools": [{"name": "clock"}]})),
     "wrong_role": Case(jsonl(lambda i: roles(i, "user", "robot"))),
     "first_turn": Case(jsonl(lambda i: roles(i, "assistant", "user", "assistant"))),
     "role_order": Case(jsonl(lambda i: roles(i, "user", "user", "assistant"))),
