@@ -45,7 +45,9 @@ class Lines(tqdm):  # type: ignore[misc]
     def _say(self) -> None:
         self.said, self.said_at = self.n, time.monotonic()
         # Where standard output is a program's input, as of `kit ask RUN PROMPT > FILE`, progress is no part of it.
-        print(str(self).strip(), file=sys.stdout if in_kernel() else sys.stderr, flush=True)
+        stream = sys.stdout if in_kernel() else sys.stderr
+        stream.write(f"{str(self).strip()}\n")  # at once: an interrupt between the two leaves half a line
+        stream.flush()
 
 
 def kind() -> type[tqdm]:
