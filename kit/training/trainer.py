@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from kit.common.errors import KitError
 from kit.common.files import cache_dir, unwritable
 from kit.common.processes import is_main
 from kit.common.progress import say
@@ -142,7 +143,11 @@ def load_deepspeed_operator() -> None:
 
     PyTorch guards its build folder by a file that a killed process leaves behind, and waits for that file's end for
     ever. The system ends a FileLock with its process: who holds it knows that a file left there is nobody's.
+    Raises KitError where PyTorch lies in a path with a space, which its linker flags don't quote.
     """
+    if any(map(str.isspace, place := str(Path(torch.__file__).parent))):
+        raise KitError(f"deepspeed: its operator for CPUs can't be compiled against {place}, a path with a space",
+                       "make the environment in a folder without one, or use fsdp: true")
     from deepspeed.accelerator import get_accelerator
 
     folder = cache_dir() / "torch_extensions"

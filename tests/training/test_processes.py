@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from kit.common.errors import KitError
 from kit.common.files import cache_dir
 from kit.runs.run import read_result
 from kit.training.checkpoints import problem
@@ -147,3 +148,13 @@ def test_one_process_is_told_what_needs_several(tmp_path: Path) -> None:
         assert done.returncode == 2 and "torchrun --nproc_per_node 2 -m kit train" in done.stderr, done.stderr
     done = kit("run", "recipes/quickstart.yaml", f"output_dir={tmp_path}", WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2 and "torchrun" in done.stderr
+
+
+def test_a_path_that_the_linker_would_split_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from kit.training.trainer import load_deepspeed_operator
+
+    monkeypatch.setattr(torch, "__file__", "/my work/torch/__init__.py")
+    with pytest.raises(KitError, match="/my work/torch"):
+        load_deepspeed_operator()
