@@ -97,7 +97,10 @@ def test_the_first_cell_stops_in_two_lines_where_it_may_not_install(run_cell: Ca
 
 
 PROGRESS = """
+import importlib.util
 import time
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "ipywidgets" else real(name, *rest)
 import kit
 from kit.common import progress, show
 import tqdm.auto
