@@ -45,7 +45,7 @@ $(STAMP):
 lab: setup  ## JupyterLab with this environment as its kernel (its own options: LAB="--no-browser")
 	@$(BIN)/python -c 'import importlib.util as i, sys; sys.exit(not (i.find_spec("jupyterlab") and i.find_spec("ipywidgets")))' \
 		|| { echo "lab: packages of requirements-lab.txt (0.2 GB on disk)"; \
-		     $(PIP) install -q $(CONSTRAINTS) -r requirements-lab.txt; }
+		     $(PIP) install -q --no-warn-conflicts $(CONSTRAINTS) -r requirements-lab.txt; }
 	@$(BIN)/jupyter-lab --ContentsManager.pre_save_hook=kit.lab.before_saving \
 		--LabApp.default_url=/lab/tree/notebooks/01_finetune.ipynb $(LAB)
 
