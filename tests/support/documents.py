@@ -82,7 +82,9 @@ def check_command(words: list[str]) -> None:
     """That a command exists, with these options, fields and files."""
     match words:
         case ["make", *verbs]:
-            assert verbs and all(re.search(rf"^{verb}:", MAKEFILE, re.MULTILINE) for verb in verbs), words
+            names = [re.sub(r"^(\w+)=.*", r"$(\1)", verb) for verb in verbs]  # VARIABLE=value, or a verb
+            assert names and all(name in MAKEFILE if name[0] == "$" else
+                                 re.search(rf"^{name}:", MAKEFILE, re.MULTILINE) for name in names), words
         case ["kit", "--help" | "--version"]:
             pass
         case ["kit" | "torchrun", *_]:
