@@ -39,6 +39,7 @@ _HOMES = {
     "make_trainer": "training.trainer",
     "merge": "export.adapter",
     "model_label": "models.fetch",
+    "ollama_name": "runs.report",
     "preflight": "readiness.doctor",
     "push": "export.hub",
     "record": "verifying.reference",

@@ -19,6 +19,7 @@ from kit.common.errors import KitError, Stopped
 from kit.common.files import PROJECT, disk_error
 from kit.common.processes import SIGNALS, is_main, rank, world_size
 from kit.readiness.doctor import preflight
+from kit.recipe.cells import names_assigned
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import join
 from kit.runs.own import clear
@@ -44,7 +45,7 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     papermill_engines.register("kit", SpeakingEngine)
     reason = "the kernel ended before the last cell"
     try:
-        papermill.execute_notebook(NOTEBOOK.with_suffix(".ipynb"), run.folder / "notebook.ipynb",
+        papermill.execute_notebook(_notebook(), run.folder / "notebook.ipynb",
                                    parameters={"recipe": source, **overrides}, engine_name="kit",
                                    kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
                                    stderr_file=sys.stderr)
@@ -97,6 +98,18 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
     return _ended(Run.of(recipe), reason, code)
 
 
+def _notebook() -> Any:
+    """The notebook, but for what somebody wrote into its parameters cell: what is run is what the command says."""
+    notebook = jupytext.read(NOTEBOOK)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            if written := sorted(names_assigned(cell.source) - {"recipe"}):
+                print(f"the notebook's parameters cell has lines that this command does not use: {', '.join(written)}")
+            lines = cell.source.splitlines()
+            cell.source = "\n".join(line for line in lines if line.startswith("recipe")) or "recipe = None"
+    return notebook
+
+
 def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Recipe:
     """The recipe, when all that can be known before the first cell is right; the run it replaces is gone then."""
     recipe = Recipe.load(source, **overrides)
@@ -138,7 +151,7 @@ def _pass_on_signals(run: Run) -> None:
 def _execute(source: str, overrides: dict[str, Any], namespace: dict[str, Any]) -> None:
     """The notebook's cells, those of this process, with its parameters set as papermill sets them."""
     title = ""
-    for number, cell in enumerate(jupytext.read(NOTEBOOK).cells, 1):
+    for number, cell in enumerate(_notebook().cells, 1):
         if cell.cell_type == "markdown":
             title = heading(cell.source) or title
             continue

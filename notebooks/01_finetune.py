@@ -136,7 +136,8 @@ run.note(trainable_parameters=trainable, parameters=total)
 run.stage("format")
 data = kit.load_data(recipe, tokenizer)
 prompts, references = data["test"]["prompt"], data["test"]["reference"]
-if not prompts:
+metric = recipe.metric if prompts else "none"
+if not prompts:  # then some trained rows are answered, to be looked at, and not scored
     prompts, references = data["train"]["prompt"][:3], data["train"]["reference"][:3]
 print(f"{len(data['train']):,} rows to train on, {len(data['test']):,} held out")
 kit.show(kit.Tokens(tokenizer, data["train"][0]))
@@ -162,7 +163,7 @@ run.note(forecast=forecast.as_json())
 run.stage("before")
 before = kit.answer(model, tokenizer, prompts, recipe, seconds=recipe.answer_seconds)
 answered = {"rows": len(prompts), "before": len(before)}
-scores = kit.score_stages(references, recipe.metric, before=before)
+scores = kit.score_stages(references, metric, before=before)
 kit.show(kit.side_by_side(prompts, references, before=before))
 kit.show(kit.scores(answered, **scores))
 run.note(score_before=scores["before"], answered=answered)
@@ -216,7 +217,7 @@ print()
 # %%
 after = kit.answer(model, tokenizer, prompts[:len(before)], recipe, seconds=recipe.answer_seconds)
 answered["after"] = len(after)
-scores = kit.score_stages(references, recipe.metric, before=before, after=after)
+scores = kit.score_stages(references, metric, before=before, after=after)
 kit.show(kit.side_by_side(prompts, references, before=before, after=after))
 kit.show(kit.scores(answered, **scores))
 run.note(score_before=scores["before"], score_after=scores["after"], answered=answered,
@@ -272,7 +273,7 @@ for path in files[-1:]:
     replies[name] = kit.answer(path, None, prompts[:len(after)], recipe, seconds=recipe.answer_seconds)
     answered[name] = len(replies[name])
     kit.show(kit.side_by_side(prompts, references, llama_cpp=replies[name]))
-scores = kit.score_stages(references, recipe.metric, **replies)
+scores = kit.score_stages(references, metric, **replies)
 kit.show(kit.scores(answered, **scores))
 run.note(scores=scores, answered=answered)
 
@@ -305,6 +306,7 @@ run.stage("verify")
 kit.seal(run)
 verdict = kit.verify(run)
 kit.show(verdict)
+print("FAILED" if verdict.failed else "VERIFIED: what is shipped is what was trained")
 run.note(verdict=verdict.verdict)
 verdict.require()
 
@@ -330,7 +332,8 @@ rows = [[name, kit.size(size)] for name, size in made.items() if not name.starts
 kit.show(kit.Table(["file", "size"], rows, title=str(run.folder), of=len(made)))
 print(f"ask it:     kit ask {run.folder}")
 if files:
-    print(f"in Ollama:  cd {run.gguf} && ollama create {recipe.run_name} -f Modelfile && ollama run {recipe.run_name}")
+    name = kit.ollama_name(recipe.run_name)
+    print(f"in Ollama:  cd {run.gguf} && ollama create {name} -f Modelfile && ollama run {name}")
 
 # %% [markdown]
 # - **Answers are poor?** Read the table of step 11 field by field, then add rows that show what is missing. More and

@@ -50,13 +50,13 @@ def by_length(rows: dict[int, list[int]], batch_size: int) -> list[list[int]]:
 def score(answers: list[str], references: list[str], metric: str) -> dict[str, float]:
     """Shares from 0 to 1: `exact` for the whole answer and, with metric `json`, one per field.
 
-    `exact`: equal text, white space at the ends ignored. `json`: equal values, so spacing does not count. Thinking
-    before an answer does not count.
+    `exact`: equal text, white space at the ends ignored. `json`: equal values, so spacing does not count; where no
+    expected answer is a JSON object, as `exact`. Thinking before an answer does not count.
     """
     if metric == "none" or not references:
         return {}
     answers, references = ([THOUGHT.sub("", text) for text in texts] for texts in (answers, references))
-    if metric == "exact":
+    if metric == "exact" or not any(map(_object, references)):
         return {"exact": fmean([a.strip() == r.strip() for a, r in zip(answers, references, strict=True)])}
     pairs = [(_object(a), _object(r)) for a, r in zip(answers, references, strict=True)]
     fields = dict.fromkeys(name for _, reference in pairs for name in reference or {})

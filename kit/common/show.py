@@ -165,7 +165,7 @@ def scores(answered: dict[str, int] | None = None, /, **columns: dict[str, float
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [["whole answer" if name == "exact" else name,
              *(f"{column[name]:.1%}" if name in column else "–" for column in columns.values())] for name in names]
-    return Table([heading, *columns], rows) if rows else Table([heading], [["metric: none"]])
+    return Table([heading, *columns], rows) if rows else Table([heading], [["no rows held out, or metric: none"]])
 
 
 def bar(total: int | None, what: str, unit: str, **options: Any) -> Any:

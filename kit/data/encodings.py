@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -39,8 +40,9 @@ def _wide(path: Path) -> str | None:
 
 
 def _remedy(path: Path, name: str) -> str:
+    quoted = shlex.quote(str(path))
     return f"iconv -f {name} -t UTF-8 OLD > NEW" + (
-        f"; rows to train on: kit lint {path} --fix NEW.jsonl" if path.suffix.lower() in FIXED else "")
+        f"; rows to train on: kit lint {quoted} --fix NEW.jsonl" if path.suffix.lower() in FIXED else "")
 
 
 def other_encoding(path: Path) -> str | None:

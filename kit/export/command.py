@@ -32,6 +32,8 @@ def export(what: str, base: str | None, gguf: list[str], save_merged: str | None
         folder, made = _export_adapter(Path(what).expanduser(), base, gguf, save_merged, out, trust_remote_code)
     else:
         folder, made = _export_run(Run.open(what, trust_remote_code), base, gguf, save_merged, out)
+    if made and (Path(folder) / "verify.json").is_file():
+        print(f"the verdict was about the files before: kit verify {what}")
     rows = [[path.name, size(sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()))]
             for path in made]
     print(Table(["made", "size"], rows, str(folder)) if made else

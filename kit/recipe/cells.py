@@ -30,12 +30,12 @@ def deleted() -> set[str]:
 def _remember(cell: Any) -> None:
     if not cell.cell_id:
         return
-    names = _names(cell.raw_cell)
+    names = names_assigned(cell.raw_cell)
     _deleted.update(_assigned.get(cell.cell_id, set()) - names)
     _assigned[cell.cell_id] = names
 
 
-def _names(source: str) -> set[str]:
+def names_assigned(source: str) -> set[str]:
     """The names that a cell assigns at its top level; of one that is no Python (a magic), none."""
     try:
         body = ast.parse(source).body

@@ -47,8 +47,8 @@ class Fields(BaseModel):
                               allow_inf_nan=False)
 
     # Run
-    run_name: str = _run("run", "Name of the run's folder below output_dir.", pattern=r"^[\w+-][\w.+-]*$",
-                         max_length=80)
+    run_name: str = _run("run", "Name of the run's folder below output_dir: letters, digits and . _ + -, no spaces.",
+                         pattern=r"^[\w+-][\w.+-]*$", max_length=80)
     overwrite: bool = _place(False, "Replace a finished run of that name, as --overwrite does.")
     output_dir: str = _place("runs", "Folder in which every run gets a folder of its own.", "path")
 

@@ -98,11 +98,16 @@ class Recipe(Fields):
                             "one: set save_merged: none and gguf: [], or leave loftq_config out")
         if self.eval_strategy == "no" and (self.early_stopping_patience or self.load_best_model_at_end):
             problems.append("early_stopping_patience and load_best_model_at_end need evaluations: set eval_strategy")
-        if self.eval_strategy != "no" and not (self.eval_dataset or self.test_size or "starter" in self.sources):
+        if self.eval_strategy != "no" and not self.holds_out:
             problems.append("eval_strategy needs held-out rows: set eval_dataset or test_size")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some rows are held out; without any, answers are to rows that were trained on, and not scored."""
+        return bool(self.eval_dataset or self.test_size or "starter" in self.sources)
 
     @property
     def quantised(self) -> bool:

@@ -59,6 +59,18 @@ def write_report(run: Run) -> Path:
     return path
 
 
+def _holds_out(recipe: dict[str, Any]) -> bool:
+    """Recipe.holds_out of unchecked fields; True where they say nothing."""
+    sources = recipe.get("dataset")
+    return not recipe or bool(recipe.get("eval_dataset") or recipe.get("test_size")
+                              or "starter" in ([sources] if isinstance(sources, str) else sources or ()))
+
+
+def ollama_name(name: str) -> str:
+    """A run's name as Ollama takes it: ASCII letters, digits, - and . (its docs/api.md)."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "my-model"
+
+
 def _contents(run: Run) -> dict[str, Any]:
     """What the template shows. A part that the run never came to is empty."""
     result, manifest = read_result(run.folder), read_json(run.folder / "manifest.json")
@@ -72,7 +84,8 @@ def _contents(run: Run) -> dict[str, Any]:
         "verdict": _verdict(run, result, gates, doubt),
         "gates": sorted(gates.gates, key=lambda gate: gate.passed is not False) if gates else [],
         "failed": bool(gates and gates.failed), "summary": gates.verdict if gates else "",
-        "score": _score(result, stages), "answers": _answers(result),
+        "score": _score(result, stages), "answers": _answers(result), "holds_out": _holds_out(recipe),
+        "ollama_name": ollama_name(run.folder.resolve().name),
         "stages": stages, "scores": scores(answered, **stages) if any(stages.values()) else None,
         "train": _training(run, result), "forecast": _forecast(result), "figures": _figures(run),
         "files": _files(run, result, manifest), "differences": _differences(recipe),

@@ -81,7 +81,7 @@ def train(trainer: SFTTrainer, recipe: Recipe) -> TrainResult:
     if saving.stopping:
         raise Stopped(f"stopped by {wish.asked or 'a signal'} after step {state.global_step} of {state.max_steps}; "
                       f"{run.checkpoints / f'checkpoint-{saving.saved}'} is complete",
-                      "the same command resumes from there")
+                      "the same command, or in a notebook this cell again, resumes from there")
     best = _load_best(trainer, run) if recipe.load_best_model_at_end else None
     # Without the trainer's autocast around forward, the model answers as it will after saving and loading.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

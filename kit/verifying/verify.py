@@ -98,7 +98,8 @@ def _check_all(gates: Gates, run: Run, trained: Path) -> dict[str, dict[str, flo
     reference = evidence.reference
     figures = compare(reference, reference.predictions)
     gates.check("in memory", None, f"NLL {figures.nll:.4f} on {figures.tokens:,} answer tokens of "
-                f"{sum(row.held_out for row in reference.rows)} held-out conversations, in {reference.precision}", "",
+                f"{sum(row.held_out for row in reference.rows)} "
+                f"{'held-out ' * evidence.recipe.holds_out}conversations, in {reference.precision}", "",
                 "what the others are compared with")
     check_stops(gates, evidence)
     _check_folders(gates, evidence, steps)

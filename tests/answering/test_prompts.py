@@ -11,7 +11,7 @@ import pytest
 
 from kit.answering import prompts as module
 from kit.answering.prompts import answer
-from kit.answering.replies import Reply, by_length, score_stages
+from kit.answering.replies import Reply, by_length, score, score_stages
 from kit.common.show import scores
 from kit.recipe.recipe import Recipe
 
@@ -93,6 +93,11 @@ def test_stages_are_scored_over_the_rows_that_all_answered() -> None:
     assert scores(answered, **compared).columns == ["held-out score, first 2 of 4 rows", "before", "after", "q8_0"]
     assert scores({"rows": 4, "before": 4}, **compared).columns[0] == "held-out score, 4 rows"
     assert scores(None, **compared).columns[0] == "held-out score"
+
+
+def test_answers_that_are_no_json_are_scored_as_text() -> None:
+    assert score(["yes", "no"], ["yes", "maybe"], "json") == {"exact": 0.5}
+    assert score(["yes", '{"a": 1}'], ["yes", '{"a":1}'], "json") == {"exact": 0.5, "a": 0.5}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kit.recipe.recipe import Recipe
-from kit.runs.report import interval, write_report
+from kit.runs.report import interval, ollama_name, write_report
 from kit.runs.run import Run
 
 HOSTILE = "</td></style><script>alert(1)</script><img src=x onerror=alert(2)> \"' &lt;b&gt; {{ 7 * 7 }} 🦥 中文"
@@ -187,6 +187,12 @@ def test_a_run_that_went_well_begins_with_what_came_of_it(run: Run) -> None:
     change(run, "result.json", scores={"before": {}, "after": {}}, score_before={}, score_after={}, answers=[])
     shown = page(run)
     assert "answers" not in shown.below and "rows" not in shown.below["result"] and "scores.png" not in shown.text
+
+
+@pytest.mark.parametrize(("name", "taken"), [("try-2", "try-2"), ("客服-试验", "my-model"), ("客服.v2", "v2"),
+                                             ("a b/c+d", "a-b-c-d")])
+def test_a_name_that_ollama_takes(name: str, taken: str) -> None:
+    assert ollama_name(name) == taken
 
 
 @pytest.mark.parametrize(("right", "count", "low", "high"), [

@@ -244,6 +244,25 @@ def test_every_early_end_is_a_failure_that_says_where(changed_notebook: Any, how
     assert reason in result["reason"].replace(": 0", "(0)")
 
 
+def test_a_command_takes_nothing_that_somebody_wrote_into_the_notebook(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Edited in JupyterLab and saved: `kit run` and `kit train` run what their command says."""
+    import jupytext
+
+    from kit import batch
+
+    def parameters(notebook: Any) -> Any:
+        return next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+
+    notebook = jupytext.read(batch.NOTEBOOK)
+    as_it_was = parameters(notebook).source
+    parameters(notebook).source += '\ndataset = "my.csv"\nrun_name = "mine"'
+    jupytext.write(notebook, tmp_path / "01_finetune.py", fmt="py:percent")
+    monkeypatch.setattr(batch, "NOTEBOOK", tmp_path / "01_finetune.py")
+    assert parameters(batch._notebook()).source == as_it_was
+    assert "dataset, run_name" in capsys.readouterr().out
+
+
 def test_plain_papermill(tmp_path: Path) -> None:
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", "notebooks/01_finetune.ipynb", str(out), "-p", "recipe",
