@@ -136,7 +136,7 @@ run.note(trainable_parameters=trainable, parameters=total)
 run.stage("format")
 data = kit.load_data(recipe, tokenizer)
 prompts, references = data["test"]["prompt"], data["test"]["reference"]
-metric = recipe.metric if prompts else "none"
+scored_by = recipe.metric if prompts else "none"
 if not prompts:  # then some trained rows are answered, to be looked at, and not scored
     prompts, references = data["train"]["prompt"][:3], data["train"]["reference"][:3]
 print(f"{len(data['train']):,} rows to train on, {len(data['test']):,} held out")
@@ -163,7 +163,7 @@ run.note(forecast=forecast.as_json())
 run.stage("before")
 before = kit.answer(model, tokenizer, prompts, recipe, seconds=recipe.answer_seconds)
 answered = {"rows": len(prompts), "before": len(before)}
-scores = kit.score_stages(references, metric, before=before)
+scores = kit.score_stages(references, scored_by, before=before)
 kit.show(kit.side_by_side(prompts, references, before=before))
 kit.show(kit.scores(answered, **scores))
 run.note(score_before=scores["before"], answered=answered)
@@ -217,7 +217,7 @@ print()
 # %%
 after = kit.answer(model, tokenizer, prompts[:len(before)], recipe, seconds=recipe.answer_seconds)
 answered["after"] = len(after)
-scores = kit.score_stages(references, metric, before=before, after=after)
+scores = kit.score_stages(references, scored_by, before=before, after=after)
 kit.show(kit.side_by_side(prompts, references, before=before, after=after))
 kit.show(kit.scores(answered, **scores))
 run.note(score_before=scores["before"], score_after=scores["after"], answered=answered,
@@ -273,7 +273,7 @@ for path in files[-1:]:
     replies[name] = kit.answer(path, None, prompts[:len(after)], recipe, seconds=recipe.answer_seconds)
     answered[name] = len(replies[name])
     kit.show(kit.side_by_side(prompts, references, llama_cpp=replies[name]))
-scores = kit.score_stages(references, metric, **replies)
+scores = kit.score_stages(references, scored_by, **replies)
 kit.show(kit.scores(answered, **scores))
 run.note(scores=scores, answered=answered)
 
