@@ -58,6 +58,20 @@ def test_saving_leaves_the_pair_as_it_is(source: Path, make: Any, tmp_path: Path
         assert outputs == [cell.get("outputs") for cell in shown.cells]
 
 
+def test_what_was_shown_outlives_a_second_run_that_shows_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "SHOWN", tmp_path / "shown")
+    whole = executed(SOURCES[0])
+    early = copy.deepcopy(whole)
+    for cell in early.cells[4:]:
+        cell.pop("outputs", None)
+    for notebook in (whole, early, early):
+        model = {"type": "notebook", "content": copy.deepcopy(notebook)}
+        lab.before_saving(model=model, path=f"notebooks/{SOURCES[0].stem}.ipynb", contents_manager=MANAGER)
+    shown = [sum(bool(cell.get("outputs")) for cell in json.loads(file.read_text(encoding="utf-8"))["cells"])
+             for file in sorted((tmp_path / "shown").iterdir())]
+    assert len(shown) == 2 and max(shown) == sum(bool(cell.get("outputs")) for cell in whole.cells)
+
+
 @EACH
 def test_jupytext_writes_the_py_that_is_there(source: Path) -> None:
     """Its header too: no line with a version, no other name of the kernel."""
