@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that is not trained (PyTorch's cross entropy)
 UNUSED = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text has
+PROCESS = os.getpid()
 SHORT = 32  # characters; text this short is mostly the template's own and tokenised only once
 
 Encoded = tuple[list[int], list[int]]  # input_ids and labels of a row
@@ -155,7 +156,13 @@ class Formatter:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let the tokenizer use every core here; elsewhere it may not, because processes are forked."""
+    """Let the tokenizer use every core here; elsewhere it may not, because processes are forked.
+
+    In a forked one, a data loader's, the threads that it would wait for are not there.
+    """
+    if os.getpid() != PROCESS:
+        yield
+        return
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

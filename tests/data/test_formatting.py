@@ -499,7 +499,8 @@ def in_a_process(cache: Path, *sources: str, **environment: str) -> tuple[list[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{}, {"fail": "1"}], ids=["finished", "failed"])
+@pytest.mark.parametrize("environment", [{}, {"fail": "1", "TOKENIZERS_PARALLELISM": "false"}],  # as Unsloth sets it
+                         ids=["finished", "failed"])
 def test_the_files_on_disk_go_with_the_process(tmp_path: Path, kit_cache: Path, starter: Path,
                                                environment: dict[str, str]) -> None:
     sources = [numbered(tmp_path / "a.jsonl", 1500), numbered(tmp_path / "b.jsonl", 5)]
