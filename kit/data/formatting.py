@@ -17,7 +17,7 @@ from kit.data.masks import IGNORED, Formatter, Located
 from kit.data.rows import Problems, where
 from kit.data.shapes import longest_user_turn
 from kit.data.splits import DiskRows, Example, Examples, batches, read_splits, turns_type, without_nulls
-from kit.gguf.messages import FOR_TOOLS, texts
+from kit.gguf.messages import texts
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
 
@@ -105,7 +105,7 @@ def _format(rows: Examples, formatter: Formatter, what: str) -> Dataset:
     from datasets.fingerprint import generate_random_fingerprint
 
     fitting = _Fitting(rows, formatter, what).batches()
-    turns = turns_type(*(key for key in FOR_TOOLS if any(key in message for row in rows for message in row.messages)))
+    turns = turns_type(row.messages for row in rows)
     tables = [_table([], turns), *(_table([tokens for _, tokens in fitted if tokens], turns) for fitted in fitting)]
     # Without a fingerprint of ours, `datasets` would serialise the whole table to make one.
     return Dataset(pa.concat_tables(tables), fingerprint=generate_random_fingerprint())
@@ -126,8 +126,7 @@ def lazy_dataset(rows: DiskRows, formatter: Formatter) -> Dataset:
         if wrong or not all(row.ids for row in fitted):
             what = FINDINGS[wrong.pop() or ""][1] if wrong else "a row is longer than max_seq_length"
             raise KitError(f"lazy_preprocess: {what}, which shows only in the tokens", "`kit lint` names the row")
-        keys = {key for messages in talks for message in messages for key in message}
-        return _table(fitted, turns_type(*(key for key in FOR_TOOLS if key in keys))).to_pydict()
+        return _table(fitted, turns_type(talks)).to_pydict()
 
     return rows.dataset.select_columns(["messages", "prompt", "reference"]).with_transform(tokens_of)
 

@@ -38,9 +38,11 @@ def batches(rows: Iterable[T]) -> Iterator[list[T]]:
         yield batch
 
 
-def turns_type(*for_tools: str) -> pa.DataType:
-    """A conversation's type in Arrow, with those of FOR_TOOLS that some message has."""
-    return pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content", *for_tools)]))
+def turns_type(talks: Iterable[list[Message]] | None = None) -> pa.DataType:
+    """A conversation's type in Arrow, with those of FOR_TOOLS that some message of `talks` has; by default with all."""
+    found = FOR_TOOLS if talks is None else {key for messages in talks for message in messages for key in message}
+    return pa.list_(pa.struct([(name, pa.string())
+                               for name in ("role", "content", *(key for key in FOR_TOOLS if key in found))]))
 
 
 class Example(NamedTuple):
@@ -86,7 +88,7 @@ def _on_disk(rows: Iterable[Row]) -> DiskRows:
     cache_dir().mkdir(parents=True, exist_ok=True)
     folder = tempfile.TemporaryDirectory(prefix="rows-", dir=cache_dir(), ignore_cleanup_errors=True)
     path = Path(folder.name) / "rows.arrow"
-    turns = turns_type(*FOR_TOOLS)
+    turns = turns_type()
     schema = pa.schema([("messages", turns), ("prompt", turns), ("reference", pa.string()),
                         ("file", pa.string()), ("row", pa.int64()), ("line", pa.int64())])
     with unwritable(path, "lazy_preprocess keeps the rows there: free room, or set KIT_CACHE to another disk"), \
