@@ -13,12 +13,12 @@ from kit.common.errors import KitError
 from kit.common.secrets import secret
 from kit.common.show import bar
 from kit.data.findings import FINDINGS
-from kit.data.masks import IGNORED, Formatter, Located
+from kit.data.masks import Formatter, Located
 from kit.data.rows import Problems, where
 from kit.data.shapes import longest_user_turn
 from kit.data.splits import DiskRows, Example, Examples, batches, read_splits, turns_type, without_nulls
 from kit.gguf.messages import texts
-from kit.models.template import Message
+from kit.models.template import Message, render
 from kit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -78,15 +78,17 @@ def fit(formatter: Formatter, messages: list[Message], ids: list[int], labels: l
         [(ids, labels)] = formatter.encode([messages])
     if len(ids) > limit:
         return Formatted(messages, [], [], length, 0, "")
-    return Formatted(messages, ids, labels, length, length - len(ids), _reference(formatter, messages, ids, labels))
+    return Formatted(messages, ids, labels, length, length - len(ids), _reference(formatter, messages))
 
 
-def _reference(formatter: Formatter, messages: list[Message], ids: list[int], labels: list[int]) -> str:
+def _reference(formatter: Formatter, messages: list[Message]) -> str:
+    """The last answer's text; of calls what the template makes of them, without control tokens, as in an answer."""
     if not messages[-1].get("tool_calls"):
         return messages[-1]["content"]
-    last = max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
-    first = max((place for place, label in enumerate(labels[:last]) if label == IGNORED), default=-1) + 1
-    return str(formatter.tokenizer.decode(ids[first:last], skip_special_tokens=True))
+    tokenizer, recipe = formatter.tokenizer, formatter.recipe
+    asked = render(tokenizer, messages[:-1], recipe, add_generation_prompt=True)
+    answer = render(tokenizer, messages, recipe).removeprefix(asked).partition(str(tokenizer.eos_token))[0]
+    return str(tokenizer.decode(tokenizer(answer, add_special_tokens=False)["input_ids"], skip_special_tokens=True))
 
 
 def _shortened(formatter: Formatter, messages: list[Message], excess: int) -> list[Message] | None:

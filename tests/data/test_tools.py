@@ -183,14 +183,15 @@ def test_a_template_without_a_place_for_tools_refuses_them_by_name(tokenizer: An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lazy", [False, True], ids=["in memory", "on disk"])
-def test_tools_reach_the_data_and_the_reference_is_what_the_model_would_write(tmp_path: Path, lazy: bool) -> None:
+@pytest.mark.parametrize("fields", [{}, {"lazy_preprocess": True}, {"train_on_responses_only": False}],
+                         ids=["in memory", "on disk", "all trained"])
+def test_tools_reach_the_data_and_the_reference_is_what_the_model_would_write(tmp_path: Path, fields: Row) -> None:
     """A Qwen2.5: its template's own words for a call."""
     tokenizer = real_tokenizer("qwen2", "Qwen-Qwen2.5-7B-Instruct", short=True)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"messages": talk, "tools": TOOLS}) + "\n" for talk in TALKS.values()),
                     encoding="utf-8")
-    recipe = Recipe.load({}, dataset=str(file), max_seq_length=4096, lazy_preprocess=lazy)
+    recipe = Recipe.load({}, dataset=str(file), max_seq_length=4096, **fields)
     data = load_data(recipe, prepare_tokenizer(tokenizer, recipe))["train"]
     rows = [data[place] for place in range(len(data))]
     assert len(rows) == len(TALKS)
