@@ -79,7 +79,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "starter-full-50": {**STARTER, "rows": "arithmetic", "max_steps": 50, "full_finetuning": True,
                         "learning_rate": 1e-4},
     **{f"{family}-{steps}": {**TINY, "family": family, "max_steps": steps}
-       for family in ("qwen2", "qwen3", "llama", "gemma") for steps in (5, 50)}}
+       for family in ("qwen2", "qwen3", "llama", "gemma") for steps in (5, 50)},
+    "starter-arithmetic-500": {**STARTER, "rows": "arithmetic", "max_steps": 500},
+    "starter-tickets-500": {**STARTER, "dataset": "starter", "max_steps": 500},
+    "qwen3-500": {**TINY, "family": "qwen3", "max_steps": 500},
+    "starter-one-word-50-of-4": {**STARTER, "rows": "one-word", "max_steps": 50, "test_size": 4},
+    "starter-one-word-50-of-300": {**STARTER, "rows": "one-word", "max_steps": 50, "test_size": 300}}
 
 
 def trained(fields: dict[str, Any], folder: Path) -> Any:

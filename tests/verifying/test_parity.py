@@ -111,7 +111,7 @@ def test_a_gguf_that_answered_few_rows_is_not_judged_by_them(answered: int, pass
     rows = [Row(n, [0, 1], [0], held_out=True, own=True, whole=True, ends=True) for n in range(12)]
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
     reference = Reference("float32", rows, [("yes", True)] * 12, [talk] * 12, [""] * 12, [], [])
-    evidence: Any = SimpleNamespace(reference=reference, recipe=SimpleNamespace(metric="exact"))
+    evidence: Any = SimpleNamespace(reference=reference, recipe=SimpleNamespace(metric="exact", holds_out=True))
     gates = Gates("")
     figures: Any = None
     check_scores(gates, evidence, {"q8_0": Shipped(figures, 0.1, dict.fromkeys(range(answered), "yes"))})
