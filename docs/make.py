@@ -81,23 +81,33 @@ def gates_page() -> str:
     """gates-measured.md: both error rates of the gates after training."""
     result = json.loads((DOCS.parent / "benchmarks" / "results" / "gates.json").read_text(encoding="utf-8"))
     trainings = result["trainings"]
-    drawn = [counts for each in trainings.values() for one in each["sound"].values()
-             for counts in one["failed_draws"].values()]
+    drawn = [counts for name, each in trainings.items() for kind, one in each["sound"].items()
+             for counts in one["failed_draws"].values() if not _stretched(name, kind)]
     draws, failed = result["draws"] * len(drawn), sum(sum(counts.values()) for counts in drawn)
     rows = ["# What the gates find, and what they don't", "", "Made by `make docs` from what `benchmarks/gates.py` "
             "measured. A training is named by model, rows and optimiser steps.", "", "## Sound exports", "",
             f"In {draws:,} draws of 4, 8 and 32 conversations a gate failed {failed} times. Spread is that of the "
             "logits by what is allowed; above 1 the gate fails.", "",
+            "* The starter's q5_k_m is not counted: it is not sound. Its weights come from a Q4_1 file, and where a row "
+            "is no multiple of 256 long llama.cpp makes Q5_1 of q5_k_m: of 16 evenly spaced values 32, which stretches "
+            "all of them by 1.7%. With the file's weights in float32 the model is off by as much as in llama.cpp, ten "
+            "times as far as with q4_k_m.", "",
             f"| training | verdict | {' | '.join(SOUND)} |", f"|---|---|{'---|' * len(SOUND)}"]
     for name, each in sorted(trainings.items()):
-        spreads = (each["sound"][kind]["spread"] / each["sound"][kind]["allowed"] for kind in SOUND)
-        rows.append(f"| {name} | {each['verdict']} | {' | '.join(f'{spread:.2f}' for spread in spreads)} |")
+        sound = each["sound"]
+        spreads = (f"{sound[kind]['spread'] / sound[kind]['allowed']:.2f}{' *' * _stretched(name, kind)}"
+                   for kind in SOUND)
+        rows.append(f"| {name} | {each['verdict']} | {' | '.join(spreads)} |")
     rows += ["", "## Faults", "", "In how many of the trainings the fault is found in the file made of it; behind it, "
              "how many of the compared answers of the others differ from the trained model's.", "",
              f"| fault | {' | '.join(FAULTY)} |", f"|---|{'---|' * len(FAULTY)}"]
     for fault in dict.fromkeys(fault for each in trainings.values() for fault in each["faults"]):
         rows.append(f"| {fault} | {' | '.join(_found(trainings, fault, kind) for kind in FAULTY)} |")
     return "\n".join(rows) + "\n"
+
+
+def _stretched(training: str, kind: str) -> bool:
+    return training.startswith("starter") and kind == "q5_k_m"
 
 
 def _found(trainings: dict[str, Any], fault: str, kind: str) -> str:

@@ -256,7 +256,9 @@ def _agree(reference: Predictions, compared: Predictions) -> np.ndarray:
 
 
 def _remedy(name: str) -> str:
-    return f"don't ship it: {RUN_AGAIN if name == 'adapter' else export_again(name)}"
+    finer = {"q8_0": "f16"}.get(name, "q8_0")
+    again = f"; if it fails again, this format is too coarse for this model: --gguf {finer}" if name[0] == "q" else ""
+    return f"don't ship it: {RUN_AGAIN if name == 'adapter' else export_again(name)}{again}"
 
 
 def _short(value: float) -> str:

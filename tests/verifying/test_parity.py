@@ -131,3 +131,11 @@ def test_a_file_of_many_types_is_rounded_as_its_matrices_are_on_average() -> Non
     assert rounding_of(header(Q8_0, Q4_K)) == pytest.approx(np.sqrt((eight ** 2 + four ** 2) / 2))
     assert rounding_of(header(99)) >= four  # a type that is not known is taken for the coarsest
     assert rounding_of(header()) == 0
+
+
+@pytest.mark.parametrize("name, finer", [("q4_k_m", "q8_0"), ("q8_0", "f16"), ("f16", ""), ("merged", "")])
+def test_a_format_that_fails_again_is_told_with_the_next_finer_one(name: str, finer: str) -> None:
+    from kit.verifying.parity import _remedy
+
+    assert f"kit export RUN --{'save-merged 16bit' if name == 'merged' else f'gguf {name}'}" in _remedy(name)
+    assert _remedy(name).endswith(f"too coarse for this model: --gguf {finer}") == bool(finer)
