@@ -45,12 +45,11 @@ sys.path.insert(0, "tests")
 import kit
 from kit import Recipe
 from kit.common.processes import _reduced, is_main
-from kit.models.load import load_model
 from kit.recipe.settings import join
 
 recipe = Recipe.load(json.loads(sys.argv[1]))
-join(recipe)
-from kit.training.trainer import make_trainer
+join(recipe)  # before unsloth is imported
+from kit import load_model, make_trainer
 
 def anonymous():  # kB of this process that no file backs
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")))
@@ -68,8 +67,6 @@ model, tokenizer = load_model(recipe)
 model = kit.add_lora(model, recipe)
 data = kit.load_data(recipe, tokenizer)
 trainer = make_trainer(model, tokenizer, data, recipe)
-if recipe.deepspeed:  # it takes the model when it trains
-    trainer.args.max_steps = 1
 trainer.train()
 over = True
 found = _reduced("MAX", [(peak - before) / 1e6])
@@ -107,7 +104,7 @@ def loading(processes: int) -> None:
                                   cwd=PROJECT, capture_output=True, text=True)
             peak = next((line.split()[1] for line in done.stdout.splitlines() if line.startswith("PEAK")), None)
             if peak is None:
-                sys.exit(done.stderr[-2000:])
+                sys.exit("\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank0]")))
             print(f"| {engine} | {float(peak):.2f} |", flush=True)
 
 
