@@ -21,7 +21,7 @@ from kit.common.processes import SIGNALS, is_main, rank, world_size
 from kit.readiness.doctor import preflight
 from kit.recipe.cells import names_assigned
 from kit.recipe.recipe import Recipe
-from kit.recipe.settings import join
+from kit.recipe.settings import check_joined, join
 from kit.runs.own import clear
 from kit.runs.run import Run, close_dead, read_result
 
@@ -38,6 +38,7 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     """
     if world_size() > 1:
         raise KitError("kit run is one process", "torchrun --nproc_per_node N -m kit train RECIPE")
+    check_joined(Recipe.load(source, **overrides))
     run = Run.of(_validated(source, overrides, overwrite))
     run.folder.mkdir(parents=True, exist_ok=True)
     _pass_on_signals(run)

@@ -110,7 +110,7 @@ run.gate(rehearsal)
 run.stage("load")
 model, tokenizer = kit.load_model(recipe)
 run.manifest(recipe, tokenizer, settings.notes)
-print(f"{kit.model_label(recipe)}: {model.num_parameters():,} parameters, stop token {tokenizer.eos_token!r}, "
+print(f"{kit.model_label(recipe)}: {kit.trainable_share(model)[1]:,} parameters, stop token {tokenizer.eos_token!r}, "
       f"pad token {tokenizer.pad_token!r}")
 
 # %% [markdown]

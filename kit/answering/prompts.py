@@ -29,7 +29,10 @@ def answer(model: Any, tokenizer: Any, prompts: list[list[Message]], recipe: Rec
     if isinstance(model, (str, Path)):
         replies = _from_gguf(model, prompts, recipe, seconds, least)
     else:
-        replies = _from_memory(model, tokenizer, prompts, recipe, batch_size, seconds, least)
+        from kit.models.lora import whole
+
+        with whole(model, recipe) as complete:
+            replies = _from_memory(complete, tokenizer, prompts, recipe, batch_size, seconds, least)
     if len(replies) < len(prompts):
         print(f"answered the first {len(replies):,} of {len(prompts):,} rows in {monotonic() - began:.0f} s "
               f"of at most {seconds:g}; the others are neither shown nor scored")

@@ -42,6 +42,9 @@ class Lines(tqdm):  # type: ignore[misc]
             self._say()
         super().close()
 
+    def __del__(self) -> None:
+        """One that was never closed ends unsaid: tqdm would close it when the modules for that are gone already."""
+
     def _say(self) -> None:
         self.said, self.said_at = self.n, time.monotonic()
         # Where standard output is a program's input, as of `kit ask RUN PROMPT > FILE`, progress is no part of it.

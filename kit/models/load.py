@@ -1,6 +1,7 @@
 """Load a base model, in 4 and 8 bits too, or a saved adapter on its base."""
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kit.common.errors import GateError
 from kit.common.weight_files import weight_files
 from kit.models.fetch import loading_options, model_folder, not_loaded, read_adapter_config
 from kit.models.saved import code_refused, saved_tokenizer
+from kit.models.sharded import load_shards, loads_sharded
 from kit.models.template import check_saved_templates, prepare_tokenizer
 from kit.recipe.machine import machine
 from kit.recipe.recipe import Recipe
@@ -43,7 +45,8 @@ def load_from(source: str, recipe: Recipe, **options: Any) -> tuple[Any, Any]:
     load = _load_with_transformers if _without_unsloth(recipe, settings) else _load_with_unsloth
     try:
         with code_refused(source):
-            model, tokenizer = load(source, recipe, settings, loading_options(recipe) | options)
+            made = partial(load, source, recipe, settings, loading_options(recipe) | options)
+            model, tokenizer = load_shards(made, recipe) if loads_sharded(recipe) else made()
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise

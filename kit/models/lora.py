@@ -1,5 +1,7 @@
 """LoRA on a base model: a fresh adapter, one to train on, LoftQ."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from transformers import PreTrainedModel
 from kit.common.errors import KitError, one_line
 from kit.common.weight_files import weight_files
 from kit.models.fetch import PREFIX, adapter_folder, base_folder, changed_base, read_adapter_config
-from kit.models.load import prepare_8bit
+from kit.models.load import free_memory, load_model, prepare_8bit
+from kit.models.sharded import is_sharded, whole_size
 from kit.recipe.recipe import Recipe
 
 # What an adapter that is trained further keeps of its settings; the rest is the recipe's.
@@ -89,11 +92,28 @@ def _with_saved_adapter(model: Any, adapter: Path, recipe: Recipe) -> Any:
 
 
 def trainable_share(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
-    """(trainable, all) parameters; 4-bit weights are counted unpacked."""
+    """(trainable, all) parameters; 4-bit weights are counted unpacked, those that other processes hold too."""
+    if is_sharded(model):
+        sizes = [(whole_size(weight), weight.requires_grad) for weight in model.parameters()]
+        return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
     if isinstance(model, PeftModel):
         return model.get_nb_trainable_parameters()
     total = model.num_parameters()
     return total, total
+
+
+@contextmanager
+def whole(model: Any, recipe: Recipe) -> Iterator[Any]:
+    """The model, able to answer in this process: as it is, or loaded anew for a while where it was read in shards."""
+    if not is_sharded(model):
+        yield model
+        return
+    alone = recipe.model_copy(update={"fsdp": False, "deepspeed": None})
+    with torch.random.fork_rng():
+        copy = add_lora(load_model(alone)[0], alone)
+        yield copy
+    del copy
+    free_memory()
 
 
 def _start_loftq(model: Any, base: Path, recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +96,9 @@ def _weights_in(recipe: Recipe, computed: str, notes: list[str]) -> str:
 def resolved(recipe: Recipe) -> Settings:
     """What the recipe becomes on this machine, with reasons."""
     result = settings(recipe, this_machine(Path(recipe.output_dir)))
-    if world_size() > 1:
-        engine = sharding(recipe)["engine"]
-        result.notes.append(f"{world_size()} processes: {engine}")
+    engine = sharding(recipe)["engine"]
+    if world_size() > 1 or recipe.deepspeed:
+        result.notes.append(f"{world_size()} process{'es' * (world_size() > 1)}: {engine}")
         if engine == "ZeRO-3":
             result.notes.append("the loss of transformers, in place of Unsloth's chunked one, which can't see the "
                                 "weights that ZeRO-3 holds elsewhere")
@@ -105,17 +106,21 @@ def resolved(recipe: Recipe) -> Settings:
 
 
 def join(recipe: Recipe) -> None:
-    """Join the other processes; the ones that are not the main one fall silent. Nothing to do for one process.
+    """Join the other processes; the ones that are not the main one fall silent. Nothing to do for one process, but with
+    DeepSpeed, which makes a group of one.
 
     Raises KitError for a set-up that can't work, before anything is loaded.
     """
     if world_size() == 1:
-        if recipe.fsdp or recipe.deepspeed:
-            raise KitError("fsdp and deepspeed share a model among several processes, and this is one",
-                           "torchrun --nproc_per_node 2 -m kit train RECIPE, or leave them out")
         if "ACCELERATE_MIXED_PRECISION" in os.environ:
             print("accelerate launch started one process (with --cpu it always does): torchrun starts several")
-        return
+        if not recipe.deepspeed:
+            check_joined(recipe)
+            return
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+                           "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     # Read when unsloth is imported. Its chunked loss looks at the size of weights, which is 0 where ZeRO-3 took them.
     engine = sharding(recipe)["engine"]
     if engine == "FSDP2":
@@ -144,6 +149,21 @@ def join(recipe: Recipe) -> None:
     # The others wait while the main process answers the held-out rows.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                    timeout=datetime.timedelta(seconds=recipe.ddp_timeout))
+
+
+def check_joined(recipe: Recipe) -> None:
+    """KitError where fsdp or deepspeed would do nothing, because this process has joined no group."""
+    if (recipe.fsdp or recipe.deepspeed) and not joined():
+        raise KitError("fsdp and deepspeed share a model among processes, and this is one that torchrun did not start",
+                       "torchrun --nproc_per_node 2 -m kit train RECIPE; deepspeed with one process: kit train RECIPE; "
+                       "or leave them out")
+
+
+def joined() -> bool:
+    """Whether this process belongs to a group, be it of one."""
+    from torch import distributed
+
+    return distributed.is_initialized()
 
 
 def sharding(recipe: Recipe) -> dict[str, Any]:
@@ -180,7 +200,7 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
 
 def leave() -> None:
     """End the work in common. Afterwards the main process is an ordinary single one."""
-    if world_size() == 1:
+    if not joined():
         return
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from torch import distributed

@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from kit.common.errors import GateError, KitError, Stopped
-from kit.common.processes import StopWish, from_main, is_main, wait, world_size
+from kit.common.processes import StopWish, from_main, is_main, wait
 from kit.models.load import reload
 from kit.models.precision import rounded_by_chance
 from kit.recipe.machine import peak_memory_gb
 from kit.recipe.recipe import Recipe
-from kit.recipe.settings import leave, resolved, sharding
+from kit.recipe.settings import joined, leave, resolved, sharding
 from kit.runs.gates import Gates
 from kit.runs.run import Run
 from kit.training.checkpoints import Checkpoint, identity, newest, problem, restore_log
@@ -145,7 +145,7 @@ def whole_model(trainer: SFTTrainer, recipe: Recipe) -> Any:
     Fully fine-tuned weights leave in 16-bit, so that what is answered and recorded from here on is what is shipped.
     """
     model = trainer.model
-    sharded = world_size() > 1 and sharding(recipe)["engine"] != "DDP"
+    sharded = joined() and sharding(recipe)["engine"] not in ("DDP", "one process")
     folder = Run.of(recipe).folder / "gathered"
     if sharded:
         trainer.save_model(str(folder))

@@ -26,7 +26,7 @@ from kit.common.progress import say
 from kit.common.show import bar, duration
 from kit.recipe.fields import fields_affecting
 from kit.recipe.recipe import Recipe
-from kit.recipe.settings import deepspeed_settings, resolved
+from kit.recipe.settings import check_joined, deepspeed_settings, resolved
 from kit.runs.run import Run
 from kit.training.checkpoints import DISK_HINT
 from kit.training.evaluate import METRICS, evaluate
@@ -179,6 +179,7 @@ def training_arguments(recipe: Recipe, lazy: bool) -> SFTConfig:
 
 def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) -> SFTTrainer:
     """TRL's SFTTrainer on rows that are already tokenised and masked (`input_ids`, `labels`)."""
+    check_joined(recipe)
     rows, held_out = data["train"], data["test"] if recipe.eval_strategy != "no" else None
     lazy = "input_ids" not in rows.column_names
     columns = ["input_ids", "labels"]

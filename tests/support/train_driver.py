@@ -5,7 +5,8 @@
 
 RECIPES.json is a list of recipes as dicts. With STOP=N each is sent SIGTERM in step N, but the last one SIGKILL.
 With FULL=N the disk takes no file above 100 kB any more from step N on.
-OUT.json gets a dict for each recipe: its losses, evaluations, and the hash of the weights in its last checkpoint.
+OUT.json gets a dict for each recipe: its losses, evaluations, the hash of the weights in its last checkpoint, and the
+largest share of the layers' weights that a process held before the training.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import kit
 from kit import Recipe, Run
 from kit.common.errors import Stopped
 from kit.common.files import sha256
-from kit.common.processes import is_main
+from kit.common.processes import _reduced, is_main
 from kit.recipe.settings import join
 
 STOP, FULL = int(os.environ.get("STOP", 0)), int(os.environ.get("FULL", 0))
@@ -34,6 +35,8 @@ def trained(recipe: Recipe, kill: bool) -> dict[str, Any] | None:
     from accelerate.state import AcceleratorState
     from transformers import TrainerCallback
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from kit.models.sharded import whole_size
 
     class Stop(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -48,6 +51,9 @@ def trained(recipe: Recipe, kill: bool) -> dict[str, Any] | None:
     model, tokenizer = kit.load_model(recipe)
     run.manifest(recipe, tokenizer, [])
     model = kit.add_lora(model, recipe)
+    parts = [weight for name, weight in model.named_parameters() if ".layers." in name and ".lora_" not in name]
+    held = sum((weight.ds_tensor if hasattr(weight, "ds_tensor") else weight).numel() for weight in parts)
+    held_share, = _reduced("MAX", [held / sum(map(whole_size, parts))])
     data = kit.load_data(recipe, tokenizer)
     trainer = kit.make_trainer(model, tokenizer, data, recipe)
     trainer.callback_handler.callbacks.insert(0, Stop())  # before the kit's own look at the signal
@@ -65,7 +71,7 @@ def trained(recipe: Recipe, kill: bool) -> dict[str, Any] | None:
     return {"losses": result.losses, "evaluations": result.evaluations, "weights": sha256(weights),
             "resumed_from": result.resumed_from, "logged": logged, "tokens": result.tokens,
             "tokens_per_second": result.tokens_per_second, "peak_memory_gb": result.peak_memory_gb,
-            "wrapper": f"{type(wrapper).__name__} {stage()}".strip()}
+            "held_share": held_share, "wrapper": f"{type(wrapper).__name__} {stage()}".strip()}
 
 
 def main() -> None:

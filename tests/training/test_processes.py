@@ -91,6 +91,8 @@ def test_an_engine(engine: str, names: list[str], one_process: dict[str, dict[st
         for figure in ("losses", "evaluations", "weights", "logged", "tokens"):
             assert after[figure] == before[figure], (name, figure)
         assert before["wrapper"].startswith(WRAPPERS[engine]), before["wrapper"]
+        shares = engine in ("FSDP2", "ZeRO-3")  # the norms are in each process
+        assert before["held_share"] < 0.6 if shares else before["held_share"] == 1
         alone = one_process[name]
         off = max(abs(a - b) for (_, a), (_, b) in zip(before["losses"], alone["losses"], strict=True))
         print(f"{engine} {name}: at most {off:.2g} from one process")
@@ -121,8 +123,13 @@ def test_two_nodes_meet_through_torchruns_rendezvous(one_process: dict[str, dict
     assert found["losses"] == one_process["LoRA float32"]["losses"]
 
 
-def test_torchrun_is_stopped_and_goes_on_to_a_verified_run(taught: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, taught("qwen2", short=True), name="two", per_device_train_batch_size=4, gguf=[])
+@pytest.mark.parametrize("engine", [
+    pytest.param(engine, marks=[] if engine == "FSDP2" else [pytest.mark.long]) for engine in ENGINES])
+def test_torchrun_is_stopped_and_goes_on_to_a_verified_run(engine: str, taught: Callable[..., Path],
+                                                           tmp_path: Path) -> None:
+    needs(engine)
+    recipe = write_recipe(tmp_path, taught("qwen2", short=True), name="two", per_device_train_batch_size=4, gguf=[],
+                          **ENGINES[engine])
     run = tmp_path / "runs" / "two"
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kit", "train", str(recipe)]
     code, said = stopped(command, run, signal.SIGTERM)
@@ -130,8 +137,9 @@ def test_torchrun_is_stopped_and_goes_on_to_a_verified_run(taught: Callable[...,
     [saved] = (run / "checkpoints").glob("checkpoint-*")
     assert problem(saved) == ""
 
-    alone = kit("train", str(recipe))
-    assert alone.returncode == 2 and "processes: 2 → 1; engine: DDP → one process" in alone.stderr, alone.stderr[-3000:]
+    alone = kit("train", str(recipe), "fsdp=false", "deepspeed=null")
+    changes = f"processes: 2 → 1; engine: {engine} → one process"
+    assert alone.returncode == 2 and changes in alone.stderr, alone.stderr[-3000:]
 
     done = subprocess.run([sys.executable, "-m", *command], cwd=PROJECT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -143,11 +151,23 @@ def test_torchrun_is_stopped_and_goes_on_to_a_verified_run(taught: Callable[...,
 
 
 def test_one_process_is_told_what_needs_several(tmp_path: Path) -> None:
-    for field in ("fsdp=true", "deepspeed=recipes/deepspeed/zero3.json"):
-        done = kit("train", "recipes/quickstart.yaml", f"output_dir={tmp_path}", field)
+    zero2 = "deepspeed=recipes/deepspeed/zero2.json"
+    for verb, field in (("train", "fsdp=true"), ("run", "fsdp=true"), ("run", zero2)):
+        done = kit(verb, "recipes/quickstart.yaml", f"output_dir={tmp_path}", field)
         assert done.returncode == 2 and "torchrun --nproc_per_node 2 -m kit train" in done.stderr, done.stderr
+        assert not (tmp_path / "quickstart").exists()
     done = kit("run", "recipes/quickstart.yaml", f"output_dir={tmp_path}", WORLD_SIZE="2", RANK="0")
     assert done.returncode == 2 and "torchrun" in done.stderr
+
+
+def test_deepspeed_with_one_process_keeps_the_optimiser_on_the_cpu(taught: Callable[..., Path], tmp_path: Path) -> None:
+    needs("ZeRO-2")
+    recipe = write_recipe(tmp_path, taught("qwen2", short=True), name="one", gguf=[], max_steps=3,
+                          deepspeed="recipes/deepspeed/zero2-offload.json")
+    done = kit("train", str(recipe))
+    result = read_result(tmp_path / "runs" / "one")
+    assert done.returncode == 0 and result["status"] == "finished", done.stderr[-3000:]
+    assert "1 process: ZeRO-2" in done.stdout and result["train"]["steps"] == 3
 
 
 def test_a_path_that_the_linker_would_split_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
