@@ -145,14 +145,6 @@ def test_no_page_made_from_the_code_is_forgotten_here() -> None:
 
 
 @pytest.mark.slow
-def test_every_recipe_is_in_the_table_of_memory() -> None:
-    for document in ("docs/memory.md", *READMES):
-        rows = [line for line in text_of(document).splitlines() if line.startswith("| [")]
-        named = {Path(row.split("](")[1].split(")")[0]).stem for row in rows}
-        assert named | {"quickstart"} == {path.stem for path in (PROJECT / "recipes").glob("*.yaml")}
-
-
-@pytest.mark.slow
 def test_the_data_check_of_the_page(tmp_path: Path) -> None:
     done = kit("lint", "data/messy-faq.csv", "columns={prompt: 问题, completion: 答案}",
                "--html", str(tmp_path / "page.html"), "--fix", str(tmp_path / "fixed.jsonl"))
