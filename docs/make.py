@@ -33,6 +33,12 @@ CONFIGS = {
     "Qwen/Qwen2.5-0.5B": {
         "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    "Qwen/Qwen3.5-4B": {  # of its text model, which is what is loaded
+        "model_type": "qwen3_5_text", "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248320,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "layer_types": [*["linear_attention"] * 3, "full_attention"] * 8,
+        "tie_word_embeddings": True},
     "Qwen/Qwen2-7B": QWEN2_7B,
     "Qwen/Qwen2.5-7B-Instruct": QWEN2_7B,
     **{f"Qwen/Qwen3-{size}": {

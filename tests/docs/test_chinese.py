@@ -63,8 +63,9 @@ def test_its_commands_are_those_with_the_twin(name: str) -> None:
     assert kit_words(shell(twin(name))[0].removeprefix("#   ").split()) == ["run", f"recipes/zh/{name}.yaml"]
 
 
+# options.md and its twin are made from one table.
 PAGES = {f"docs/{path.name}": f"docs/{path.stem}.zh.md" for path in (PROJECT / "docs").glob("*.md")
-         if path.with_suffix(".zh.md").is_file()}
+         if path.with_suffix(".zh.md").is_file() and path.stem != "options"}
 
 
 def sections(page: str) -> list[str]:
