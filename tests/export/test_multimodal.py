@@ -29,6 +29,7 @@ def test_merging_changes_the_text_model_alone(tmp_path: Path) -> None:
     from kit.verifying.contents import check_merge
 
     base = tiny_multimodal(tmp_path / "base", short=True)
+    (base / "preprocessor_config.json").write_text("{}", encoding="utf-8")
     recipe = Recipe.load(RECIPE, model_name=str(base), output_dir=str(tmp_path), gguf=[], dtype="float32")
     model, tokenizer = kit.load_model(recipe)
     model = kit.add_lora(model, recipe)
@@ -44,7 +45,7 @@ def test_merging_changes_the_text_model_alone(tmp_path: Path) -> None:
     check_merge(gates, base, saved, merged)
     gates.require()
     old, new = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
-    assert old.keys() == new.keys()
+    assert old.keys() == new.keys() and (merged / "preprocessor_config.json").is_file()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert len(changed) == 3 * 6 + 7 and all(name.startswith("model.language_model.layers.") for name in changed)
     ids = torch.tensor([tokenizer("Where is my parcel?")["input_ids"]])
