@@ -26,16 +26,25 @@ GPU = Machine("cuda", "any GPU with bfloat16", 8, 80.0, 0.0, True, "")
 # What config.json says of the models that the recipes name: shapes only, so no weights are needed.
 QWEN2_7B = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
             "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}
+QWEN3 = {  # hidden_size, intermediate_size, layers, heads, whether the head is the embedding
+    "0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True), "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False), "14B": (5120, 17408, 40, 40, False), "32B": (5120, 25600, 64, 64, False)}
 CONFIGS = {
     "Qwen/Qwen2.5-0.5B": {
         "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "Qwen/Qwen3-4B": {
-        "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "Qwen/Qwen3.5-4B": {  # of its text model, which is what is loaded
+        "model_type": "qwen3_5_text", "hidden_size": 2560, "intermediate_size": 9216, "num_hidden_layers": 32,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 248320,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "layer_types": [*["linear_attention"] * 3, "full_attention"] * 8,
         "tie_word_embeddings": True},
     "Qwen/Qwen2-7B": QWEN2_7B,
     "Qwen/Qwen2.5-7B-Instruct": QWEN2_7B,
+    **{f"Qwen/Qwen3-{size}": {
+        "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": tied} for size, (hidden, inner, layers, heads, tied) in QWEN3.items()},
 }  # fmt: skip
 SHORT_ROWS = 512  # tokens; a question and an answer of a few paragraphs
 
@@ -162,26 +171,29 @@ def memory_page() -> str:
 
 
 def readme(name: str) -> str:
-    """A README with its table of recipes: the starter's memory as its recipe states it, the others' forecast."""
+    """A README with its table of models, each with its recipe of least memory: the starter's as measured, forecasts."""
     head, measured, *methods = README_WORDS[name]
     words = dict(zip(("LoRA", "8-bit", "QLoRA", "full"), methods, strict=True))
     quickstart = (RECIPES / "quickstart.yaml").read_text(encoding="utf-8")
     needed = re.findall(r"^# Memory: ([\d.]+) GB", quickstart, re.MULTILINE)[0]
-    rows = [head, "|---|---|---|---|---|", f"| [quickstart](recipes/quickstart.yaml) | SmolLM2-135M-Instruct | "
-                                          f"{words['LoRA']} | | {measured.format(needed)} |"]
+    rows = [head, "|---|---|---|---|", f"| [SmolLM2-135M-Instruct](recipes/quickstart.yaml) | {words['LoRA']} | | "
+                                       f"{measured.format(needed)} |"]
+    shown = set()
     for stem, (recipe, short, long) in sorted(forecasts().items(), key=lambda item: item[1][1].peak_memory_gb or 0):
         method = ("full" if recipe.full_finetuning else "QLoRA" if recipe.load_in_4bit else
                   "8-bit" if recipe.load_in_8bit else "LoRA")
-        rows.append(f"| [{stem}](recipes/{stem}.yaml) | {Path(recipe.model_name).name} | {words[method]} | "
-                    f"{short.peak_memory_gb:.1f} GB | {long.peak_memory_gb:.1f} GB ({recipe.max_seq_length:,}) |")
+        if recipe.model_name not in shown:
+            rows.append(f"| [{Path(recipe.model_name).name}](recipes/{stem}.yaml) | {words[method]} | "
+                        f"{short.peak_memory_gb:.1f} GB | {long.peak_memory_gb:.1f} GB ({recipe.max_seq_length:,}) |")
+            shown.add(recipe.model_name)
     return between(DOCS.parent / name, rows)
 
 
 README_WORDS = {
-    "README.md": (f"| recipe | model | method | rows of {SHORT_ROWS} tokens | longest rows (tokens) |",
-                  "**{} GB measured**, on a CPU (256)", "LoRA", "LoRA, 8-bit", "QLoRA, 4-bit", "full"),
-    "README.zh.md": (f"| 配方 | 模型 | 方法 | 每行 {SHORT_ROWS} token | 最长的行（token） |",
-                     "**实测 {} GB**，CPU（256）", "LoRA", "LoRA，8-bit", "QLoRA，4-bit", "全参数"),
+    "README.md": (f"| model, and its leanest recipe | method | rows of {SHORT_ROWS} tokens | longest rows (tokens) |",
+                  "**{} GB measured**, on a CPU (256)", "LoRA", "LoRA, 8-bit", "QLoRA", "full"),
+    "README.zh.md": (f"| 模型（链接到最省显存的配方） | 方法 | 每行 {SHORT_ROWS} token | 最长的行（token） |",
+                     "**实测 {} GB**，CPU（256）", "LoRA", "LoRA，8-bit", "QLoRA", "全参数"),
 }
 
 

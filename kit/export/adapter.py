@@ -22,6 +22,8 @@ from kit.runs.run import Run, read_manifest
 
 PIECE = 16 << 20  # bytes copied at once
 HEAD = "lm_head.weight"
+INNER = "model.language_model."  # where the files of a model of pictures and text have the tensors of the text model
+SEEING = ("preprocessor_config.json", "video_preprocessor_config.json")  # such a model's, which vLLM asks for
 LEFT_OUT = "set save_merged: none and gguf: [], and load the adapter with PEFT"
 # Settings of PEFT's LoraConfig that make another update than W + s B A, or write it to other weights.
 UNKNOWN = ("fan_in_fan_out", "target_parameters", "lora_bias", "use_qalora", "use_bdlora", "arrow_config",
@@ -76,7 +78,7 @@ def merge_adapter(base: Path, adapter: Path, target: Path, trust_remote_code: bo
                                              unit_scale=True, delay=2) as progress:
         for file in files:
             merge_file(file, folder / file.name, changes, progress)
-        for name in (INDEX, "config.json", "generation_config.json"):
+        for name in (INDEX, "config.json", "generation_config.json", *SEEING):
             if (base / name).is_file():
                 shutil.copyfile(base / name, folder / name)
         if (adapter / "tokenizer_config.json").is_file():
@@ -182,6 +184,9 @@ def fitting(changes: dict[str, Any], adapter: Path, base: Path) -> dict[str, Any
     """
     shapes = {name: tensor.shape for file in weight_files(base)
               for name, tensor in read_weights_header(file).tensors.items()}
+    if any(name.startswith(INNER) for name in shapes):  # a model of pictures and text, of which the text was trained
+        changes = {name.replace("model.", INNER, 1) if name not in shapes else name: change
+                   for name, change in changes.items()}
     tied = {name: change for name, change in changes.items() if name.endswith(("embed_tokens.weight", HEAD))}
     if tied and not any(name.endswith(HEAD) for name in shapes):
         pair = list(tied.values())

@@ -77,6 +77,9 @@ def _usual_4bit(recipe: Recipe, dtype: str) -> bool:
 
 def _load_with_unsloth(source: str, recipe: Recipe, settings: Settings, options: dict[str, Any]) -> tuple[Any, Any]:
     dtype = getattr(torch, settings.dtype)
+    if machine().device == "cuda":
+        # Of a model of pictures and text the text model, as on a CPU; else a processor takes the tokenizer's place.
+        options |= {"text_only": True}
     if recipe.load_in_4bit and not _usual_4bit(recipe, settings.dtype):
         # Without use_exact_model_name Unsloth may load its own 4-bit copy, quantised another way.
         options |= {"quantization_config": four_bit_config(recipe, settings.dtype), "use_exact_model_name": True}

@@ -228,9 +228,15 @@ def _step(model: ModelFiles, recipe: Recipe, longest: int, width: int, device: s
 
 
 def _answer(model: ModelFiles, prompt: int, new_tokens: int, width: int) -> float:
-    """One of a batch's answers: its prompt in one layer, keys and values (copied as they grow), the next logits."""
+    """One of a batch's answers: its prompt in one layer, keys and values (copied as they grow), the next logits.
+
+    A layer of linear attention has a state in their place, in float32 and of one size for any length.
+    """
     config = model.config
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    cache = (prompt + new_tokens) * 2 * heads * size * config["num_hidden_layers"]
-    return width * (prompt * _layer_values(model) + 2 * cache) + config["vocab_size"] * (4 + width)
+    linear = (config.get("layer_types") or []).count("linear_attention")
+    cache = (prompt + new_tokens) * 2 * heads * size * (config["num_hidden_layers"] - linear)
+    states = linear and linear * 4 * math.prod(
+        config[f"linear_{name}"] for name in ("num_value_heads", "key_head_dim", "value_head_dim"))
+    return width * (prompt * _layer_values(model) + 2 * cache) + 2 * states + config["vocab_size"] * (4 + width)

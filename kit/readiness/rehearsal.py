@@ -94,6 +94,12 @@ def _rehearse_in(folder: Path, recipe: Recipe, gates: Gates) -> None:
         config = AutoConfig.from_pretrained(model_folder(recipe), **loading_options(recipe))
     except (OSError, ValueError) as error:
         raise not_loaded("config", recipe, error) from None
+    if recipe.full_finetuning and recipe.gguf and vars(config.get_text_config()).get("mtp_num_hidden_layers"):
+        gates.check("convert", False, "not possible",
+                    detail=f"all weights of {config.model_type} are saved without its layers for multi-token "
+                           "prediction, which the converter asks for",
+                    hint="set full_finetuning: false (the adapter is merged into the whole model), or gguf: []")
+        return
     try:
         model = random_model(shrunk(config), SEED, recipe.trust_remote_code)
         _logprobs(model, [0, 1])

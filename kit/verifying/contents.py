@@ -168,6 +168,8 @@ def _check_shape(gates: Gates, name: str, header: Header, config: dict[str, Any]
     compared, wrong = 0, []
     for key, field in VALUES.items():
         shipped, due = fields.get(f"{architecture}.{field}"), config.get(key)
+        if key == "num_hidden_layers" and isinstance(shipped, int):  # those that predict a further token count, too
+            shipped -= fields.get(f"{architecture}.nextn_predict_layers") or 0
         # An architecture whose layers differ has lists in one place or the other.
         if not isinstance(shipped, (int, float)) or not isinstance(due, (int, float)):
             continue

@@ -107,7 +107,8 @@ def test_both_readmes_have_the_same_commands_pictures_and_links() -> None:
     english, chinese = READMES
     assert commands(english) == commands(chinese) and len(commands(english)) >= 8
     assert pictures(english) == pictures(chinese) and pictures(english)
-    assert links(english)[1:] == links(chinese)[1:], "the first one leads to the other language"
+    there = [link.replace(".zh.md", ".md") for link in links(chinese)]  # a page may be there in Chinese, too
+    assert links(english)[1:] == there[1:], "the first one leads to the other language"
     assert (links(english)[0], links(chinese)[0]) == (chinese, english)
 
 
@@ -142,14 +143,6 @@ def test_pages_made_from_the_code_are_current(page: str) -> None:
 
 def test_no_page_made_from_the_code_is_forgotten_here() -> None:
     assert set(pages()) == {"docs/recipe.md", "docs/findings.md", "docs/gates-measured.md", "docs/memory.md", *READMES}
-
-
-@pytest.mark.slow
-def test_every_recipe_is_in_the_table_of_memory() -> None:
-    for document in ("docs/memory.md", *READMES):
-        rows = [line for line in text_of(document).splitlines() if line.startswith("| [")]
-        named = {Path(row.split("](")[1].split(")")[0]).stem for row in rows}
-        assert named | {"quickstart"} == {path.stem for path in (PROJECT / "recipes").glob("*.yaml")}
 
 
 @pytest.mark.slow

@@ -233,6 +233,8 @@ def test_layers_that_do_not_exist_and_models_that_cannot_be_shrunk(tiny: Callabl
     model = folder_of(config("Qwen3Config", vocab_size=152000, mtp_num_hidden_layers=1), tmp_path / "model")
     gates = rehearse(recipe(model, tmp_path / "out"))
     assert signs(gates) == {"tiny model": None} and "multi-token prediction" in gates.gates[0].detail
+    [failed] = rehearse(recipe(model, tmp_path / "out", full_finetuning=True)).failed
+    assert failed.name == "convert" and "full_finetuning: false" in failed.hint
 
 
 def test_a_quantised_base_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:

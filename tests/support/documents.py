@@ -141,5 +141,5 @@ def check_name(name: str, variables: Iterable[str] = ()) -> None:
         return
     fields = yaml.safe_load(name)
     assert isinstance(fields, dict), name
-    recipe = Recipe.load({"test_size": 2, **fields})
+    recipe = Recipe.load(fields if "eval_dataset" in fields else {"test_size": 2, **fields})
     assert recipe.deepspeed is None or Path(PROJECT / recipe.deepspeed).is_file(), name

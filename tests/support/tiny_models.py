@@ -101,3 +101,42 @@ def small_starter(starter: Path, folder: Path) -> Path:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(starter).save_pretrained(folder)
     return folder
+
+
+def tiny_multimodal(folder: Path, short: bool = False) -> Path:
+    """As `tiny_model`: a Qwen3.5 as its makers ship it, with a part that sees and a layer that predicts one token more.
+
+    Four layers, the last with full attention. transformers leaves the further layer out; here it is a copy of the last.
+    """
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    tokenizer = real_tokenizer("qwen35", "Qwen3.5-4B", short)
+    tokenizer.bos_token = None
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    text = {**SHAPE, "num_hidden_layers": 4, "head_dim": 32, "vocab_size": len(tokenizer), "tie_word_embeddings": True,
+            "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_interleaved": True,
+                "mrope_section": [2, 1, 1]}, **ends}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+              "num_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    model = Qwen3_5ForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors, last = load_file(folder / "model.safetensors"), "model.language_model.layers.3."
+    tensors |= {f"mtp.layers.0.{name.removeprefix(last)}": tensor.clone() for name, tensor in tensors.items()
+                if name.startswith(last)}
+    tensors |= {f"mtp.{name}.weight": torch.ones(64, dtype=torch.bfloat16)
+                for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    tensors["mtp.fc.weight"] = torch.randn(64, 128).to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    return folder

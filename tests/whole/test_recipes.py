@@ -28,8 +28,12 @@ from support.tiny_runs import talks
 
 RECIPES = {path.stem: path for path in sorted((PROJECT / "recipes").glob("*.yaml"))}
 NEW = [name for name in RECIPES if name != "quickstart"]  # that one is run as it is by tests/whole/test_run.py
+QWEN3 = ("qwen3-0.6b-lora", "qwen3-1.7b-lora", "qwen3-8b-qlora", "qwen3-14b-qlora", "qwen3-32b-qlora")
+WITH_PICTURES = "qwen3.5-4b-lora"  # run by tests/export/test_multimodal.py
 OWN_ROWS = {"qwen2.5-7b-chatml-qlora": "data/my-novel.jsonl", "qwen2-7b-full": "data/my-messages.jsonl",
-            "qwen2-7b-lora": "data/my-messages.jsonl", "qwen2-7b-qlora": "data/my-messages.jsonl"}
+            "qwen2-7b-lora": "data/my-messages.jsonl", "qwen2-7b-qlora": "data/my-messages.jsonl",
+            **dict.fromkeys((*QWEN3, WITH_PICTURES), "data/my-messages.jsonl")}
+LIKE_ANOTHER = {"qwen3-1.7b-lora", "qwen3-14b-qlora", "qwen3-32b-qlora"}  # but for numbers that two steps don't see
 OPTIONS = (PROJECT / "docs" / "options.md").read_text(encoding="utf-8")
 VARIABLES = {"CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_TOKEN", "KIT_CACHE"}
 
@@ -127,8 +131,10 @@ def test_what_the_remarks_name_exists() -> None:
                 check_name(name, VARIABLES)
 
 
-def test_every_new_recipe_is_in_the_options() -> None:
-    for name in NEW:
+def test_every_recipe_after_another_tool_is_in_the_options() -> None:
+    after = [name for name in NEW if ", after " in header(name)[0]]
+    assert len(after) == len(NEW) - len(QWEN3) - 1
+    for name in after:
         assert f"(../recipes/{name}.yaml)" in OPTIONS
 
 
@@ -192,6 +198,7 @@ STAND_INS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "qwen2-7b-full": ("qwen2-base", messages),
     "qwen2-7b-lora": ("qwen2-base", messages),
     "qwen2-7b-qlora": ("qwen2-base", messages),
+    **dict.fromkeys(QWEN3, ("qwen3", messages)),
 }
 # Tiny models have room for 4,096 tokens, and two steps are a pass over so few rows: the evaluation after it happens.
 SHORT: dict[str, Any] = {
@@ -202,12 +209,13 @@ SHORT: dict[str, Any] = {
 
 
 def test_every_new_recipe_is_run_here() -> None:
-    assert sorted(STAND_INS) == sorted(NEW)
+    assert sorted([*STAND_INS, WITH_PICTURES]) == sorted(NEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, whole", [
-    *((name, name == "qwen2-7b-qlora") for name in STAND_INS),
+    *(pytest.param(name, name == "qwen2-7b-qlora", marks=[pytest.mark.long] * (name in LIKE_ANOTHER))
+      for name in STAND_INS),
     *(pytest.param(name, True, marks=pytest.mark.long) for name in STAND_INS if name != "qwen2-7b-qlora")])
 def test_two_steps_of_it(name: str, whole: bool, taught: Callable[..., Path], tmp_path: Path) -> None:
     """`whole` to the GGUF; up to the merged model it is the same with a short vocabulary."""
