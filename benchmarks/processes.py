@@ -93,7 +93,7 @@ def large_model(folder: Path) -> Path:
 
 
 def loading(processes: int) -> None:
-    print("| engine | peak of each process over what it had before, GB: loading | with a training step |\n|---|---|---|")
+    print("| engine | peak of each process over what it had before, GB: loading | and a step |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as made:
         model = large_model(Path(made) / "model")
         for engine, fields in ENGINES.items():
