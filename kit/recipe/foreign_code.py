@@ -1,0 +1,282 @@
+"""The settings in a notebook or script of Unsloth, TRL or PEFT: read as syntax, never executed."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from kit.common.errors import KitError, one_line
+
+# Calls whose arguments are settings; of each the first counts, as later ones load what was trained.
+LOADERS = ("from_pretrained",)
+SETTINGS = ("get_peft_model", "LoraConfig", "SFTConfig", "TrainingArguments", "UnslothTrainingArguments",
+            "BitsAndBytesConfig", "SFTTrainer", "UnslothTrainer", "Trainer", "Seq2SeqTrainingArguments")
+OTHER_TRAINERS = ("DPOTrainer", "GRPOTrainer", "ORPOTrainer", "KTOTrainer", "PPOTrainer", "RewardTrainer", "CPOTrainer",
+                  "RLOOTrainer")
+NOT_SETTINGS = ("model", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "args", "data_collator",
+                "formatting_func", "peft_config", "callbacks", "compute_metrics", "quantization_config", "task_type")
+BY_MACHINE = ("fp16", "bf16", "dtype", "torch_dtype", "device_map", "token")  # told while it runs, there and here
+ALPACA = re.compile(r"### Instruction:.*### Response:", re.DOTALL)
+GGUF_METHODS = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
+MERGED = {"merged_16bit": "16bit", "merged_4bit": "4bit", "merged_4bit_forced": "4bit"}
+DEEPEST, LONGEST = 50, 10_000  # of an expression; of a text or list that is put together
+Found = tuple[str, Any, str]  # name, value, how the code writes it
+
+
+class Unknown(Exception):
+    """A value that only running the code would tell."""
+
+
+def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str]:
+    """(tool, options, what could not be read, tool of the training defaults) of a notebook or .py.
+
+    KitError where it trains nothing that is here.
+    """
+    notes: list[str] = []
+    statements = [line for cell in _cells(path, text) for line in _parsed(cell, notes)]
+    if not statements and notes:
+        raise KitError(f"{path}: {notes[0]}", "name the notebook or script that trains")
+    names: dict[str, Any] = {}
+    calls = list(_calls(statements, names))
+    for name, _, _ in calls:
+        if name in OTHER_TRAINERS:
+            raise KitError(f"{path} trains with TRL's {name}: only supervised finetuning is here",
+                           "its model can be had by kit.load_model and kit.add_lora")
+    found: list[Found] = []
+    seen: set[str] = set()
+    for name, call, at_that_point in calls:
+        if name in LOADERS and not _loads_a_model(call):
+            continue
+        if name in (*LOADERS, *SETTINGS) and name not in seen:
+            seen.add(name)
+            found += _arguments(name, call, at_that_point, notes)
+        elif reader := READERS.get(name):
+            found += reader(call, at_that_point)
+    if not seen & {"get_peft_model", "LoraConfig", "SFTConfig", "TrainingArguments", "SFTTrainer"}:
+        raise KitError(f"{path} trains nothing: no get_peft_model, SFTConfig, TrainingArguments or SFTTrainer in it",
+                       "name the notebook or script that trains")
+    if any(ALPACA.search(constant) for constant in _texts(statements)):
+        found.append(("prompt_style", "alpaca", "the Alpaca template"))
+    if seen & {"LoraConfig", "get_peft_model"}:
+        found.insert(0, ("full_finetuning", False, "get_peft_model"))
+    tool = "unsloth" if {"FastLanguageModel", "FastModel"} & _names(statements) else "trl"
+    plain = "SFTConfig" not in seen and any(name.endswith("TrainingArguments") for name in seen)
+    return tool, found, notes, "transformers" if plain else ""  # SFTConfig has defaults of its own
+
+
+def _cells(path: Any, text: str) -> Iterator[str]:
+    """The code of a notebook's cells, or of a script, without the lines that are IPython's."""
+    cells = [text]
+    if str(path).endswith(".ipynb"):
+        try:
+            notebook = json.loads(text)
+            cells = [cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+                     for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise KitError(f"{path}: no notebook: {one_line(error, 100)}",
+                           "save it again in Jupyter or Colab") from None
+    for cell in cells:
+        if not re.match(r"\s*%%(?!capture|time)", cell):
+            # A magic may stand alone in a block: something must stay there.
+            yield re.sub(r"^(\s*)(?:[!%].*(?:\\\n.*)*|get_ipython\(\).*)$", r"\1pass", cell, flags=re.MULTILINE)
+
+
+def _parsed(cell: str, notes: list[str]) -> list[ast.stmt]:
+    try:
+        return ast.parse(cell).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        notes.append(f"a cell that is no Python: {one_line(error, 80)}")
+        return []
+
+
+def _calls(body: list[Any], names: dict[str, Any]) -> Iterator[tuple[str, ast.Call, dict[str, Any]]]:
+    """(function, call, the names known there) in their order; what stands under `if False` is not done."""
+    for statement in body:
+        if isinstance(statement, ast.If) and isinstance(statement.test, ast.Constant):
+            yield from _calls(statement.body if statement.test.value else statement.orelse, names)
+            continue
+        inner = [block for field in ("body", "orelse", "finalbody") for block in getattr(statement, field, [])]
+        head = [node for node in ast.iter_child_nodes(statement) if node not in inner]
+        for node in (node for part in head for node in ast.walk(part)):
+            called = getattr(node, "func", None)
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            if isinstance(node, ast.Call) and name in (*LOADERS, *SETTINGS, *OTHER_TRAINERS, *READERS):
+                yield name, node, dict(names)
+        _assign(statement, names)
+        yield from _calls(inner, names)
+
+
+def _assign(statement: ast.stmt, names: dict[str, Any]) -> None:
+    """Take over NAME = value, where the value is known."""
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                names.pop(target.id, None)
+                try:
+                    names[target.id] = value_of(statement.value, names)
+                except Unknown:
+                    continue
+
+
+def value_of(node: Any, names: dict[str, Any], depth: int = 0) -> Any:
+    """A constant, list, mapping, name or plain arithmetic of them; Unknown for all that would have to be run."""
+    value = _value_of(node, names, depth)
+    if _size(value) > LONGEST:  # a name used twice in a value used twice …
+        raise Unknown
+    return value
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, (list, dict)):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return 1 + sum(map(_size, parts))
+    return len(value) if isinstance(value, str) else 1
+
+
+def _value_of(node: Any, names: dict[str, Any], depth: int) -> Any:
+    def inner(part: Any) -> Any:
+        return value_of(part, names, depth + 1)
+
+    if depth > DEEPEST:
+        raise Unknown
+    match node:
+        case ast.Constant(value=value) if not isinstance(value, (bytes, complex)):
+            return value
+        case ast.Name(id=name) if name in names:
+            return names[name]
+        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
+            return name
+        case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
+            return [inner(part) for part in parts]
+        case ast.Dict(keys=keys, values=values) if None not in keys:
+            return {str(inner(key)): inner(value) for key, value in zip(keys, values, strict=True)}
+        case ast.UnaryOp(op=ast.USub(), operand=part):
+            return _number(inner(part)) * -1
+        case ast.UnaryOp(op=ast.Not(), operand=part):
+            return not inner(part)
+        case ast.JoinedStr(values=parts):
+            return "".join(str(inner(part.value if isinstance(part, ast.FormattedValue) else part)) for part in parts)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            first, second = inner(left), inner(right)
+            if type(first) is type(second) and isinstance(first, (str, list)):
+                return first + second
+            return _number(first) + _number(second)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return _number(inner(left)) * _number(inner(right))
+        case ast.BinOp(left=left, op=ast.Div() | ast.FloorDiv() as op, right=right) if _number(inner(right)):
+            quotient = _number(inner(left)) / _number(inner(right))
+            return int(quotient) if isinstance(op, ast.FloorDiv) else quotient
+    raise Unknown
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e18:
+        raise Unknown
+    return value
+
+
+def _texts(statements: list[ast.stmt]) -> Iterator[str]:
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def _names(statements: list[ast.stmt]) -> set[str]:
+    return {node.id for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Name)}
+
+
+def _loads_a_model(call: ast.Call) -> bool:
+    owner = getattr(call.func, "value", None)
+    return isinstance(owner, ast.Name) and ("Model" in owner.id) and "Peft" not in owner.id
+
+
+def _arguments(name: str, call: ast.Call, names: dict[str, Any], notes: list[str]) -> Iterator[Found]:
+    """The keyword arguments of a call, and the model's name, which often has no keyword."""
+    if name in LOADERS and call.args:
+        yield from _one("model_name", call.args[0], names, notes)
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            try:
+                given = value_of(keyword.value, names)
+                yield from ((key, value, key) for key, value in given.items())
+            except (Unknown, AttributeError):
+                notes.append(f"{name}(**…): not known before the code runs")
+        elif keyword.arg not in NOT_SETTINGS:
+            yield from _one("model_name" if keyword.arg == "pretrained_model_name_or_path" else keyword.arg,
+                            keyword.value, names, notes)
+
+
+def _one(name: str, node: ast.expr, names: dict[str, Any], notes: list[str]) -> Iterator[Found]:
+    try:
+        yield name, value_of(node, names), name
+    except Unknown:
+        if name not in BY_MACHINE:
+            notes.append(f"{name} = {_written(node)}: not known before the code runs")
+
+
+def _written(node: ast.expr) -> str:
+    try:
+        return " ".join(ast.unparse(node).split())[:80]
+    except RecursionError:
+        return "…"
+
+
+# ── Calls that are no settings ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _known(node: Any, names: dict[str, Any], default: Any = None) -> Any:
+    try:
+        return value_of(node, names)
+    except Unknown:
+        return default
+
+
+def _keywords(call: ast.Call, names: dict[str, Any]) -> dict[str, Any]:
+    return {keyword.arg: _known(keyword.value, names) for keyword in call.keywords if keyword.arg}
+
+
+def _load_dataset(call: ast.Call, names: dict[str, Any]) -> Iterator[Found]:
+    given = _keywords(call, names)
+    first, second = ([_known(part, names) for part in call.args] + [None, None])[:2]
+    files = given.get("data_files")
+    files = files.get("train") or next(iter(files.values()), None) if isinstance(files, dict) else files
+    source = files if files else first or given.get("path")
+    if source:
+        yield "dataset", source, "load_dataset"
+    if config := second or given.get("name"):
+        yield "dataset_config", config, "load_dataset"
+    if (split := given.get("split")) and isinstance(split, str):
+        part = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", split)
+        yield "dataset_split", part[1] if part else split.partition("[")[0], "split"
+        if part and part[2]:
+            yield "max_train_samples", int(part[2]), f"split={split}"
+        elif not part:
+            yield "split", split, "split"
+
+
+def _template(call: ast.Call, names: dict[str, Any]) -> Iterator[Found]:
+    yield "template", _keywords(call, names).get("chat_template") or "chatml", "get_chat_template"
+
+
+def _responses_only(call: ast.Call, names: dict[str, Any]) -> Iterator[Found]:
+    yield "train_on_responses_only", True, "train_on_responses_only"
+
+
+def _merged(call: ast.Call, names: dict[str, Any]) -> Iterator[Found]:
+    method = _keywords(call, names).get("save_method", "merged_16bit")
+    if method in MERGED:
+        yield "save_merged", MERGED[method], f"save_method={method}"
+
+
+def _gguf(call: ast.Call, names: dict[str, Any]) -> Iterator[Found]:
+    methods = _keywords(call, names).get("quantization_method") or "q8_0"
+    methods = methods if isinstance(methods, list) else [methods]
+    yield "gguf", [GGUF_METHODS.get(str(method), str(method)) for method in methods], "save_pretrained_gguf"
+
+
+READERS = {"load_dataset": _load_dataset, "get_chat_template": _template, "train_on_responses_only": _responses_only,
+           "save_pretrained_merged": _merged, "push_to_hub_merged": _merged, "save_pretrained_gguf": _gguf,
+           "push_to_hub_gguf": _gguf}
