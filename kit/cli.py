@@ -75,7 +75,7 @@ def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = Fals
     return run_cells(recipe, parsed(fields), overwrite)
 
 
-@_verb("kit new mine --from qwen2-7b-lora-sft.yaml model_name=/models/Qwen2-7B")
+@_verb("kit new mine --from finetune.sh model_name=/models/Qwen2-7B")
 def new(
     name: Annotated[str, Argument(metavar="NAME", help="The new recipe: NAME.yaml in this folder, or a path")],
     fields: Fields = None,

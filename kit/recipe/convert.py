@@ -62,7 +62,7 @@ def convert(source: Source) -> Converted:
         if (stage := str(given.get(name) or "").lower()) and stage not in possible:
             raise KitError(f"{name}: {stage}: only supervised finetuning is here",
                            "TRL's other trainers take the model that kit.load_model and kit.add_lora give")
-    for option in source.options:
+    for option in {option.name: option for option in source.options}.values():  # of several the last counts
         _take(done, option, given, source)
     if "export_dir" in given or "merge_lora" in given:
         _merging(done, given)

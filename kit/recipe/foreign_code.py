@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kit.common.errors import KitError, one_line
+from kit.recipe.code_values import Unknown, known, value_of, written
+from kit.recipe.foreign import tool_of
 
 # Calls whose arguments are settings; of each the first counts, as later ones load what was trained.
 LOADERS = ("from_pretrained",)
@@ -20,12 +22,7 @@ BY_MACHINE = ("fp16", "bf16", "dtype", "torch_dtype", "device_map", "token")  # 
 ALPACA = re.compile(r"### Instruction:.*### Response:", re.DOTALL)
 GGUF_METHODS = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
 MERGED = {"merged_16bit": "16bit", "merged_4bit": "4bit", "merged_4bit_forced": "4bit"}
-DEEPEST, LONGEST = 50, 10_000  # of an expression; of a text or list that is put together
 Found = tuple[str, Any, str]  # name, value, how the code writes it
-
-
-class Unknown(Exception):
-    """A value that only running the code would tell."""
 
 
 def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str]:
@@ -39,10 +36,9 @@ def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str
         raise KitError(f"{path}: {notes[0]}", "name the notebook or script that trains")
     names: dict[str, Any] = {}
     calls = list(_calls(statements, names))
-    for name, _, _ in calls:
-        if name in OTHER_TRAINERS:
-            raise KitError(f"{path} trains with TRL's {name}: only supervised finetuning is here",
-                           "its model can be had by kit.load_model and kit.add_lora")
+    if other := next((name for name, _, _ in calls if name in OTHER_TRAINERS), None):
+        raise KitError(f"{path} trains with TRL's {other}: only supervised finetuning is here",
+                       "its model can be had by kit.load_model and kit.add_lora")
     found: list[Found] = []
     seen: set[str] = set()
     for name, call, at_that_point in calls:
@@ -51,9 +47,11 @@ def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str
         if name in (*LOADERS, *SETTINGS) and name not in seen:
             seen.add(name)
             found += _arguments(name, call, at_that_point, notes)
-        elif reader := READERS.get(name):
-            found += reader(call, at_that_point)
-    if not seen & {"get_peft_model", "LoraConfig", "SFTConfig", "TrainingArguments", "SFTTrainer"}:
+        elif name in READERS and not (name == "load_dataset" and name in seen):
+            seen.add(name)
+            found += READERS[name](call, at_that_point)
+    declared = list(_declared(statements))
+    if not seen & {"get_peft_model", "LoraConfig", "SFTConfig", "TrainingArguments", "SFTTrainer"} and not declared:
         raise KitError(f"{path} trains nothing: no get_peft_model, SFTConfig, TrainingArguments or SFTTrainer in it",
                        "name the notebook or script that trains")
     if any(ALPACA.search(constant) for constant in _texts(statements)):
@@ -61,6 +59,10 @@ def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str
     if seen & {"LoraConfig", "get_peft_model"}:
         found.insert(0, ("full_finetuning", False, "get_peft_model"))
     tool = "unsloth" if {"FastLanguageModel", "FastModel"} & _names(statements) else "trl"
+    if declared:  # a script with options: what it passes on is known by them, and whether it makes an adapter
+        given = {name for name, _, _ in declared}
+        notes[:] = [note for note in notes if not any(re.search(rf"\.{name}\b", note) for name in given)]
+        return tool_of(given) or tool, [*found[:1], *declared, *found[1:]], notes, "transformers"
     plain = "SFTConfig" not in seen and any(name.endswith("TrainingArguments") for name in seen)
     return tool, found, notes, "transformers" if plain else ""  # SFTConfig has defaults of its own
 
@@ -120,63 +122,6 @@ def _assign(statement: ast.stmt, names: dict[str, Any]) -> None:
                     continue
 
 
-def value_of(node: Any, names: dict[str, Any], depth: int = 0) -> Any:
-    """A constant, list, mapping, name or plain arithmetic of them; Unknown for all that would have to be run."""
-    value = _value_of(node, names, depth)
-    if _size(value) > LONGEST:  # a name used twice in a value used twice …
-        raise Unknown
-    return value
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, (list, dict)):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        return 1 + sum(map(_size, parts))
-    return len(value) if isinstance(value, str) else 1
-
-
-def _value_of(node: Any, names: dict[str, Any], depth: int) -> Any:
-    def inner(part: Any) -> Any:
-        return value_of(part, names, depth + 1)
-
-    if depth > DEEPEST:
-        raise Unknown
-    match node:
-        case ast.Constant(value=value) if not isinstance(value, (bytes, complex)):
-            return value
-        case ast.Name(id=name) if name in names:
-            return names[name]
-        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
-            return name
-        case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
-            return [inner(part) for part in parts]
-        case ast.Dict(keys=keys, values=values) if None not in keys:
-            return {str(inner(key)): inner(value) for key, value in zip(keys, values, strict=True)}
-        case ast.UnaryOp(op=ast.USub(), operand=part):
-            return _number(inner(part)) * -1
-        case ast.UnaryOp(op=ast.Not(), operand=part):
-            return not inner(part)
-        case ast.JoinedStr(values=parts):
-            return "".join(str(inner(part.value if isinstance(part, ast.FormattedValue) else part)) for part in parts)
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
-            first, second = inner(left), inner(right)
-            if type(first) is type(second) and isinstance(first, (str, list)):
-                return first + second
-            return _number(first) + _number(second)
-        case ast.BinOp(left=left, op=ast.Mult(), right=right):
-            return _number(inner(left)) * _number(inner(right))
-        case ast.BinOp(left=left, op=ast.Div() | ast.FloorDiv() as op, right=right) if _number(inner(right)):
-            quotient = _number(inner(left)) / _number(inner(right))
-            return int(quotient) if isinstance(op, ast.FloorDiv) else quotient
-    raise Unknown
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e18:
-        raise Unknown
-    return value
-
-
 def _texts(statements: list[ast.stmt]) -> Iterator[str]:
     for statement in statements:
         for node in ast.walk(statement):
@@ -186,6 +131,31 @@ def _texts(statements: list[ast.stmt]) -> Iterator[str]:
 
 def _names(statements: list[ast.stmt]) -> set[str]:
     return {node.id for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Name)}
+
+
+def _declared(statements: list[ast.stmt]) -> Iterator[Found]:
+    """The options that a script declares, with their defaults: argparse's, or the fields of a dataclass."""
+    for node in (node for statement in statements for node in ast.walk(statement)):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            option = str(known(node.args[0], {}, "")) if node.args else ""
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+            default = known(keywords.get("default"), {})
+            if option.startswith("--") and default is not None:
+                yield option.lstrip("-").replace("-", "_"), default, option
+        elif isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+            for part in (part for part in node.body if isinstance(part, ast.AnnAssign)):
+                default = known(_default(part.value), {})
+                if isinstance(part.target, ast.Name) and default is not None:
+                    yield part.target.id, default, part.target.id
+
+
+def _default(value: ast.expr | None) -> ast.expr | None:
+    """field(default=…) or field(default_factory=lambda: …) → what is in it"""
+    if not isinstance(value, ast.Call):
+        return value
+    inside = {keyword.arg: keyword.value for keyword in value.keywords}
+    factory = inside.get("default_factory")
+    return factory.body if isinstance(factory, ast.Lambda) else inside.get("default")
 
 
 def _loads_a_model(call: ast.Call) -> bool:
@@ -214,33 +184,19 @@ def _one(name: str, node: ast.expr, names: dict[str, Any], notes: list[str]) -> 
         yield name, value_of(node, names), name
     except Unknown:
         if name not in BY_MACHINE:
-            notes.append(f"{name} = {_written(node)}: not known before the code runs")
-
-
-def _written(node: ast.expr) -> str:
-    try:
-        return " ".join(ast.unparse(node).split())[:80]
-    except RecursionError:
-        return "…"
+            notes.append(f"{name} = {written(node)}: not known before the code runs")
 
 
 # ── Calls that are no settings ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _known(node: Any, names: dict[str, Any], default: Any = None) -> Any:
-    try:
-        return value_of(node, names)
-    except Unknown:
-        return default
-
-
 def _keywords(call: ast.Call, names: dict[str, Any]) -> dict[str, Any]:
-    return {keyword.arg: _known(keyword.value, names) for keyword in call.keywords if keyword.arg}
+    return {keyword.arg: known(keyword.value, names) for keyword in call.keywords if keyword.arg}
 
 
 def _load_dataset(call: ast.Call, names: dict[str, Any]) -> Iterator[Found]:
     given = _keywords(call, names)
-    first, second = ([_known(part, names) for part in call.args] + [None, None])[:2]
+    first, second = ([known(part, names) for part in call.args] + [None, None])[:2]
     files = given.get("data_files")
     files = files.get("train") or next(iter(files.values()), None) if isinstance(files, dict) else files
     source = files if files else first or given.get("path")

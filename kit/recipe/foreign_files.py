@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,9 @@ def _shell(text: str, folder: Path, place: str) -> Source:
     command = max(commands, key=lambda words: sum(word.startswith("-") for word in words))
     base, options, notes = _command(command, folder)
     base += _own_values(command, folder)
+    if {"question_file", "lora_path", "infer_backend"} & {option.name for option in options} or \
+            re.search(r"\b(?:swift|llamafactory-cli) (?:infer|chat|webchat|api|deploy|eval|app)\b", " ".join(command)):
+        raise KitError(f"{place} answers questions and trains nothing", "kit answer RUN FILE or kit ask RUN")
     if option := variables.get("NPROC_PER_NODE"):
         options.append(Option("nproc_per_node", option, "NPROC_PER_NODE"))
     names = {option.name for option in (*base, *options)}
@@ -246,10 +250,11 @@ def _command(words: list[str], folder: Path) -> tuple[list[Option], list[Option]
 
 def _own_values(words: list[str], folder: Path) -> list[Option]:
     """What a script sets that the command starts: read where it lies there, known of Qwen's finetune.sh."""
-    scripts = [word for word in words if word.endswith((".sh", ".bash"))]
+    scripts = [word for word in words if word.endswith((".sh", ".bash", ".py"))]
     for path in (folder / script for script in scripts):
         if path.is_file():
-            return _read_file(path).options
+            with suppress(KitError):  # a script that shows no options
+                return [option._replace(shown=f"{path.name}: {option.shown}") for option in _read_file(path).options]
     if any(script.endswith("finetune.sh") for script in scripts):
         return [Option(name, value, "finetune.sh's own value") for name, value in tools()["finetune"].script.items()]
     return []

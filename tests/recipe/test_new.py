@@ -201,6 +201,49 @@ def test_data_beside_the_file_is_found(tmp_path: Path) -> None:
     assert recipe.dataset == f"{tmp_path / 'LLaMA Factory' / 'data' / 'dataset_info.json'}#qwen_train_data"
 
 
+SCRIPT = """
+import argparse
+from dataclasses import dataclass, field
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+
+@dataclass
+class More:
+    max_length: int = field(default=768, metadata={"help": "tokens"})
+    lora_target_modules: list = field(default_factory=lambda: ["q_proj", "v_proj"])
+    nothing: str = None
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dataset_name_or_path", required=True)
+    parser.add_argument("--pretrained_model_name_or_path", default="Qwen/Qwen2.5-0.5B")
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    args = parser.parse_args()
+    model = get_peft_model(base, LoraConfig(r=12, lora_alpha=24, lora_dropout=0.1, target_modules=args.targets))
+    settings = TrainingArguments(learning_rate=args.learning_rate, warmup_ratio=0.1, weight_decay=0.02)
+"""
+
+
+def test_a_script_beside_the_command_shows_what_no_argument_says(tmp_path: Path) -> None:
+    (tmp_path / "sft_qwen_quantization.py").write_text(SCRIPT)
+    shutil.copy(FILES / "torchrun.sh", tmp_path / "run.sh")
+    recipe, text = made("run.sh")
+    assert (recipe.r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules) == (12, 24, 0.1, PROJECTIONS[:3:2])
+    assert (recipe.max_seq_length, recipe.warmup_steps, recipe.weight_decay) == (768, 0.1, 0.02)
+    assert (recipe.model_name, recipe.learning_rate) == ("/models/Qwen2.5-0.5B", 2e-4), "the command counts"
+    assert "# sft_qwen_quantization.py: lora_alpha" in text
+    recipe, _ = made("sft_qwen_quantization.py")
+    assert (recipe.model_name, recipe.learning_rate, recipe.r) == ("Qwen/Qwen2.5-0.5B", 1e-5, 12)
+
+
+@pytest.mark.parametrize("line", [
+    "python infer_qlora.py --base_model_path /b --lora_path /l --quantization_bit 4 --question_file q.txt",
+    "swift infer --adapters x --stream true", "llamafactory-cli chat x.yaml --template qwen"])
+def test_a_command_that_answers_is_told_so(line: str) -> None:
+    with pytest.raises(KitError, match="answers questions and trains nothing"):
+        made(line)
+
+
 def notebook(path: Path, *cells: str) -> Path:
     code = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
     path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {},
