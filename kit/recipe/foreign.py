@@ -20,7 +20,7 @@ NAMES_ENOUGH = 3  # so many names of another tool make a whole file its file
 TEXTS = {"unsloth": r"FastLanguageModel|FastModel|from unsloth", "llamafactory": r"\bllamafactory\b",
          "swift": r"\bswift (?:sft|pt|rlhf|export)\b", "axolotl": r"\baxolotl\b",
          "finetune": r"\bfinetune\.(?:py|sh)\b|--q_lora\b|--use_lora\b",
-         "torchrun": r"--dataset_name_or_path\b|--pretrained_model_name_or_path\b|--quantization_bit\b",
+         "torchrun": r"--dataset_name_or_path\b|--pretrained_model_name_or_path\b",
          "transformers": r"\b(?:torchrun|accelerate launch|deepspeed|python3?)\s.*\s--\w+|SFTTrainer|TrainingArguments"}
 
 LISTED = re.compile(r"(?:`[^`]+`(?:, )?)*")  # words in code at the beginning of a cell

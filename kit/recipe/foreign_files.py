@@ -212,12 +212,13 @@ def _parts(word: str, variables: dict[str, str]) -> list[str]:
 
 
 def _by_program(line: str, names: set[str]) -> str | None:
-    """The tool by what the command starts; plain scripts are told from their options."""
+    """The tool by its command; a script of anybody's is taken for a known one by two of its options."""
     found = tool_of_text(line)
-    if found == "transformers" or not found:
-        by_names = tool_of(names)
-        return "torchrun" if by_names in ("llamafactory", "swift") and names & tools()["torchrun"].signs else by_names
-    return found
+    if found in ("llamafactory", "swift", "axolotl") or ".sh" in line:
+        return found
+    by_names = tool_of(names)
+    sure = by_names and len(tools()[by_names].signs & names) > 1 and by_names != "axolotl"
+    return by_names if sure or not by_names else "transformers"
 
 
 def _command(words: list[str], folder: Path) -> tuple[list[Option], list[Option], list[str]]:

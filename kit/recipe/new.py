@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from kit.common.errors import KitError
-from kit.common.files import PROJECT, write_text
+from kit.common.files import PROJECT, unwritable, write_text
 from kit.recipe.convert import Converted, convert
 from kit.recipe.fields import Fields
 from kit.recipe.foreign_files import read_foreign
@@ -32,8 +32,9 @@ def new(name: str, source: str | None, fields: dict[str, Any]) -> None:
         text, lost = _page(path, str(source), done, fields)
         told = f"{path}: {len(done.values)} fields from {short(source)} ({done.tool.name})"
     _check(path, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    with unwritable(path, "name another place"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
     print(told)
     for line in lost:
         print(f"  {line}")
@@ -42,7 +43,8 @@ def new(name: str, source: str | None, fields: dict[str, Any]) -> None:
 
 def _path(name: str) -> Path:
     path = Path(name).expanduser()
-    path = path if path.suffix in (".yaml", ".yml") else path.with_name(path.name + ".yaml")
+    if path.suffix not in (".yaml", ".yml"):
+        path = path.parent / f"{path.name}.yaml"
     if not re.fullmatch(r"[\w+-][\w.+-]*", path.stem):
         raise KitError(f"{path.stem!r} can't be a run's name, which is that of its recipe",
                        "letters, digits and . _ + -, no spaces")
@@ -66,7 +68,7 @@ def _own(source: str) -> Path | None:
 
 def _check(path: Path, text: str) -> None:
     """That the recipe can be read; the same refusals as when it is run."""
-    Recipe.load({**(yaml.load(text, PlainLoader) or {}), "run_name": path.stem})
+    Recipe.load({"run_name": path.stem, **(yaml.load(text, PlainLoader) or {})})
 
 
 def line_of(name: str, value: Any) -> str:

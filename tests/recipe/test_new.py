@@ -166,6 +166,18 @@ def test_the_comment_says_the_name_there_or_whose_default_it_is() -> None:
     ("accelerate launch -m axolotl.cli.train {files}/axolotl-qlora.yaml", {"r": 32, "prompt_style": "alpaca"}),
     ("torchrun --nproc_per_node 2 my.py --lr 1e-3 --epochs 2 --batch_size 3 --model_name_or_path x",
      {"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 3}),
+    ("CUDA_VISIBLE_DEVICES=0 python src/train_bash.py --stage sft --do_train --model_name_or_path /m --dataset a,b "
+     "--template qwen --finetuning_type lora --lora_target q_proj,v_proj --quantization_bit 4 --fp16",
+     {"r": 8, "load_in_4bit": True, "target_modules": PROJECTIONS[:3:2], "max_seq_length": 2048, "fp16": True,
+      "dataset": ["data/dataset_info.json#a", "data/dataset_info.json#b"]}),
+    ("python finetune.py --base_model 'org/llama' --data_path rows.json --micro_batch_size 4 --num_epochs 3 "
+     "--cutoff_len 512 --val_set_size 0.1 --lora_r 8 --lora_target_modules '[q_proj,v_proj]' --train_on_inputs",
+     {"model_name": "org/llama", "full_finetuning": False, "r": 8, "per_device_train_batch_size": 4, "test_size": 0.1,
+      "target_modules": PROJECTIONS[:3:2], "train_on_responses_only": False, "max_seq_length": 512}),
+    ("python llm_sft.py --model_type qwen-14b-chat --sft_type lora --template_type chatml --dtype bf16 --dataset x "
+     "--train_dataset_sample -1 --max_length 2048 --quantization_bit 4 --lora_target_modules ALL --lora_dropout_p 0.",
+     {"prompt_style": "chatml", "load_in_4bit": True, "dtype": "bfloat16", "lora_alpha": 32, "lora_dropout": 0.0,
+      "target_modules": ALL, "hub": "modelscope", "max_train_samples": None}),
 ])  # fmt: skip
 def test_a_command_line_in_its_place(line: str, fields: dict[str, Any]) -> None:
     recipe, _ = made(line.format(files=FILES))
@@ -357,6 +369,12 @@ def test_nothing_is_overwritten_and_names_are_checked() -> None:
         with pytest.raises(KitError, match=words):
             new(name, str(FILES / "swift.yaml"), {})
     assert Path("mine.yaml").read_text() == "r: 8\n"
+    Path("file").touch()
+    for name, words in ((".", "can't be a run's name"), ("", "can't be a run's"), ("file/x", "can't be written")):
+        with pytest.raises(KitError, match=words):
+            new(name, str(FILES / "swift.yaml"), {})
+    with pytest.raises(KitError, match="pattern"):
+        new("other", str(FILES / "swift.yaml"), {"run_name": "a b"})
     with pytest.raises(KitError, match=r"there is no file nosuch\.yaml"):
         new("other", "nosuch.yaml", {})
     with pytest.raises(KitError, match="is a folder"):
