@@ -24,6 +24,7 @@ OTHER_STAGES = {"stage": ("sft",), "rlhf_type": (), "rl": (), "reward_model": ()
 BY_ITSELF = "`kit run RECIPE`"  # what every run does
 LAUNCHER = ("nnodes", "node_rank", "master_addr", "master_port", "rdzv_backend", "rdzv_endpoint", "rdzv_id",
             "standalone")
+SWITCHED_OFF = Row("", "–", "", "", "")  # of an option that only has lines for being on
 OUR_OWN = ("trust_remote_code", "run_name", "overwrite")  # fields that another tool's file does not decide
 
 
@@ -64,7 +65,7 @@ def convert(source: Source) -> Converted:
                            "TRL's other trainers take the model that kit.load_model and kit.add_lora give")
     for option in {option.name: option for option in source.options}.values():  # of several the last counts
         _take(done, option, given, source)
-    if "export_dir" in given or "merge_lora" in given:
+    if given.get("export_dir") or given.get("merge_lora"):
         _merging(done, given)
     else:
         _fill(done, given, source)
@@ -79,7 +80,7 @@ def convert(source: Source) -> Converted:
 
 
 def _take(done: Converted, option: Option, given: dict[str, Any], source: Source) -> None:
-    """One option: by its own rule, by the table's line for it, or as the field of the same name."""
+    """One option: by its tool's own rule, by the table's line for it, or as the field of the same name."""
     name, value, shown = option
     if value is None or value in ("", {}):
         return
@@ -116,14 +117,12 @@ def _row(tool: Tool, name: str, value: Any) -> Row | None:
         for row in rows:
             if not row.values:
                 return row
-        if rows and any(str(value).lower() in ("false", "none") for _ in rows):
-            return Row("", "–", "", "", "")  # an option that is there for being switched on
+        if rows and value is False:
+            return SWITCHED_OFF
     return None
 
 
 def _by_row(done: Converted, row: Row, value: Any, shown: str, told: str) -> None:
-    if not row.option:
-        return
     if not row.fields:
         if (row.here.startswith(BY_ITSELF) and value is not False) or (row.here == "–" and value is False):
             return  # done anyway, or switched off there and not here at all
@@ -180,7 +179,7 @@ def _fill(done: Converted, given: dict[str, Any], source: Source) -> None:
     if tool.key == "axolotl" and full is None and not given.get("adapter"):
         done.put("full_finetuning", True, "no adapter")
     if tool.key == "finetune" and full is None:
-        done.put("full_finetuning", not given.get("use_lora", False), "use_lora")
+        done.put("full_finetuning", True, f"{tool.name}'s default")
     full = done.values.get("full_finetuning", False)
     own = tool.defaults | ({} if full else tool.lora_defaults) | _computed(tool, given, bool(full))
     base = tools()[source.trainer or tool.based_on or tool.key]
@@ -236,6 +235,9 @@ def _settle(done: Converted) -> None:
     for name in ("loftq_config", "test_size"):
         if not values.get(name):
             values.pop(name, None)
+    if values.get("loftq_config"):
+        done.drop("gguf", "an adapter that LoftQ began can't be merged")
+        done.put("save_merged", "none", "loftq_config")
     _settle_held_out(done)
     schedule = str(values.get("lr_scheduler_type", ""))
     if schedule.startswith("cosine_with_min") or schedule in ("one_cycle", "rex"):
@@ -267,7 +269,7 @@ def _check(done: Converted) -> None:
             break
         except ValidationError as error:
             problems = {str(problem["loc"][0]): problem["msg"] for problem in error.errors() if problem["loc"]}
-            if not problems:
+            if not problems.keys() & done.values.keys():
                 raise KitError(f"the options contradict one another here: {one_line(error, 400)}",
                                "set one of them as field=value") from None
             for name, why in problems.items():

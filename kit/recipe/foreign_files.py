@@ -20,6 +20,7 @@ FIRST, LAST = "\ue000", "\ue001"  # around the name of a variable that is not kn
 PROGRAMS = re.compile(r"(?:.*/)?(?:torchrun|python[\d.]*|accelerate|deepspeed|swift|llamafactory-cli|axolotl|bash|sh)$")
 # What is quoted stays; shlex would also take the # of rows.jsonl#500 for a comment.
 COMMENT = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:^|(?<=\s))\#[^\n]*""", re.MULTILINE)
+WHOLE = re.compile(r"kwargs|_dict|columns|roles|tokens|fsdp|loftq|mapping|deepspeed")  # mappings that are one value
 CONFIGS = (".yaml", ".yml", ".json")
 
 
@@ -122,7 +123,7 @@ def _leaves(values: dict[str, Any], group: str = "", depth: int = 0) -> Iterator
         raise KitError(f"more than {DEEPEST} groups in one another", "a file for another tool was expected")
     for key, value in values.items():
         name, shown = plain(str(key)), f"{group}{key}"
-        if isinstance(value, dict) and not re.search(r"kwargs|_dict|columns|roles|tokens|fsdp|loftq|mapping", name):
+        if isinstance(value, dict) and not WHOLE.search(name):
             yield Option(name, {}, shown)  # for the sake of its name
             yield from _leaves(value, f"{shown}.", depth + 1)
         else:

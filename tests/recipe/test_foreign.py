@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kit.common.errors import KitError
+from kit.common.files import PROJECT
 from kit.recipe.fields import Fields
 from kit.recipe.foreign import tools
 from kit.recipe.reading import parse_overrides
@@ -82,6 +84,12 @@ def test_a_recipe_is_not_taken_for_one(fields: dict[str, Any], tmp_path: Path) -
             Recipe.load(path)
     else:
         assert Recipe.load(path)
+
+
+def test_what_is_no_python_is_installed_too() -> None:
+    setup = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    others = [path for path in (PROJECT / "kit").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert others and all(f"*{path.suffix}" in setup["package-data"]["*"] for path in others), others
 
 
 def test_the_table_is_sound() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -381,6 +382,31 @@ def test_nothing_is_overwritten_and_names_are_checked() -> None:
         new("other", ".", {})
     with pytest.raises(KitError, match="1 problem"):
         new("other", str(FILES / "swift.yaml"), {"r": 0})
+
+
+PIECES = ("null", "[]", "'", '"', "$X", "$(ls)", "\\", "\n", "#", "&a", "*a", "!!x", "=", "--", "1e400", "{a: 1}", "()",
+          "**x", "lambda: 0", "datasets", "stage", "export_dir", "中文", "\x1b", "\u2028", "- ")
+
+
+@pytest.mark.slow
+def test_damaged_files_are_read_or_refused() -> None:
+    """Pieces cut out, put in and taken from other files: a recipe that loads, or one KitError."""
+    random = Random(0)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(FILES.iterdir()) if path.is_file()}
+    outcomes = {"recipe": 0, "refused": 0}
+    for _ in range(100):
+        name, text = random.choice(list(texts.items()))
+        for _ in range(random.randint(1, 4)):
+            start, other = random.randrange(len(text) + 1), random.choice(list(texts.values()))
+            piece = random.choice(("", random.choice(PIECES), other[:random.randrange(200)][-60:]))
+            text = text[:start] + piece + text[start + random.choice((0, 0, 5, 30)):]
+        Path(f"damaged{Path(name).suffix}").write_text(text, encoding="utf-8")
+        try:
+            made(f"damaged{Path(name).suffix}")
+            outcomes["recipe"] += 1
+        except KitError:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 10
 
 
 @pytest.mark.slow
