@@ -14,7 +14,7 @@ from kit.recipe.fields import Fields
 
 TABLE = Path(__file__).with_name("foreign.yaml")
 CODE = (".ipynb", ".py")  # suffixes that are read as Python
-SHELL = (".sh", ".bash", ".zsh", ".txt", ".md")
+SHELL = (".sh", ".bash", ".zsh")
 NAMES_ENOUGH = 3  # so many names of another tool make a whole file its file
 # Words by which a text that is no YAML is known; the first that is found counts.
 TEXTS = {"unsloth": r"FastLanguageModel|FastModel|from unsloth", "llamafactory": r"\bllamafactory\b",

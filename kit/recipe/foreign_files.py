@@ -12,16 +12,18 @@ import yaml
 from kit.common.errors import KitError, one_line
 from kit.recipe.foreign import CODE, SHELL, plain, tool_of, tool_of_text, tools
 from kit.recipe.foreign_code import code_options
-from kit.recipe.reading import DEEPEST, PlainLoader
+from kit.recipe.reading import DEEPEST, AnchorLoader, PlainLoader
 
 LARGEST = 20_000_000  # bytes of a file: a notebook may hold pictures
-MOST = 10_000  # values, aliases counted as often as they are used
 FIRST, LAST = "\ue000", "\ue001"  # around the name of a variable that is not known
 PROGRAMS = re.compile(r"(?:.*/)?(?:torchrun|python[\d.]*|accelerate|deepspeed|swift|llamafactory-cli|axolotl|bash|sh)$")
 # What is quoted stays; shlex would also take the # of rows.jsonl#500 for a comment.
 COMMENT = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:^|(?<=\s))\#[^\n]*""", re.MULTILINE)
 WHOLE = re.compile(r"kwargs|_dict|columns|roles|tokens|fsdp|loftq|mapping|deepspeed")  # mappings that are one value
 CONFIGS = (".yaml", ".yml", ".json")
+
+
+Chain = tuple[Path, ...]  # files of which each names the next
 
 
 class Option(NamedTuple):
@@ -43,31 +45,6 @@ class Source(NamedTuple):
     trainer: str = ""
 
 
-class AnchorLoader(PlainLoader):
-    """YAML with anchors, which recipes don't have: their values count as often as they are used, up to MOST."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self.sizes: dict[int, int] = {}
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
-            node = self.anchors.get(event.anchor)
-            if node is None or id(node) not in self.sizes:
-                raise yaml.MarkedYAMLError(problem=f"*{event.anchor} refers to nothing before it",
-                                           problem_mark=event.start_mark)
-            return node
-        node = super().compose_node(parent, index)
-        parts: list[Any] = list(node.value) if isinstance(node, yaml.CollectionNode) else []
-        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
-        size = 1 + sum(self.sizes.get(id(child), 1) for child in children)
-        if size > MOST:
-            raise yaml.MarkedYAMLError(problem=f"more than {MOST} values")
-        self.sizes[id(node)] = size
-        return node
-
-
 def read_foreign(given: str) -> Source:
     """The options of a file, or of a command line given in its place; KitError when no tool's are found."""
     path = Path(given).expanduser()
@@ -86,29 +63,32 @@ def read_foreign(given: str) -> Source:
                                                       "command line in quotes")
 
 
-def _read_file(path: Path) -> Source:
+def _read_file(path: Path, by: Chain = ()) -> Source:
+    """The options of a file; `by` are those whose commands name it."""
     if path.stat().st_size > LARGEST:
         raise KitError(f"{path}: more than {LARGEST // 1_000_000} MB: no file that starts a run", "name that one")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise KitError(f"{path}: not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
+    except OSError as error:
+        raise KitError(f"{path} can't be read: {error.strerror}", "name a file that you may read") from None
     if not text.strip() or "\0" in text:
         raise KitError(f"{path} is {'no text' if text.strip() else 'empty'}", "name a file that starts a run")
     if path.suffix in CODE:
         tool, found, notes, trainer = code_options(path, text)
         return Source(tool, [Option(*option) for option in found], notes, path.parent, trainer)
     if path.suffix in CONFIGS or (path.suffix not in SHELL and not tool_of_text(text)):
-        return _yaml(path, text)
-    return _shell(text, path.parent, str(path))
+        return _yaml(path, text, by)
+    return _shell(text, path.parent, str(path), (*by, path.resolve()))
 
 
-def _yaml(path: Path, text: str) -> Source:
+def _yaml(path: Path, text: str, by: Chain) -> Source:
     try:
         values = yaml.load(text, AnchorLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if tool_of_text(text):
-            return _shell(text, path.parent, str(path))
+            return _shell(text, path.parent, str(path), (*by, path.resolve()))
         raise KitError(f"{path}: not YAML: {one_line(error, 200)}", "a file for another tool was expected") from None
     if not isinstance(values, dict):
         raise KitError(f"{path}: a {type(values).__name__}, where lines of `name: value` are needed",
@@ -141,7 +121,7 @@ def _tool(place: str, names: set[str], found: str | None = None) -> str:
 # ── Shell ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _shell(text: str, folder: Path, place: str) -> Source:
+def _shell(text: str, folder: Path, place: str, by: Chain = ()) -> Source:
     """The command of a script that sets most options, its variables put in; a YAML it names is read first."""
     variables: dict[str, str] = {}
     commands: list[list[str]] = []
@@ -164,8 +144,8 @@ def _shell(text: str, folder: Path, place: str) -> Source:
         raise KitError(f"{place}: no command that starts a training", "name the script that calls torchrun, python, "
                        "swift or llamafactory-cli")
     command = max(commands, key=lambda words: sum(word.startswith("-") for word in words))
-    base, options, notes = _command(command, folder)
-    base += _own_values(command, folder)
+    base, options, notes = _command(command, folder, by)
+    base += _own_values(command, folder, by)
     if {"question_file", "lora_path", "infer_backend"} & {option.name for option in options} or \
             re.search(r"\b(?:swift|llamafactory-cli) (?:infer|chat|webchat|api|deploy|eval|app)\b", " ".join(command)):
         raise KitError(f"{place} answers questions and trains nothing", "kit answer RUN FILE or kit ask RUN")
@@ -222,7 +202,7 @@ def _by_program(line: str, names: set[str]) -> str | None:
     return by_names if sure or not by_names else "transformers"
 
 
-def _command(words: list[str], folder: Path) -> tuple[list[Option], list[Option], list[str]]:
+def _command(words: list[str], folder: Path, by: Chain) -> tuple[list[Option], list[Option], list[str]]:
     """Options of a YAML that the command names, its own options, and what could not be read."""
     base: list[Option] = []
     options: list[Option] = []
@@ -237,35 +217,36 @@ def _command(words: list[str], folder: Path) -> tuple[list[Option], list[Option]
             if not name and (pair := re.fullmatch(r"([a-z]\w+)=(.*)", word)):
                 options.append(Option(pair[1], yaml.safe_load(pair[2]), pair[1]))  # of llamafactory-cli train x.yaml
             elif name in ("", "-m") and word.endswith(CONFIGS):
-                base += _named_file(word, folder, notes)
+                base += _named_file(word, folder, notes, by)
             else:
                 values.append(word)
             continue
         if name:
             _add(name, values, options, notes)
         if name == "--config" and values:
-            base += _named_file(values[0], folder, notes)
+            base += _named_file(values[0], folder, notes, by)
         name, equals, value = word.partition("=") if word != "--" else ("", "", "")
         values = [value] if equals else []
     return base, [option for option in options if option.name != "config"], notes
 
 
-def _own_values(words: list[str], folder: Path) -> list[Option]:
+def _own_values(words: list[str], folder: Path, by: Chain) -> list[Option]:
     """What a script sets that the command starts: read where it lies there, known of Qwen's finetune.sh."""
     scripts = [word for word in words if word.endswith((".sh", ".bash", ".py"))]
     for path in (folder / script for script in scripts):
-        if path.is_file():
+        if path.is_file() and path.resolve() not in by:
             with suppress(KitError):  # a script that shows no options
-                return [option._replace(shown=f"{path.name}: {option.shown}") for option in _read_file(path).options]
+                return [option._replace(shown=f"{path.name}: {option.shown}")
+                        for option in _read_file(path, by).options]
     if any(script.endswith("finetune.sh") for script in scripts):
         return [Option(name, value, "finetune.sh's own value") for name, value in tools()["finetune"].script.items()]
     return []
 
 
-def _named_file(name: str, folder: Path, notes: list[str]) -> list[Option]:
+def _named_file(name: str, folder: Path, notes: list[str], by: Chain) -> list[Option]:
     for path in (Path(name), folder / name):
-        if path.is_file():
-            return _read_file(path).options
+        if path.is_file() and path.resolve() not in by:
+            return _read_file(path, by).options
     notes.append(f"{name}: not found, so nothing of it is here")
     return []
 

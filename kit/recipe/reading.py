@@ -18,6 +18,7 @@ from kit.recipe.foreign import CODE, SHELL, hint, refuse_foreign
 MAX_ERRORS = 20
 LONGEST = 200  # characters of a value in an error
 DEEPEST = 20  # lists and mappings in one another
+MOST = 10_000  # values of a file with aliases, counted as often as they are used
 # A parameter of such a name holds a secret, and everything a notebook is given is published with it.
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|private)_?key)$", re.I)
 NO_SECRETS = "tokens come from the environment (HF_TOKEN) or the hub's own login (hf auth login), never from a recipe"
@@ -50,6 +51,31 @@ class PlainLoader(yaml.SafeLoader):
                 if str(key.value) in known:
                     raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
                 known.add(str(key.value))
+        return node
+
+
+class AnchorLoader(PlainLoader):
+    """YAML with anchors, which recipes don't have: their values count as often as they are used, up to MOST."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            node = self.anchors.get(event.anchor)
+            if node is None or id(node) not in self.sizes:
+                raise yaml.MarkedYAMLError(problem=f"*{event.anchor} refers to nothing before it",
+                                           problem_mark=event.start_mark)
+            return node
+        node = super().compose_node(parent, index)
+        parts: list[Any] = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        size = 1 + sum(self.sizes.get(id(child), 1) for child in children)
+        if size > MOST:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST} values")
+        self.sizes[id(node)] = size
         return node
 
 

@@ -249,6 +249,13 @@ def test_a_script_beside_the_command_shows_what_no_argument_says(tmp_path: Path)
     assert (recipe.model_name, recipe.learning_rate, recipe.r) == ("Qwen/Qwen2.5-0.5B", 1e-5, 12)
 
 
+def test_scripts_that_start_each_other_are_read_once() -> None:
+    Path("a.sh").write_text("bash b.sh --lora_rank 4 --stage sft --cutoff_len 99\n")
+    Path("b.sh").write_text("bash a.sh --lora_rank 5 --stage sft --learning_rate 1e-3\n")
+    recipe, text = made("a.sh")
+    assert (recipe.r, recipe.max_seq_length, recipe.learning_rate) == (4, 99, 1e-3) and "b.sh: --learning_rate" in text
+
+
 @pytest.mark.parametrize("line", [
     "python infer_qlora.py --base_model_path /b --lora_path /l --quantization_bit 4 --question_file q.txt",
     "swift infer --adapters x --stream true", "llamafactory-cli chat x.yaml --template qwen"])
