@@ -1,4 +1,4 @@
-"""How the tools name their data, each in a way of its own, as `dataset`, `columns` and `prompt_style`."""
+"""How the tools name their data and its form, each in a way of its own: `dataset`, `columns`, `prompt_style`."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Rule = Callable[[Any, Any, str, dict[str, Any], Path], None]  # (Converted, value, told, all options, folder)
+PLAIN_TEMPLATES = ("default", "default-generation", "vanilla", "empty", "fewshot")
 DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx", ".txt")
 
 
@@ -157,6 +158,15 @@ def _plain(field: str) -> Rule:
     return rule
 
 
+def _template(done: Any, value: Any, told: str, given: dict[str, Any], folder: Path) -> None:
+    """A template's name: the model's own, but for plain ones and those that leave thinking out."""
+    done.put("prompt_style", value, told.partition(":")[0])
+    if str(value).lower() in PLAIN_TEMPLATES:
+        done.lost.append((told, "roles in plain words there; here the model's own template"))
+    elif "nothink" in str(value).lower():
+        done.put("enable_thinking", False, told)
+
+
 def _nothing(done: Any, value: Any, told: str, given: dict[str, Any], folder: Path) -> None:
     """Said in another option."""
 
@@ -166,6 +176,7 @@ DATASETS: dict[tuple[str, str], Rule] = {
     ("llamafactory", "eval_dataset"): _llamafactory("eval_dataset"), ("llamafactory", "media_dir"): _nothing,
     ("swift", "dataset"): _swift("dataset"), ("swift", "val_dataset"): _swift("eval_dataset"),
     ("swift", "columns"): _columns,
+    ("llamafactory", "template"): _template, ("swift", "template"): _template, ("swift", "template_type"): _template,
     ("axolotl", "datasets"): _axolotl("dataset"), ("axolotl", "test_datasets"): _axolotl("eval_dataset"),
     ("axolotl", "evals_per_epoch"): _per_epoch("eval_strategy", "eval_steps"),
     ("axolotl", "saves_per_epoch"): _per_epoch("save_strategy", "save_steps"),

@@ -23,22 +23,6 @@ SAVE_METHODS = {"merged_16bit": "16bit", "merged_4bit": "4bit", "merged_4bit_for
 class Recipe(Fields):
     """Every choice of a run. Frozen; unknown names are refused."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_value(cls, value: Any, about: ValidationInfo) -> Any:
-        """What YAML reads as a truth value is the word that was meant (`eval_strategy: no`), and is never a number."""
-        kinds = list(_kinds(cls.model_fields[str(about.field_name)].annotation))
-        nothing = value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~"))
-        if nothing and cls.model_fields[str(about.field_name)].default == "none":
-            return "none"
-        if nothing and type(None) in kinds:
-            return None  # None is Python's way to write it
-        if isinstance(value, bool) and bool not in kinds:
-            meant = [word for word in (("yes", "on") if value else ("no", "off")) if word in kinds]
-            if meant or int in kinds or float in kinds:
-                return meant[0] if meant else _refuse(f"{str(value).lower()} is no number")
-        return value
-
     @field_validator("target_modules", mode="before")
     @classmethod
     def _layers(cls, value: Any) -> Any:
@@ -112,6 +96,24 @@ class Recipe(Fields):
         if (size > 1 and size != int(size)) or size == 1:
             raise ValueError("a share must be below 1 and a number of rows a whole number of 2 or more")
         return size
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_value(cls, value: Any, about: ValidationInfo) -> Any:
+        """What YAML reads as a truth value is the word that was meant (`eval_strategy: no`), and is never a number; None
+        is null. It stands last: of those that look at a value before its type, pydantic asks the last one first.
+        """
+        kinds = list(_kinds(cls.model_fields[str(about.field_name)].annotation))
+        nothing = value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~"))
+        if nothing and cls.model_fields[str(about.field_name)].default == "none":
+            return "none"
+        if nothing and type(None) in kinds:
+            return None
+        if isinstance(value, bool) and bool not in kinds:
+            meant = [word for word in (("yes", "on") if value else ("no", "off")) if word in kinds]
+            if meant or int in kinds or float in kinds:
+                return meant[0] if meant else _refuse(f"{str(value).lower()} is no number")
+        return value
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:

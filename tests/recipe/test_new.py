@@ -110,6 +110,7 @@ LOST = {
     "llamafactory-full.yaml": ("trust_remote_code", "deepspeed=recipes/deepspeed/zero3.json", "of all together"),
     "llamafactory-merge.yaml": ("kit export saves/qwen2-7b/lora/sft --base Qwen/Qwen2-7B "
                                 "--out models/qwen2-7b-sft-lora-merged",),
+    "llamafactory.sh": ("--template: default – roles in plain words there",),
     "torchrun.sh": ("torchrun --nproc_per_node 2 -m kit train", "--padding_side", "LoRA's rank"),
     "axolotl-full.yml": ("wandb_project: mine",),
     "swift-sft.sh": ("--model_author: swift", "neither a subset nor a number of rows"),
@@ -162,6 +163,7 @@ def test_the_comment_says_the_name_there_or_whose_default_it_is() -> None:
      {"model_name": "starter", "load_in_4bit": True, "r": 64, "num_train_epochs": 5}),
     ("FORCE_TORCHRUN=1 llamafactory-cli train {files}/llamafactory-qlora.yaml learning_rate=3e-5",
      {"learning_rate": 3e-5, "load_in_4bit": True}),
+    ("llamafactory-cli train --stage sft --template qwen3_nothink --dataset a", {"enable_thinking": False, "r": 8}),
     ("swift sft --model q --dataset a.jsonl#100 --train_type lora", {"max_train_samples": 100, "dataset": "a.jsonl"}),
     ("swift sft --config {files}/swift.yaml --learning_rate 5e-5", {"learning_rate": 5e-5, "num_train_epochs": 5}),
     ("accelerate launch -m axolotl.cli.train {files}/axolotl-qlora.yaml", {"r": 32, "prompt_style": "alpaca"}),
