@@ -100,8 +100,8 @@ class Recipe(Fields):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_value(cls, value: Any, about: ValidationInfo) -> Any:
-        """What YAML reads as a truth value is the word that was meant (`eval_strategy: no`), and is never a number; None
-        is null. It stands last: of those that look at a value before its type, pydantic asks the last one first.
+        """What YAML reads as a truth value is the word that was meant (`eval_strategy: no`), and is never a number.
+        None is null. It stands last: of those that look at a value before its type, pydantic asks the last one first.
         """
         kinds = list(_kinds(cls.model_fields[str(about.field_name)].annotation))
         nothing = value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~"))
