@@ -94,6 +94,9 @@ def _take(done: Converted, option: Option, given: dict[str, Any], source: Source
         return  # torchrun's own, and said to it again
     elif name.startswith("fsdp") or name in ("deepspeed", "nproc_per_node", "num_processes"):
         _processes(done, name, value, told)
+    elif name == "resume_from_checkpoint" and isinstance(value, str) and "/" in value:
+        done.lost.append((told, "a run here resumes its own checkpoints; to train that adapter further: "
+                                "adapter_name_or_path"))
     elif (name == "warmup_ratio" and given.get("warmup_steps")) or (
             name == "warmup_steps" and not value and given.get("warmup_ratio")):
         return  # steps count before a share

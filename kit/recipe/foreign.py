@@ -134,15 +134,17 @@ def tool_of_text(text: str) -> str | None:
 def refuse_foreign(source: Any, text: str, values: dict[str, Any] | None) -> None:
     """KitError for another tool's file where a recipe is wanted; `values` are those of a file that is YAML."""
     known: list[str] = []
+    key = None
     if values is None:
         key = tool_of_text(text)
     else:
-        signs = frozenset().union(*(tool.signs for tool in tools().values()))
         groups = [value for name, value in values.items() if name not in Fields.model_fields]
         inner = [name for group in groups if isinstance(group, dict) for name in group]
         strange = [name for name in (*values, *inner) if name not in Fields.model_fields]
-        known = [name for name in strange if next(rows_named(name), None) or name in signs]
-        key = tool_of([*values, *inner]) if len(known) >= NAMES_ENOUGH else None
+        if len(strange) >= NAMES_ENOUGH:  # of a recipe's own names the table need not be read
+            signs = frozenset().union(*(tool.signs for tool in tools().values()))
+            known = [name for name in strange if next(rows_named(name), None) or name in signs]
+            key = tool_of([*values, *inner]) if len(known) >= NAMES_ENOUGH else None
     if key:
         words = f" ({', '.join(known[:4])}, …)" if known else ""
         raise KitError(f"{source} is no recipe: it looks like a file of {tools()[key].name}{words}",

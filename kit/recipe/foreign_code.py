@@ -36,6 +36,9 @@ def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str
         raise KitError(f"{path}: {notes[0]}", "name the notebook or script that trains")
     names: dict[str, Any] = {}
     calls = list(_calls(statements, names))
+    if "FastVisionModel" in _names(statements):
+        raise KitError(f"{path} trains on pictures (FastVisionModel): only text is trained here",
+                       "docs/options.md says what there is")
     if other := next((name for name, _, _ in calls if name in OTHER_TRAINERS), None):
         raise KitError(f"{path} trains with TRL's {other}: only supervised finetuning is here",
                        "its model can be had by kit.load_model and kit.add_lora")
