@@ -194,8 +194,7 @@ def _fill(done: Converted, given: dict[str, Any], source: Source) -> None:
     for name, value in (base.defaults | own).items():
         _take(filled, Option(name, value, (tool if name in own else base).name), given, source)
     for ours, taken in filled.values.items():
-        same = taken == Fields.model_fields[ours].default or (ours == "use_gradient_checkpointing" and taken)
-        if ours not in done.values and not same:
+        if ours not in done.values and taken != Fields.model_fields[ours].default:
             whose = filled.origins[ours].partition(":")[0]
             done.put(ours, taken, f"{whose}' default" if whose.endswith("s") else f"{whose}'s default")
     if tool.unseen:

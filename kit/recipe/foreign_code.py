@@ -36,12 +36,7 @@ def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str
         raise KitError(f"{path}: {notes[0]}", "name the notebook or script that trains")
     names: dict[str, Any] = {}
     calls = list(_calls(statements, names))
-    if "FastVisionModel" in _names(statements):
-        raise KitError(f"{path} trains on pictures (FastVisionModel): only text is trained here",
-                       "docs/options.md says what there is")
-    if other := next((name for name, _, _ in calls if name in OTHER_TRAINERS), None):
-        raise KitError(f"{path} trains with TRL's {other}: only supervised finetuning is here",
-                       "its model can be had by kit.load_model and kit.add_lora")
+    _refuse_others(path, {name for name, _, _ in calls} | _names(statements))
     found: list[Found] = []
     seen: set[str] = set()
     for name, call, at_that_point in calls:
@@ -68,6 +63,16 @@ def code_options(path: Any, text: str) -> tuple[str, list[Found], list[str], str
         return tool_of(given) or tool, [*found[:1], *declared, *found[1:]], notes, "transformers"
     plain = "SFTConfig" not in seen and any(name.endswith("TrainingArguments") for name in seen)
     return tool, found, notes, "transformers" if plain else ""  # SFTConfig has defaults of its own
+
+
+def _refuse_others(path: Any, names: set[str]) -> None:
+    """KitError for what is no supervised finetuning of text."""
+    if "FastVisionModel" in names:
+        raise KitError(f"{path} trains on pictures (FastVisionModel): only text is trained here",
+                       "docs/options.md says what there is")
+    if other := names & set(OTHER_TRAINERS):
+        raise KitError(f"{path} trains with TRL's {', '.join(sorted(other))}: only supervised finetuning is here",
+                       "its model can be had by kit.load_model and kit.add_lora")
 
 
 def _cells(path: Any, text: str) -> Iterator[str]:

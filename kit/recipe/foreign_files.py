@@ -19,6 +19,8 @@ FIRST, LAST = "\ue000", "\ue001"  # around the name of a variable that is not kn
 PROGRAMS = re.compile(r"(?:.*/)?(?:torchrun|python[\d.]*|accelerate|deepspeed|swift|llamafactory-cli|axolotl|bash|sh)$")
 # What is quoted stays; shlex would also take the # of rows.jsonl#500 for a comment.
 COMMENT = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:^|(?<=\s))\#[^\n]*""", re.MULTILINE)
+ANSWERS = re.compile(r"\b(?:swift|llamafactory-cli) (?:infer|chat|webchat|api|deploy|eval|app)\b|"
+                     r"--(?:question_file|lora_path|infer_backend)\b")
 WHOLE = re.compile(r"kwargs|_dict|columns|roles|tokens|fsdp|loftq|mapping|deepspeed")  # mappings that are one value
 CONFIGS = (".yaml", ".yml", ".json")
 
@@ -146,8 +148,7 @@ def _shell(text: str, folder: Path, place: str, by: Chain = ()) -> Source:
     command = max(commands, key=lambda words: sum(word.startswith("-") for word in words))
     base, options, notes = _command(command, folder, by)
     base += _own_values(command, folder, by)
-    if {"question_file", "lora_path", "infer_backend"} & {option.name for option in options} or \
-            re.search(r"\b(?:swift|llamafactory-cli) (?:infer|chat|webchat|api|deploy|eval|app)\b", " ".join(command)):
+    if ANSWERS.search(" ".join(command)):
         raise KitError(f"{place} answers questions and trains nothing", "kit answer RUN FILE or kit ask RUN")
     if option := variables.get("NPROC_PER_NODE"):
         options.append(Option("nproc_per_node", option, "NPROC_PER_NODE"))

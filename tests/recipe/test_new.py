@@ -73,7 +73,7 @@ EFFECTIVE: dict[str, dict[str, Any]] = {
         "full_finetuning": True, "max_seq_length": 4096, "dataset": "data/chats.jsonl",
         "columns": {"messages": "dialogue", "role": "speaker", "content": "text"}, "max_steps": 100,
         "num_train_epochs": None, "optim": "adamw_bnb_8bit", "lr_scheduler_type": "constant", "warmup_steps": 0.03,
-        "learning_rate": 2e-5, "train_on_responses_only": False, "use_gradient_checkpointing": False},
+        "learning_rate": 2e-5, "train_on_responses_only": False, "use_gradient_checkpointing": "unsloth"},
     "swift-sft.sh": {
         "model_name": "Qwen/Qwen2.5-7B-Instruct", "hub": "modelscope", "r": 8, "lora_alpha": 32, "lora_dropout": 0.05,
         "target_modules": ALL, "system_prompt": "You are a helpful assistant.", "warmup_steps": 0.05,
@@ -261,7 +261,7 @@ def test_scripts_that_start_each_other_are_read_once() -> None:
 
 
 @pytest.mark.parametrize("line", [
-    "python infer_qlora.py --base_model_path /b --lora_path /l --quantization_bit 4 --question_file q.txt",
+    "python infer_qlora.py --base_model_path /path/to/b --lora_path /path/to/l --question_file /path/to/q.txt",
     "swift infer --adapters x --stream true", "llamafactory-cli chat x.yaml --template qwen"])
 def test_a_command_that_answers_is_told_so(line: str) -> None:
     with pytest.raises(KitError, match="answers questions and trains nothing"):
