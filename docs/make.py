@@ -15,6 +15,7 @@ from kit.data.findings import FINDINGS
 from kit.models.fetch import ModelFiles
 from kit.readiness.forecast import ANSWERS, STEP, Forecast, forecast_on
 from kit.recipe.fields import AFFECTS
+from kit.recipe.foreign import tools
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
 
@@ -83,6 +84,38 @@ def findings_page() -> str:
             "| finding | severity | what it means | what to do |", "|---|---|---|---|"]
     rows += [f"| `{code}` | {severity} | {meaning} | {remedy} |"
              for code, (severity, meaning, remedy) in FINDINGS.items()]
+    return "\n".join(rows) + "\n"
+
+
+OPTIONS_WORDS = (
+    ("# Options of other tools, and where they are here", """\
+Made by `make docs` from `kit/recipe/foreign.yaml`. You have a configuration, a script, a notebook or a command already:
+`kit new NAME --from FILE` makes a recipe of it by this table, and says what has no counterpart.
+
+For each tool: its options, what to write here (a field of the recipe, a command or a place), and what is different.
+Every field with its bounds: [recipe.md](recipe.md). "–" means that there is no such thing here; the remark says what to
+use instead. 中文：[options.zh.md](options.zh.md)""", "| option | here | remark |"),
+    ("# 其他工具的选项，在这里怎么写", """\
+由 `make docs` 从 `kit/recipe/foreign.yaml` 生成。已有配置文件、脚本、笔记本或命令行时，`kit new NAME --from FILE`
+会按此表生成配方，并列出没有对应项的选项。
+
+每个工具一张表：原来的选项、这里的写法（配方字段、命令或位置）、区别。各字段及取值范围见 [recipe.md](recipe.md)。
+“–”表示这里没有，备注里说明用什么代替。English: [options.md](options.md)""", "| 选项 | 这里 | 备注 |"))
+
+
+def options_page(chinese: bool) -> str:
+    """options.md, options.zh.md: a table for each tool."""
+    title, intro, head = OPTIONS_WORDS[chinese]
+    rows = [title, "", intro, ""]
+    for tool in tools().values():
+        anchor = re.sub(r"[^\w\- ]", "", tool.title[chinese].lower()).replace(" ", "-")
+        rows.append(f"- [{tool.title[chinese]}](#{anchor})")
+    for tool in tools().values():
+        rows += ["", f"## {tool.title[chinese]}", "", *([tool.intro[chinese], ""] if tool.intro[chinese] else []),
+                 head, "|---|---|---|"]
+        for row in tool.options:
+            cells = (row.option_zh if chinese else row.option, row.here, row.remark_zh if chinese else row.remark)
+            rows.append("| " + " | ".join(cells).rstrip() + " |" if cells[2] else f"| {cells[0]} | {cells[1]} | |")
     return "\n".join(rows) + "\n"
 
 
@@ -204,7 +237,8 @@ def between(path: Path, rows: list[str]) -> str:
     return before + start + "\n".join(rows) + "\n" + end + rest.partition(end)[2]
 
 
-PAGES = {"docs/recipe.md": recipe_page, "docs/findings.md": findings_page, "docs/gates-measured.md": gates_page,
+PAGES = {"docs/options.md": partial(options_page, False), "docs/options.zh.md": partial(options_page, True),
+         "docs/recipe.md": recipe_page, "docs/findings.md": findings_page, "docs/gates-measured.md": gates_page,
          "docs/memory.md": memory_page, **{name: partial(readme, name) for name in README_WORDS}}
 
 if __name__ == "__main__":

@@ -75,6 +75,20 @@ def train(recipe: RecipePath, fields: Fields = None, overwrite: Overwrite = Fals
     return run_cells(recipe, parsed(fields), overwrite)
 
 
+@_verb("kit new mine --from finetune.sh model_name=/models/Qwen2-7B")
+def new(
+    name: Annotated[str, Argument(metavar="NAME", help="The new recipe: NAME.yaml in this folder, or a path")],
+    fields: Fields = None,
+    source: Annotated[str | None, Option(
+        "--from", help="LLaMA-Factory's, axolotl's or ms-swift's configuration, a pipeline's, a script, notebook or "
+        "command line (in quotes), or a recipe; by default one in which every line is explained")] = None,
+) -> None:
+    """Make a recipe of what you have: another tool's configuration, script, notebook or command. Runs none of it."""
+    from kit.recipe.new import new as make
+
+    make(name, source, parsed(fields))
+
+
 @_verb("kit lint starter max_seq_length=128 --html starter.html")
 def lint(
     data: Annotated[str | None, Argument(

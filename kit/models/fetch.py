@@ -14,6 +14,7 @@ from kit.common.errors import KitError, one_line
 from kit.common.files import read_json
 from kit.common.weight_files import TensorInfo, read_weights_header, weight_files
 from kit.models.starter import NAME, starter_folder, starter_model
+from kit.recipe.fields import ALL_LINEAR
 from kit.recipe.recipe import Recipe
 
 # Of a model on a hub; other formats of its weights would double the download.
@@ -182,7 +183,7 @@ class ModelFiles:
         targets = set(recipe.target_modules)
         targets |= {whole for whole, parts in FUSED.items() if parts & targets}
         return sum(recipe.r * (outputs + inputs) for name, (outputs, inputs) in self.linears.items()
-                   if name.split(".")[-2] in targets and ".experts." not in name)
+                   if (ALL_LINEAR in targets or name.split(".")[-2] in targets) and ".experts." not in name)
 
 
 def local_model(recipe: Recipe) -> ModelFiles | str:

@@ -19,6 +19,7 @@ from kit.common.weight_files import weight_files
 from kit.models.fetch import PREFIX, adapter_folder, base_folder, changed_base, read_adapter_config
 from kit.models.load import free_memory, load_model, prepare_8bit
 from kit.models.sharded import is_sharded, whole_size
+from kit.recipe.fields import ALL_LINEAR
 from kit.recipe.recipe import Recipe
 
 # What an adapter that is trained further keeps of its settings; the rest is the recipe's.
@@ -38,11 +39,12 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel | PreTrainedMo
         return _with_saved_adapter(model, adapter_folder(recipe), recipe)
     linears = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
                       if type(module).__name__.startswith(("Linear", "Bf16StoredLinear"))} - {"lm_head"})
-    if not {*linears} & {*recipe.target_modules}:
+    targets = linears if ALL_LINEAR in recipe.target_modules else list(recipe.target_modules)
+    if not {*linears} & {*targets}:
         raise KitError(f"target_modules: {', '.join(recipe.target_modules)}: no such layer in {recipe.model_name}",
                        f"its linear layers are: {', '.join(linears)}")
     lora = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout,
-            "target_modules": list(recipe.target_modules), "bias": recipe.bias, "use_rslora": recipe.use_rslora}
+            "target_modules": targets, "bias": recipe.bias, "use_rslora": recipe.use_rslora}
     if recipe.use_dora:
         lora["use_dora"] = True
     model = _with_fresh_adapter(model, recipe, lora)

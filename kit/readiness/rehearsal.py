@@ -30,6 +30,7 @@ from kit.gguf.formats import QUANTIZATIONS, quantization_of, read_header
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.models.template import load_tokenizer, render, template_kwargs
 from kit.readiness.shrink import random_model, shrunk
+from kit.recipe.fields import ALL_LINEAR
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.run import Run
@@ -188,8 +189,9 @@ def _with_adapter(model: Any, recipe: Recipe) -> Any:
     """The model with a random adapter on the recipe's layers; none of its matrices is zero."""
     whole = [name for name in recipe.target_modules if name in EMBEDDINGS]
     layers = [name for name in recipe.target_modules if name not in whole]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, modules_to_save=whole or None,
-                        bias=recipe.bias, use_rslora=recipe.use_rslora, use_dora=recipe.use_dora,
+    config = LoraConfig(r=RANK, lora_alpha=RANK, modules_to_save=whole or None,
+                        target_modules=ALL_LINEAR if ALL_LINEAR in layers else layers, bias=recipe.bias,
+                        use_rslora=recipe.use_rslora, use_dora=recipe.use_dora,
                         init_lora_weights=False, task_type="CAUSAL_LM")
     try:
         with torch.random.fork_rng(devices=[]):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kit.gguf.formats import QUANTIZATIONS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 # The names a row's fields can have, in the shapes that kit.data.shapes reads; the last four are those of a turn.
 ROW_FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "prompt",
               "completion", "question", "answer", "role", "content", "from", "value")
@@ -81,7 +82,7 @@ class Fields(BaseModel):
     lora_dropout: float = _field(
         0.0, "Dropout inside the adapter; 0 is fastest, 0.05 to 0.1 against overfitting.", "share", ge=0, lt=1)
     target_modules: list[str] = _field(
-        PROJECTIONS, "Linear layers that get an adapter: attention and MLP.", min_length=1)
+        PROJECTIONS, "Linear layers that get an adapter: attention and MLP; `all-linear` for every one.", min_length=1)
     bias: Literal["none", "all", "lora_only"] = _field("none", "Which biases are trained; `none` is the safe one.")
     use_gradient_checkpointing: bool | Literal["unsloth"] = _field(
         "unsloth", "Recompute activations to save memory; `unsloth` also offloads them on a GPU.")

@@ -13,10 +13,12 @@ from kit.common.files import PROJECT
 from kit.common.secrets import secret
 from kit.recipe.cells import deleted
 from kit.recipe.fields import Fields
+from kit.recipe.foreign import CODE, SHELL, hint, refuse_foreign
 
 MAX_ERRORS = 20
 LONGEST = 200  # characters of a value in an error
 DEEPEST = 20  # lists and mappings in one another
+MOST = 10_000  # values of a file with aliases, counted as often as they are used
 # A parameter of such a name holds a secret, and everything a notebook is given is published with it.
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|private)_?key)$", re.I)
 NO_SECRETS = "tokens come from the environment (HF_TOKEN) or the hub's own login (hf auth login), never from a recipe"
@@ -35,7 +37,7 @@ class PlainLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="a recipe has no aliases (*name): write the value out",
                                        problem_mark=event.start_mark)
         if getattr(event := self.peek_event(), "tag", None) not in (None, "!"):
-            raise yaml.MarkedYAMLError(problem=f"a recipe has no tags ({event.tag}): write the value in quotes, if it "
+            raise yaml.MarkedYAMLError(problem=f"no tags are read ({event.tag}): write the value in quotes, if it "
                                        "is a text", problem_mark=event.start_mark)
         self.depth += 1
         if self.depth > DEEPEST:
@@ -49,6 +51,31 @@ class PlainLoader(yaml.SafeLoader):
                 if str(key.value) in known:
                     raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
                 known.add(str(key.value))
+        return node
+
+
+class AnchorLoader(PlainLoader):
+    """YAML with anchors, which recipes don't have: their values count as often as they are used, up to MOST."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            node = self.anchors.get(event.anchor)
+            if node is None or id(node) not in self.sizes:
+                raise yaml.MarkedYAMLError(problem=f"*{event.anchor} refers to nothing before it",
+                                           problem_mark=event.start_mark)
+            return node
+        node = super().compose_node(parent, index)
+        parts: list[Any] = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+        children = [child for part in parts for child in (part if isinstance(part, tuple) else (part,))]
+        size = 1 + sum(self.sizes.get(id(child), 1) for child in children)
+        if size > MOST:
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST} values")
+        self.sizes[id(node)] = size
         return node
 
 
@@ -66,7 +93,7 @@ def read_values(source: str | Path | dict[str, Any] | Fields,
         values.setdefault("run_name", path.stem)
         places = {name: f"{source}:{line}: " for name, line in lines.items() if name not in overrides}
     for length, other in (("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")):
-        if overrides.get(length) and other not in overrides:
+        if overrides.get(length) not in (None, -1) and other not in overrides:
             values.pop(other, None)  # the length asked for just now replaces the file's
     values.update(overrides)
     for name, value in values.items():
@@ -92,7 +119,8 @@ def read_parameters(variables: dict[str, Any]) -> dict[str, Any]:
         if name in Fields.model_fields:
             fields[name] = value
         elif len(name) > 4 and (close := nearest(name, Fields.model_fields, cutoff=0.8)):
-            raise KitError(f"the notebook's parameter {name!r} is no recipe field{close}",
+            said = f": {other}" if (other := hint(name)) else close
+            raise KitError(f"the notebook's parameter {name!r} is no recipe field{said}",
                            "correct its name, or rename the variable")
     return fields
 
@@ -106,13 +134,21 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             shown = secret(pair) or repr(pair)  # a secret is not to be repeated in a log
             raise KitError(f"{shown} is not field=value", "for example learning_rate=1e-4 or gguf=[q8_0]")
         _refuse_secret(name, text)
-        if name not in Fields.model_fields:
-            raise KitError(f"{name!r} is no recipe field{nearest(name, Fields.model_fields)}", ALL_FIELDS)
         try:
-            values[name] = yaml.load(text, PlainLoader)
+            value = yaml.load(text, PlainLoader)
         except (yaml.YAMLError, ValueError) as error:
             raise KitError(f"{pair!r:.200}: the value is not YAML: {one_line(error, 200)}", "quote it") from None
+        if name not in Fields.model_fields:
+            raise KitError(_no_field(name, value), ALL_FIELDS)
+        values[name] = value
     return values
+
+
+def _no_field(name: str, value: Any) -> str:
+    """What is said of a name that no field has: where another tool's option is here, else the nearest field."""
+    said = hint(name, value)
+    return f"{_short(repr(name))} is no recipe field" + (f": {said}" if said else
+                                                         nearest(name[:LONGEST], Fields.model_fields))
 
 
 def _refuse_secret(name: str, value: Any, why: str = "every field is written into the run",
@@ -141,11 +177,14 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's fields and the line each stands on."""
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if path.suffix in (*CODE, *SHELL):
+            refuse_foreign(path, text, None)
         node = yaml.compose(text, Loader=PlainLoader)
         values = yaml.load(text, PlainLoader)
     except UnicodeDecodeError as error:
         raise KitError(f"{path}: not UTF-8 text (byte {error.start})", "save the recipe as UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
+        refuse_foreign(path, text, dict.fromkeys(re.findall(r"^\s*(\w+):", text, re.MULTILINE)))
         raise KitError(f"{path}: not YAML: {one_line(error, 200)}", "a recipe is lines of `field: value`") from None
     if values is None:
         return {}, {}
@@ -158,6 +197,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         if first := lines.get(key.value):
             raise KitError(f"{path}:{line}: {key.value} is set twice (first on line {first})", "keep one")
         lines[key.value] = line
+    refuse_foreign(path, text, values)
     return {str(name): value for name, value in values.items()}, lines
 
 
@@ -173,7 +213,7 @@ def _explain(problem: Any, places: dict[str, str]) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else ""
     place = places.get(name, "")
     if problem["type"] == "extra_forbidden":
-        return f"{place}{_short(repr(name))} is no recipe field{nearest(name[:LONGEST], Fields.model_fields)}"
+        return place + _no_field(name, problem["input"])
     text = _short(problem["msg"].removeprefix("Value error, "))
     if not name:
         return text

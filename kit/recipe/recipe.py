@@ -14,27 +14,50 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 
 from kit.common.errors import nearest
 from kit.gguf.formats import QUANTIZATIONS
-from kit.recipe.fields import ROW_FIELDS, Fields
+from kit.recipe.fields import ALL_LINEAR, ROW_FIELDS, Fields
 from kit.recipe.reading import read_parameters, read_values, refusal
+
+SAVE_METHODS = {"merged_16bit": "16bit", "merged_4bit": "4bit", "merged_4bit_forced": "4bit", "lora": "none"}
 
 
 class Recipe(Fields):
     """Every choice of a run. Frozen; unknown names are refused."""
 
-    @field_validator("*", mode="before")
+    @field_validator("target_modules", mode="before")
     @classmethod
-    def _plain_value(cls, value: Any, about: ValidationInfo) -> Any:
-        """What YAML reads as a truth value is the word that was meant (`eval_strategy: no`), and is never a number."""
-        kinds = list(_kinds(cls.model_fields[str(about.field_name)].annotation))
-        if isinstance(value, bool) and bool not in kinds:
-            meant = [word for word in (("yes", "on") if value else ("no", "off")) if word in kinds]
-            if meant or int in kinds or float in kinds:
-                return meant[0] if meant else _refuse(f"{str(value).lower()} is no number")
-        return value
+    def _layers(cls, value: Any) -> Any:
+        """`all`, `all-linear` and `q_proj,v_proj` as they are written elsewhere."""
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        every = isinstance(names, list) and {"all", "all-linear", "all_linear"} & {str(name).lower() for name in names}
+        if every and len(names) > 1:
+            raise ValueError(f"{ALL_LINEAR} stands alone: it is every linear layer but the head")
+        return [ALL_LINEAR] if every else names
+
+    @field_validator("gguf", mode="before")
+    @classmethod
+    def _quantizations(cls, value: Any) -> Any:
+        """`q4_k_m` and `Q4_K_M,q8_0` without brackets; `none` and false for none."""
+        if value in (None, False):
+            return []
+        if isinstance(value, str):
+            value = [] if value.strip().lower() in ("", "none", "null") else value.split(",")
+        return [name.strip().lower() if isinstance(name, str) else name for name in value] \
+            if isinstance(value, list) else value
+
+    @field_validator("save_merged", mode="before")
+    @classmethod
+    def _merged(cls, value: Any) -> Any:
+        """Unsloth's save_method."""
+        none = value is None or value is False
+        return "none" if none else SAVE_METHODS.get(value, value) if isinstance(value, str) else value
 
     @field_validator("dataset", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
+        # A comma may be part of a file's name; of name#a,b it separates the entries.
+        if isinstance(value, str) and "," in value and "#" not in value and not Path(value).expanduser().exists():
+            value = [name.strip() for name in value.split(",") if name.strip()]
+            value = value[0] if len(value) == 1 else value
         names = list(value) if isinstance(value, (list, dict)) else [value]
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError("a source is a file, a folder, a hub id or `starter`; several are a list of them")
@@ -73,6 +96,24 @@ class Recipe(Fields):
         if (size > 1 and size != int(size)) or size == 1:
             raise ValueError("a share must be below 1 and a number of rows a whole number of 2 or more")
         return size
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_value(cls, value: Any, about: ValidationInfo) -> Any:
+        """What YAML reads as a truth value is the word that was meant (`eval_strategy: no`), and is never a number.
+        None is null. It stands last: of those that look at a value before its type, pydantic asks the last one first.
+        """
+        kinds = list(_kinds(cls.model_fields[str(about.field_name)].annotation))
+        nothing = value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "~"))
+        if nothing and cls.model_fields[str(about.field_name)].default == "none":
+            return "none"
+        if nothing and type(None) in kinds:
+            return None
+        if isinstance(value, bool) and bool not in kinds:
+            meant = [word for word in (("yes", "on") if value else ("no", "off")) if word in kinds]
+            if meant or int in kinds or float in kinds:
+                return meant[0] if meant else _refuse(f"{str(value).lower()} is no number")
+        return value
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:

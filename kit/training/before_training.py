@@ -10,6 +10,7 @@ import torch
 from trl import SFTTrainer
 
 from kit.data.masks import IGNORED
+from kit.recipe.fields import ALL_LINEAR
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import resolved
 from kit.runs.gates import Gates
@@ -76,6 +77,8 @@ def _check_all_trained(gates: Gates, model: Any) -> None:
 def _check_lora(gates: Gates, model: Any, recipe: Recipe) -> None:
     """Every target module has an adapter of rank r that is trained, and nothing else is."""
     asked, targets = {recipe.r}, set(recipe.target_modules)
+    if ALL_LINEAR in targets:  # which layers these are kit.add_lora has told from the model
+        targets = set(model.peft_config["default"].target_modules)
     if recipe.adapter_name_or_path:  # ranks and layers are the saved adapter's; kit.add_lora compared its tensors
         saved = model.peft_config["default"]
         asked, targets = {saved.r, *saved.rank_pattern.values()}, set()

@@ -72,7 +72,7 @@ def test_every_command_exists_and_is_run_by_a_test_or_by_ci(page: str) -> None:
         assert said in (PROJECT / path).read_text(encoding="utf-8"), f"{command} is not run by {path}"
 
 
-@pytest.mark.parametrize("page", [page for page in DOCUMENTS if page != "docs/options.md"])  # it names other tools'
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if "options" not in page])  # they name other tools'
 def test_every_command_in_a_sentence_exists(page: str) -> None:
     for name in re.findall(r"`((?:make|kit|python|torchrun) [^`]+)`", text_of(page)):
         check_command(shlex.split(name.partition(" …")[0]))
@@ -135,14 +135,15 @@ def pages() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", [
-    "docs/recipe.md", "docs/findings.md", "docs/gates-measured.md",
+    "docs/options.md", "docs/options.zh.md", "docs/recipe.md", "docs/findings.md", "docs/gates-measured.md",
     *(pytest.param(page, marks=pytest.mark.slow) for page in ("docs/memory.md", *READMES))])  # transformers
 def test_pages_made_from_the_code_are_current(page: str) -> None:
     assert text_of(page) == pages()[page](), f"{page}: run `make docs`"
 
 
 def test_no_page_made_from_the_code_is_forgotten_here() -> None:
-    assert set(pages()) == {"docs/recipe.md", "docs/findings.md", "docs/gates-measured.md", "docs/memory.md", *READMES}
+    assert set(pages()) == {"docs/options.md", "docs/options.zh.md", "docs/recipe.md", "docs/findings.md",
+                            "docs/gates-measured.md", "docs/memory.md", *READMES}
 
 
 @pytest.mark.slow

@@ -70,7 +70,9 @@ def test_the_sizes_of_a_model_come_from_its_headers(folder: Path) -> None:
     assert model.weight_bytes == 2 * model.parameters
     assert model.adapter(recipe) == 8 * ((192 + 64) + (64 + 64) + (256 + 64) + (64 + 128))
     few = Recipe.load({}, model_name=str(folder), r=8, target_modules=["v_proj"])
+    every = Recipe.load({}, model_name=str(folder), r=8, target_modules="all")
     assert model.adapter(few) == 8 * (192 + 64), "v_proj is a part of qkv_proj"
+    assert model.adapter(every) == model.adapter(recipe)
 
 
 CPU = Machine("cpu", "a CPU", 2, 16.0, 100.0, True, "")

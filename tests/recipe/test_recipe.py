@@ -87,6 +87,44 @@ def test_contradictions_and_bounds_are_refused_with_the_reason(fields: dict[str,
     assert words in refused(**fields)
 
 
+@pytest.mark.parametrize("written, field, value", [
+    ("target_modules: all", "target_modules", ["all-linear"]),
+    ("target_modules: all-linear", "target_modules", ["all-linear"]),
+    ("target_modules: [all_linear]", "target_modules", ["all-linear"]),
+    ("target_modules: q_proj, v_proj", "target_modules", ["q_proj", "v_proj"]),
+    ("gguf: q4_k_m", "gguf", ["q4_k_m"]), ("gguf: Q4_K_M, q8_0", "gguf", ["q4_k_m", "q8_0"]),
+    ("gguf: none", "gguf", []), ("gguf: false", "gguf", []), ("gguf:", "gguf", []),
+    ("dataset: a.jsonl , b.jsonl", "dataset", ["a.jsonl", "b.jsonl"]),
+    ("dataset: a.jsonl,", "dataset", "a.jsonl"), ("bias: None", "bias", "none"),
+    ("loftq_config: None", "loftq_config", None), ("dtype: none", "dtype", None), ("bf16: 'null'", "bf16", None),
+    ("max_train_samples: None", "max_train_samples", None), ("save_merged: merged_16bit", "save_merged", "16bit"),
+    ("save_merged: merged_4bit", "save_merged", "4bit"), ("save_merged: merged_4bit_forced", "save_merged", "4bit"),
+    ("save_merged: lora", "save_merged", "none"), ("save_merged: false", "save_merged", "none"),
+    ("save_merged:", "save_merged", "none"), ("report_to: None", "report_to", "none"),
+    ("max_steps: -1\nnum_train_epochs: 3", "num_train_epochs", 3),
+])  # fmt: skip
+def test_spellings_that_everybody_uses(written: str, field: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(written + "\n")
+    assert getattr(Recipe.load(path), field) == value
+    name, _, text = written.split("\n")[0].partition(":")
+    assert getattr(Recipe.load(path, **parse_overrides([f"{name}={text.strip()}"])), field) == value
+
+
+def test_a_comma_in_the_name_of_a_file_that_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "a,b.jsonl"
+    file.touch()
+    assert Recipe.load({"dataset": str(file)}).dataset == str(file)
+    assert Recipe.load({"dataset": f"{file}x,b"}).dataset == [f"{tmp_path}/a", "b.jsonlx", "b"]
+    assert "stands alone" in refused(target_modules=["all-linear", "lm_head"])
+
+
+def test_epochs_asked_for_with_max_steps_left_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("num_train_epochs: 2\n")
+    assert Recipe.load(path, max_steps=-1).num_train_epochs == 2
+
+
 def test_all_problems_at_once_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("r: -1\nlearning_rate: 7\nunknown: 1\n")
