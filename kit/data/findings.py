@@ -12,7 +12,7 @@ SHOWN = 100  # places kept of each finding
 
 # code: (severity, what it means, remedy). An error is a row that would not be trained, or not as meant, or must not be.
 FINDINGS = {
-    "invalid_json": ("error", "not JSON", "correct the line; each is one complete JSON object"),
+    "invalid_json": ("error", "not JSON", "correct it; each row is one complete JSON object"),
     "torn_line": ("error", "the last line is cut off", "write the file again, or leave the line out with --fix"),
     "wrong_encoding": ("error", "not UTF-8", "save the file as UTF-8; a line or a few among others: write them again"),
     "ragged_row": ("error", "cells and columns don't match", "quote cells that hold the delimiter or a line break"),

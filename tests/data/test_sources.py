@@ -107,7 +107,7 @@ def test_files_of_a_folder_may_have_different_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "is empty"), ("\n\n", "is empty"), ("[]", "a list where an object is needed"), ("{", "line 1, column"),
+    ("", "is empty"), ("\n\n", "is empty"), ("[]", "is empty"), ("{", "line 1, column"),
 ])
 def test_files_without_a_good_row(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "rows.jsonl"
