@@ -29,7 +29,8 @@ FINDINGS = {
                     "keep the better answer alone, as prompt and completion or as messages"),
     "not_text": ("error", "a value is no text", "write it as text; --fix does so for numbers"),
     "mixed_shapes": ("error", "one file mixes shapes", "put each shape into a file of its own"),
-    "wrong_role": ("error", "an unknown role", "use system, user, assistant or tool; --fix renames near misses"),
+    "wrong_role": ("error", "an unknown role", "use system, user, assistant or tool, or say what they are called: "
+                   "'columns={user: 客户, assistant: 客服}'; --fix renames near misses"),
     "first_turn": ("error", "the first turn is not the user's", "begin with the user, after an optional system turn"),
     "role_order": ("error", "turns don't alternate", "user and assistant in turn, the assistant last"),
     "no_assistant": ("error", "no answer to learn from", "add the assistant's turn, or leave the row out"),

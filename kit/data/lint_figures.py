@@ -13,6 +13,7 @@ from kit.data.formatting import Formatted
 from kit.data.masks import IGNORED
 from kit.data.rows import Place, Row, Shapes
 from kit.data.shapes import Fault
+from kit.data.sources import meant
 from kit.data.splits import Kept, drawn, prompt_key
 from kit.gguf.messages import said
 from kit.models.fetch import model_label
@@ -184,8 +185,10 @@ class AcrossRows:
         places, thinking = self.figures.places, np.array(self._thinking, dtype=bool)
         for place, message in self.figures.shapes.mixed():
             yield Fault("mixed_shapes", message), place
-        for place, message in self.figures.shapes.misnamed(self.figures.recipe.columns):
-            yield Fault("misnamed_field", message), place
+        recipe = self.figures.recipe
+        for columns in [meant(source, recipe).recipe.columns for source in recipe.sources]:
+            for place, message in self.figures.shapes.misnamed(columns):
+                yield Fault("misnamed_field", message), place
         if 0 < (count := int(thinking.sum())) < len(places):
             text = f"{count:,} with thinking, {len(places) - count:,} without"
             for number in np.flatnonzero(thinking == (2 * count <= len(places))).tolist():  # the rarer ones

@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from kit.gguf.formats import QUANTIZATIONS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# The names a row's fields can have, in the shapes that kit.data.shapes reads; the last four are those of a turn.
-ROW_FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "prompt",
+# The names a row's fields can have, in the shapes that kit.data.shapes reads, and behind them those of a turn.
+ROW_FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt",
               "completion", "question", "answer", "role", "content", "from", "value")
+# The words for the roles of turns: `columns` can say what they are in a file. `system` is a field as well.
+ROLE_WORDS = ("system", "user", "assistant", "tool", "function_call")
+Columns = dict[str, str | None]  # {our name: the file's, None for a column that is not read}
 # What a field can affect: other rooms ask for it (`fields_affecting`), and keep no lists of their own.
 AFFECTS = {
     "weights": "what is trained, or when it is logged; a checkpoint is resumed under the same value only",
@@ -98,8 +101,9 @@ class Fields(BaseModel):
     dataset_config: str | None = _rows(None, "Configuration (subset) of a data set on a hub.")
     dataset_split: str = _rows("train", "Split that is read from a hub or a folder.", min_length=1)
     dataset_revision: str | None = _rows(None, "Branch, tag or commit of a data set on a hub.")
-    columns: dict[str, str] = _rows(
-        {}, "Other field names: {prompt: 问题, completion: 答案} reads 问题 as prompt and 答案 as completion.")
+    columns: Columns = _rows(
+        {}, "Other field names: {prompt: 问题, completion: 答案} reads 问题 as prompt and 答案 as completion; and "
+        "other words for roles: {user: 客户, assistant: 客服}. With null a column is not read: {system: null}.")
     eval_dataset: str | None = _field(
         None, "Held-out rows from a file of their own.", min_length=1, affects="rows source")
     test_size: float = _rows(

@@ -14,7 +14,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 
 from kit.common.errors import nearest
 from kit.gguf.formats import QUANTIZATIONS
-from kit.recipe.fields import ROW_FIELDS, Fields
+from kit.recipe.fields import ROLE_WORDS, ROW_FIELDS, Columns, Fields
 from kit.recipe.reading import read_parameters, read_values, refusal
 
 
@@ -36,6 +36,10 @@ class Recipe(Fields):
     @classmethod
     def _sources(cls, value: Any) -> Any:
         names = list(value) if isinstance(value, (list, dict)) else [value]
+        if any(isinstance(name, str) and "#" in name and "," in name for name in names):
+            value = {each: value[name] for name in names for each in _entries(name)} if isinstance(value, dict) else \
+                [each for name in names for each in _entries(name)]
+            names = list(value)
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError("a source is a file, a folder, a hub id or `starter`; several are a list of them")
         if len(set(names)) < len(names):
@@ -48,10 +52,12 @@ class Recipe(Fields):
 
     @field_validator("columns")
     @classmethod
-    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        _refuse_unknown(columns, ROW_FIELDS, "field of a row")
-        if len(set(columns.values())) < len(columns):
-            raise ValueError("one column stands for two fields")
+    def _known_columns(cls, columns: Columns) -> Columns:
+        _refuse_unknown(columns, dict.fromkeys((*ROW_FIELDS, *ROLE_WORDS)), "field of a row")
+        for known, what in ((ROW_FIELDS, "column stands for two fields"), (ROLE_WORDS, "word stands for two roles")):
+            words = [word for name, word in columns.items() if name in known and word is not None]
+            if len(set(words)) < len(words):
+                raise ValueError(f"one {what}")
         return columns
 
     @field_validator("gguf")
@@ -138,6 +144,12 @@ class Recipe(Fields):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     given = staticmethod(read_parameters)
+
+
+def _entries(name: Any) -> list[Any]:
+    """'info.json#a,b' → both entries, each with its file."""
+    file, mark, entries = name.rpartition("#") if isinstance(name, str) else ("", "", "")
+    return [f"{file}#{entry.strip()}" for entry in entries.split(",")] if mark and file.endswith(".json") else [name]
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
