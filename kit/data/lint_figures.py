@@ -4,6 +4,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,8 @@ class Figures:
         return {
             "title": ", ".join(str(source) for source in recipe.sources),
             "files": [self._file(file) for file in self.shapes.counts],
-            "tokenizer": model_label(recipe), "prompt_style": recipe.prompt_style,
+            "tokenizer": model_label(recipe),
+            "prompt_style": Path(recipe.chat_template).name if recipe.chat_template else recipe.prompt_style,
             "max_seq_length": recipe.max_seq_length,
             "max_train_samples": recipe.max_train_samples, "rows": self.rows,
             "usable_rows": sum(length > 0 for length in self._kept),

@@ -13,6 +13,7 @@ from kit.common.files import PROJECT
 from kit.data.dataset_info import is_info, read_entry, unnamed
 from kit.data.readers import SUFFIXES
 from kit.models.fetch import HUB_HINT
+from kit.models.template import template_file
 from kit.recipe.recipe import Recipe
 
 STARTER_TRAIN = PROJECT / "data" / "tickets-train.jsonl"
@@ -35,7 +36,19 @@ class Meant(NamedTuple):
 
 
 def meant(source: str | Path, recipe: Recipe) -> Meant:
-    """The source itself, or what an entry of a dataset_info.json (file#entry) names."""
+    """The source itself, or what an entry of a dataset_info.json (file#entry) names; of a folder the part that
+    dataset_config names."""
+    told = _entry(source, recipe)
+    config = told.recipe.dataset_config
+    if not config or told.place in ("starter", HELDOUT):
+        return told
+    folder = local_path(told.place)
+    if folder is None or not folder.is_dir() or (own := _of_config(folder, config)) == folder:
+        return told
+    return told._replace(place=own, recipe=told.recipe.model_copy(update={"dataset_config": None}))
+
+
+def _entry(source: str | Path, recipe: Recipe) -> Meant:
     file, mark, name = str(source).rpartition("#")
     if not mark or not file.lower().endswith(".json") or Path(source).exists():
         return Meant(source, recipe)
@@ -57,7 +70,7 @@ def files_of(source: str | Path, recipe: Recipe) -> list[Path] | None:
     if source in ("starter", HELDOUT):
         return [STARTER_TRAIN if source == "starter" else STARTER_HELDOUT]
     path = local_path(source)
-    if path is None or (path.is_dir() and _is_data_set(path, recipe)):
+    if path is None or (path.is_dir() and _is_data_set(path)):
         return None
     if path.is_file():
         if is_info(path):
@@ -89,12 +102,24 @@ def _split_of(path: Path) -> str | None:
                  if re.search(rf"(?<![a-z])({words})(?![a-z])", text)), None)
 
 
-def _is_data_set(folder: Path, recipe: Recipe) -> bool:
+def _of_config(folder: Path, config: str) -> Path:
+    """Where a hub's configuration lies in a copy of its data set: the folder of that name, or the whole where a card or
+    a saved data set says it. Raises KitError where neither knows it."""
+    own = folder / config
+    if own.is_dir() and config not in (".", ".."):
+        return own
+    if folder.resolve().name == config or _is_data_set(folder):
+        return folder
+    known = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    raise KitError(f"dataset: {folder} has no folder {config!r} for dataset_config{nearest(config, known)}",
+                   (f"there are: {', '.join(known[:20])}; or " if known else "") +
+                   "leave dataset_config out to read the whole folder")
+
+
+def _is_data_set(folder: Path) -> bool:
     """A folder that `datasets` saved, or a hub's data set whose card says how its files are read."""
-    if _saved(folder):
-        return True
     card = folder / "README.md"
-    return recipe.dataset_config is not None or (
+    return _saved(folder) or (
         card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")[:20_000])
 
 
@@ -118,8 +143,9 @@ def local_path(source: str | Path) -> Path | None:
 
 
 def data_files(recipe: Recipe) -> list[Path]:
-    """The files on this disk that a recipe reads, for hashes and checks before a run."""
-    files: list[Path] = []
+    """The files on this disk that rows are made from, for hashes and checks before a run; a template counts too."""
+    template = template_file(recipe.chat_template) if recipe.chat_template else None
+    files: list[Path] = [template] if template else []
     for source in filter(None, (*recipe.sources, held_out_source(recipe))):
         own, told = files_of(source, recipe), meant(source, recipe)
         if own is None and (folder := local_path(told.place)):  # a data set's folder, whatever kinds of files it has

@@ -19,6 +19,7 @@ from kit.data.sources import data_files, files_of, local_path, meant
 from kit.gguf.setup import CONVERTER, converter_dir
 from kit.models.fetch import HUB_HINT, cached_folder, model_folder
 from kit.models.starter import NAME, packaged_gguf
+from kit.models.template import own_template
 from kit.readiness.probe import ask
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate
@@ -101,6 +102,17 @@ def lacks(folder: Path) -> list[str]:
         except KitError:
             missing.append(f"a whole {name}" if (folder / name).is_file() else name)
     return missing
+
+
+def template(recipe: Recipe, folder: Path | None) -> Gate:
+    """The recipe's chat_template, on the tokenizer of the model's folder where it is on this disk."""
+    own_template(recipe.chat_template or "")
+    if folder is None or lacks(folder):
+        return Gate("template", True, f"{recipe.chat_template}: sound; whether it suits the model, shows later")
+    answer = ask("template", recipe.model_copy(update={"model_name": str(folder)}).model_dump_json())
+    return Gate("template", not answer["trouble"], str(recipe.chat_template) if answer["trouble"] else
+                f"{recipe.chat_template}: answers end with {answer['stop']!r}", detail=answer["trouble"],
+                hint=answer["hint"])
 
 
 def data(recipe: Recipe) -> Gate:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kit.gguf.formats import QUANTIZATIONS
+from kit.recipe.trackers import TRACKERS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The names a row's fields can have, in the shapes that kit.data.shapes reads, and behind them those of a turn.
@@ -118,8 +119,12 @@ class Fields(BaseModel):
         300, "Time for the held-out answers of each stage (before, after, llama.cpp). If all would take longer, only "
         "the first rows are answered, at least 20; scores are compared over the same rows. null for all.",
         "seconds", gt=0)
-    prompt_style: Literal["chat", "chatml", "alpaca"] = _answers_too(
-        "chat", "Template: the model's own (chat), ChatML, or Alpaca's three headings.")
+    prompt_style: Literal["chat", "chatml", "qwen", "llama3", "alpaca"] = _answers_too(
+        "chat", "Template: the model's own (chat), ChatML, Qwen's (ChatML with the system message `You are a helpful "
+        "assistant.` where there is none), Llama 3's, or Alpaca's three headings.")
+    chat_template: str | None = _field(
+        None, "A file with a chat template of your own (Jinja), in place of prompt_style.", "path", min_length=1,
+        affects="rows answers source")
     system_prompt: str | None = _answers_too(None, "System message for rows that have none of their own.")
     enable_thinking: bool | None = _answers_too(
         None, "For models that can think aloud (Qwen3): what the template is told.")
@@ -184,8 +189,9 @@ class Fields(BaseModel):
         None, "Several processes: a DeepSpeed configuration, for example recipes/deepspeed/zero2.json.", "path")
     ddp_timeout: int = _sft_run(
         7200, "How long processes wait for the slowest before they give up.", "seconds", ge=60)
-    report_to: str = _field(
-        "none", "Where curves are sent besides the run folder: none, tensorboard, wandb.", affects="place SFTConfig")
+    report_to: str | list[str] = _field(
+        "none", f"Where curves are sent besides the run folder: none, or one or several of {', '.join(TRACKERS)}.",
+        affects="place SFTConfig")
     seed: int = _field(3407, "Seed of row order and dropout.", ge=0, le=2**32 - 1, affects="weights answers SFTConfig")
 
     # Inference

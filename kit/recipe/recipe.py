@@ -16,6 +16,7 @@ from kit.common.errors import nearest
 from kit.gguf.formats import QUANTIZATIONS
 from kit.recipe.fields import ROLE_WORDS, ROW_FIELDS, Columns, Fields
 from kit.recipe.reading import read_parameters, read_values, refusal
+from kit.recipe.trackers import named
 
 
 class Recipe(Fields):
@@ -66,6 +67,11 @@ class Recipe(Fields):
         _refuse_unknown(names, QUANTIZATIONS, "quantisation")
         return list(dict.fromkeys(names))
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else named(value)
+
     @field_validator("max_steps")
     @classmethod
     def _no_zero_steps(cls, steps: int | None) -> int | None:
@@ -93,6 +99,8 @@ class Recipe(Fields):
             ("eval_dataset", "test_size", "keep the file or the share"),
         ]
         problems = [f"{a} and {b} are both set: {why}" for a, b, why in both if getattr(self, a) and getattr(self, b)]
+        if self.chat_template and self.prompt_style != "chat":
+            problems.append("chat_template and prompt_style are both set: each is the template; keep one of them")
         if self.last_response_only and not self.train_on_responses_only:
             problems.append("last_response_only and train_on_responses_only: false exclude each other: keep one")
         if self.gguf and self.save_merged == "none":

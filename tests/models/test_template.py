@@ -11,7 +11,8 @@ import pytest
 from kit.common.errors import KitError
 from kit.data.masks import Formatter
 from kit.gguf.trial import BeyondLimits, attempt
-from kit.models.template import ALPACA_PREAMBLE, alpaca_turn, prepare_tokenizer, prompt_ids, render
+from kit.models.styles import ALPACA_PREAMBLE
+from kit.models.template import alpaca_turn, prepare_tokenizer, prompt_ids, render
 from kit.recipe.recipe import Recipe
 from support import grammars
 from support.crafted import CRAFTED_TEMPLATES
