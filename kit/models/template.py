@@ -129,7 +129,8 @@ def prepare_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
         if missing := [token for token in tokens if token not in vocabulary]:
             raise KitError(f"prompt_style: {recipe.prompt_style} needs the tokens {' and '.join(missing)}, which this "
                            "model lacks", "set prompt_style: chat (the model's own template) or alpaca")
-        tokenizer.chat_template = _bos_of(tokenizer) + template.replace("STOP", _literal(tokenizer.eos_token))
+        bos = "" if "bos_token" in template else _bos_of(tokenizer)
+        tokenizer.chat_template = bos + template.replace("STOP", _literal(tokenizer.eos_token))
     elif not tokenizer.chat_template:
         raise KitError("this model has no chat template of its own (a base model?)",
                        "set prompt_style: chatml or alpaca")

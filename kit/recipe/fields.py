@@ -6,7 +6,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kit.gguf.formats import QUANTIZATIONS
-from kit.recipe.trackers import TRACKERS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The names a row's fields can have, in the shapes that kit.data.shapes reads, and behind them those of a turn.
@@ -190,8 +189,8 @@ class Fields(BaseModel):
     ddp_timeout: int = _sft_run(
         7200, "How long processes wait for the slowest before they give up.", "seconds", ge=60)
     report_to: str | list[str] = _field(
-        "none", f"Where curves are sent besides the run folder: none, or one or several of {', '.join(TRACKERS)}.",
-        affects="place SFTConfig")
+        "none", "Where curves are sent besides the run folder: none, or one or several trackers by transformers' names "
+        "(wandb, swanlab, tensorboard, mlflow, …).", affects="place SFTConfig")
     seed: int = _field(3407, "Seed of row order and dropout.", ge=0, le=2**32 - 1, affects="weights answers SFTConfig")
 
     # Inference

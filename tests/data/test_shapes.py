@@ -85,7 +85,18 @@ SHAPED: dict[str, tuple[str, dict[str, Any], list[Turn]]] = {
     "question": ("question", {"question": "你好 🙂", "answer": "Hello", "source": "x"}, [ASK, ANSWER]),
 }  # fmt: skip
 
-RENAMED: dict[str, tuple[dict[str, str], dict[str, Any], list[Turn]]] = {
+A_B = [turn("user", "a"), turn("assistant", "b")]
+RENAMED: dict[str, tuple[dict[str, str | None], dict[str, Any], list[Turn]]] = {
+    "roles by other words": ({"user": "客户", "assistant": "客服", "system": "提示", "messages": "话"}, {"话": [
+        turn("提示", "S"), turn("客户", "a"), turn("客服", "b")]}, [turn("system", "S"), *A_B]),
+    "words that are known besides": ({"tool": "工具"}, {"conversations": [
+        said("human", "a"), said("gpt", "b"), said("工具", "c"), said("assistant", "d")]}, [
+            *A_B, turn("tool", "c"), turn("assistant", "d")]),
+    "human and gpt in messages": ({"input": None}, {"messages": [turn("human", "a"), turn("gpt", "b")]}, A_B),
+    "a column that is not read": ({"system": None, "input": None}, {
+        "instruction": "a", "output": "b", "system": "S", "input": "i"}, A_B),
+    "not read under its name, but as another": ({"prompt": "system", "completion": "c", "system": None}, {
+        "system": "a", "c": "b"}, A_B),
     "prompt": ({"prompt": "问题", "completion": "答案"}, {"问题": "你好 🙂", "答案": "Hello", "编号": 1},
                [ASK, ANSWER]),
     "alpaca": ({"instruction": "指令", "input": "输入", "output": "输出", "system": "系统"},

@@ -570,7 +570,8 @@ def info(tmp_path: Path) -> Path:
     """A dataset_info.json with its files, in a folder with a space in its name."""
     folder = tmp_path / "LF 目录" / "data"
     files = {"identity.json": [{**alpaca(), "input": "now", "system": "S", "history": [["a", "b"]]}],
-             "chat.jsonl": [CHAT], "客服.json": CHATS, "pairs.json": [{"q": str(i), "r": "x", "input": "no"} for i in range(6)],
+             "chat.jsonl": [CHAT], "客服.json": CHATS,
+             "pairs.json": [{"q": str(i), "r": "x", "input": "no"} for i in range(6)],
              "calls.json": CALLS, "parts/a.json": [alpaca("a")], "parts/b.json": [alpaca("b")],
              "functions.json": [{"messages": [{"role": "user", "content": "time?"}, {
                  "role": "ask", "content": '{"name": "clock"}'}, {"role": "told", "content": "12"}, {
