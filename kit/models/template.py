@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kit.common.errors import KitError, nearest, one_line
 from kit.common.files import PROJECT, read_json
 from kit.gguf.messages import Message, for_template, texts
 from kit.gguf.templates import check_template, in_time
-from kit.gguf.trial import check_length
+from kit.gguf.trial import Generation, check_length
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.models.saved import code_refused
 from kit.models.styles import STYLES
@@ -165,6 +167,10 @@ def own_template(source: str) -> str:
         raise KitError(f"chat_template: {source} is empty", "it holds a template in Jinja")
     with _named(source):
         check_template(text)
+        try:
+            ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols]).parse(text)
+        except TemplateSyntaxError as error:
+            raise KitError(f"line {error.lineno}: {error.message}") from None
     return text
 
 

@@ -109,7 +109,7 @@ def template(recipe: Recipe, folder: Path | None) -> Gate:
     own_template(recipe.chat_template or "")
     if folder is None or lacks(folder):
         return Gate("template", True, f"{recipe.chat_template}: sound; whether it suits the model, shows later")
-    answer = ask("template", recipe.model_copy(update={"model_name": str(folder)}).model_dump_json())
+    answer = ask("template", recipe.model_copy(update={"model_name": str(folder)}).model_dump_json(), seconds=120)
     return Gate("template", not answer["trouble"], str(recipe.chat_template) if answer["trouble"] else
                 f"{recipe.chat_template}: answers end with {answer['stop']!r}", detail=answer["trouble"],
                 hint=answer["hint"])

@@ -222,7 +222,7 @@ def test_llamas_template_by_name() -> None:
      "does not write what opens an answer, '<|im_start|>assistant\\n'"),
     (b"{{ messages[-1].content }}<|im_end|>", "drops, moves or repeats"),
     (b"{% for m in messages %}{{ m.content }}\n{% endfor %}", "no special token"),
-    (b"{% for m in messages %}", "the chat template"),
+    (b"{% for m in messages %}", "line 1: Unexpected end of template"),
     (b"{% for i in range(999999999) %}{% for j in range(999999999) %}{% endfor %}{% endfor %}", "the chat template")])
 def test_a_bad_file_of_a_template_is_one_error(tokenizer: Any, tmp_path: Path, content: bytes | None,
                                                words: str) -> None:
