@@ -103,7 +103,7 @@ def _not_there(row: Row, columns: Columns) -> list[Fault]:
     names = [str(name) for name in row.raw] if isinstance(row.raw, dict) else []
     others = [name for name in names if name not in columns.values()]
     for ours, theirs in columns.items():
-        if theirs is None or {ours, theirs} & {*names} or ours in ROLE_WORDS:
+        if theirs is None or {ours, theirs} & {*names} or (ours in ROLE_WORDS and ours != "system"):
             continue
         near = nearest(theirs, others)
         if near or ours in SHAPES.get(row.shape or "", NAMES):

@@ -206,6 +206,7 @@ def test_llamas_template_by_name() -> None:
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\n你好，请用中文回答<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n好的。<|eot_id|>")
+    assert modelfile_of(recipe, fresh).prompt(TURNS[1][:2]) == render(fresh, TURNS[1][:2], recipe, True)
     for messages in TURNS:
         [(_, labels)] = Formatter(fresh, recipe).encode([messages])
         assert fresh.decode([label for label in labels if label != -100]) == "".join(
