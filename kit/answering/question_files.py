@@ -22,6 +22,7 @@ from kit.data.shapes import TURNS, Fault, definitions_of, is_blank, turns_of
 from kit.data.tools import numbered
 from kit.data.workbooks import SAVE_VALUES, row_of_names
 from kit.models.template import Message, alpaca_turn
+from kit.recipe.fields import Columns
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".xlsx")
 TABLES = (".csv", ".tsv")
@@ -41,7 +42,7 @@ class Questions(NamedTuple):
     faults: dict[int, str]  # why a row can't be asked
 
 
-def read_questions(path: Path, column: str | None = None, columns: dict[str, str] | None = None) -> Questions:
+def read_questions(path: Path, column: str | None = None, columns: Columns | None = None) -> Questions:
     """The questions of a file that ends in one of SUFFIXES.
 
     They stand in `column`; by default in the one that the recipe's `columns` call prompt or question, else in `prompt`,
@@ -99,7 +100,7 @@ def _text_lines(path: Path) -> Iterator[Record]:
         yield Record(line.removesuffix("\r"), number, number)
 
 
-def _column(path: Path, names: list[str], column: str | None, columns: dict[str, str]) -> str:
+def _column(path: Path, names: list[str], column: str | None, columns: Columns) -> str:
     if column is None:
         by_lower = {name.casefold(): name for name in reversed(names)}
         usual = (columns.get("prompt"), columns.get("question"), "prompt", "question", "messages")

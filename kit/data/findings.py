@@ -12,7 +12,7 @@ SHOWN = 100  # places kept of each finding
 
 # code: (severity, what it means, remedy). An error is a row that would not be trained, or not as meant, or must not be.
 FINDINGS = {
-    "invalid_json": ("error", "not JSON", "correct the line; each is one complete JSON object"),
+    "invalid_json": ("error", "not JSON", "correct it; each row is one complete JSON object"),
     "torn_line": ("error", "the last line is cut off", "write the file again, or leave the line out with --fix"),
     "wrong_encoding": ("error", "not UTF-8", "save the file as UTF-8; a line or a few among others: write them again"),
     "ragged_row": ("error", "cells and columns don't match", "quote cells that hold the delimiter or a line break"),
@@ -29,7 +29,8 @@ FINDINGS = {
                     "keep the better answer alone, as prompt and completion or as messages"),
     "not_text": ("error", "a value is no text", "write it as text; --fix does so for numbers"),
     "mixed_shapes": ("error", "one file mixes shapes", "put each shape into a file of its own"),
-    "wrong_role": ("error", "an unknown role", "use system, user, assistant or tool; --fix renames near misses"),
+    "wrong_role": ("error", "an unknown role", "use system, user, assistant or tool, or say what they are called: "
+                   "'columns={user: 客户, assistant: 客服}'; --fix renames near misses"),
     "first_turn": ("error", "the first turn is not the user's", "begin with the user, after an optional system turn"),
     "role_order": ("error", "turns don't alternate", "user and assistant in turn, the assistant last"),
     "no_assistant": ("error", "no answer to learn from", "add the assistant's turn, or leave the row out"),

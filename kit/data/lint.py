@@ -175,7 +175,7 @@ def check(recipe: Recipe, html: Path | None, copy: Path | None, as_json: bool, r
     if copy and others:
         raise KitError("--fix takes one source", "kit lint DATA --fix OUT for each of them")
     if copy:
-        check_out(first, copy)
+        check_out(first, copy, recipe)
     # Only the JSON goes to standard output, so that it can be piped; whatever libraries print goes beside it.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         report = lint(recipe, any_encoding=copy is not None)

@@ -4,6 +4,7 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from kit.data.formatting import Formatted
 from kit.data.masks import IGNORED
 from kit.data.rows import Place, Row, Shapes
 from kit.data.shapes import Fault
+from kit.data.sources import meant
 from kit.data.splits import Kept, drawn, prompt_key
 from kit.gguf.messages import said
 from kit.models.fetch import model_label
@@ -89,7 +91,8 @@ class Figures:
         return {
             "title": ", ".join(str(source) for source in recipe.sources),
             "files": [self._file(file) for file in self.shapes.counts],
-            "tokenizer": model_label(recipe), "prompt_style": recipe.prompt_style,
+            "tokenizer": model_label(recipe),
+            "prompt_style": Path(recipe.chat_template).name if recipe.chat_template else recipe.prompt_style,
             "max_seq_length": recipe.max_seq_length,
             "max_train_samples": recipe.max_train_samples, "rows": self.rows,
             "usable_rows": sum(length > 0 for length in self._kept),
@@ -184,8 +187,10 @@ class AcrossRows:
         places, thinking = self.figures.places, np.array(self._thinking, dtype=bool)
         for place, message in self.figures.shapes.mixed():
             yield Fault("mixed_shapes", message), place
-        for place, message in self.figures.shapes.misnamed(self.figures.recipe.columns):
-            yield Fault("misnamed_field", message), place
+        recipe = self.figures.recipe
+        for columns in [meant(source, recipe).recipe.columns for source in recipe.sources]:
+            for place, message in self.figures.shapes.misnamed(columns):
+                yield Fault("misnamed_field", message), place
         if 0 < (count := int(thinking.sum())) < len(places):
             text = f"{count:,} with thinking, {len(places) - count:,} without"
             for number in np.flatnonzero(thinking == (2 * count <= len(places))).tolist():  # the rarer ones

@@ -10,7 +10,8 @@ from typing import Any
 
 from kit.common.errors import KitError, nearest, one_line
 from kit.data.encodings import not_utf8, refuse_utf16
-from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines, read_json, read_jsonl
+from kit.data.json_rows import read_json
+from kit.data.records import Problem, Progress, Record, Rows, excerpt, lines
 from kit.data.workbooks import SAVE_VALUES, below_titles, sheet_rows
 
 # A quote that is never closed makes one cell of the rest of the file; larger than this is no row.
@@ -156,7 +157,7 @@ def _library(path: Path, what: str) -> Iterator[None]:
 
 
 READERS: dict[str, Callable[[Path, Progress], Rows]] = {
-    ".json": read_json, ".jsonl": read_jsonl, ".csv": _csv, ".tsv": _csv, ".txt": _txt, ".xlsx": _xlsx,
+    ".json": read_json, ".jsonl": read_json, ".csv": _csv, ".tsv": _csv, ".txt": _txt, ".xlsx": _xlsx,
     ".parquet": _parquet}
 SUFFIXES = tuple(READERS)
 

@@ -15,7 +15,7 @@ from kit.data.encodings import FIXED, other_encoding
 from kit.data.findings import CONTROL
 from kit.data.rows import Place, progress, rows_of
 from kit.data.shapes import NAMES, TURNS, Fault, renamed, to_messages
-from kit.data.sources import files_of, local_path
+from kit.data.sources import files_of, local_path, meant
 from kit.gguf.messages import texts
 from kit.recipe.recipe import Recipe
 
@@ -52,8 +52,8 @@ def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
     Left out are rows that still can't be trained or hold a secret, and the second of two equal ones. Raises KitError
     when `out` exists already.
     """
-    check_out(source, out)
-    done = Repairs()
+    check_out(source, out, recipe)
+    done, columns = Repairs(), meant(source, recipe).recipe.columns
     done.encodings = {path: name for path in files_of(source, recipe) or () if path.suffix.lower() in FIXED
                       and (name := other_encoding(path))}
     seen: set[int] = set()
@@ -62,7 +62,7 @@ def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
             if row.raw is None:
                 done.add(f"left out: {row.faults[0].code}", row.place)
                 continue
-            value, changes = repaired(renamed(row.raw, recipe.columns))
+            value, changes = repaired(renamed(row.raw, columns))
             _, messages, faults = to_messages(value)
             if any(map(secret, texts(messages))):
                 faults = [Fault("secret", "")]
@@ -81,13 +81,13 @@ def fix(source: str, out: Path, recipe: Recipe) -> Repairs:
     return done
 
 
-def check_out(source: str, out: Path) -> None:
+def check_out(source: str, out: Path, recipe: Recipe) -> None:
     """KitError when `fix` could not write there, or not read that."""
     if out.suffix.lower() != ".jsonl":
         raise KitError(f"--fix {out}: the repaired copy is written as JSON Lines", "end its name in .jsonl")
     if out.exists():
         raise KitError(f"--fix {out} exists already", "name a new file; nothing is ever overwritten")
-    if source == "starter" or local_path(source) is None:
+    if source == "starter" or local_path(meant(source, recipe).place) is None:
         raise KitError(f"--fix works on files, and {source} is none", "download it and name the file")
 
 

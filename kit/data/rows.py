@@ -12,10 +12,10 @@ from kit.data.encodings import in_utf8
 from kit.data.readers import read_rows
 from kit.data.records import Problem, Record
 from kit.data.shapes import NAMES, SHAPES, UNTRAINED, Fault, renamed, shape_of, to_messages
-from kit.data.sources import HELDOUT, fetched, files_of, hub_rows
+from kit.data.sources import HELDOUT, fetched, files_of, hub_rows, meant
 from kit.data.tools import DEFINITIONS, unfilled
 from kit.models.template import Message
-from kit.recipe.fields import ROW_FIELDS
+from kit.recipe.fields import ROLE_WORDS, ROW_FIELDS, Columns
 from kit.recipe.reading import MAX_ERRORS
 from kit.recipe.recipe import Recipe
 
@@ -52,11 +52,12 @@ def rows_of(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], object
     `on_bytes` is called with how many further bytes of the files have been read. With `any_encoding` files in another
     encoding than UTF-8 are read by what they look like. Raises KitError for what can't be read at all.
     """
-    local = fetched(source, recipe)
-    columns = {*ROW_FIELDS, *UNTRAINED, *DEFINITIONS, *recipe.columns.values()}  # those that are looked at
-    files = files_of(local, recipe)
+    told = fetched(meant(source, recipe))
+    recipe = told.recipe
+    columns = {*ROW_FIELDS, *UNTRAINED, *DEFINITIONS, *filter(None, recipe.columns.values())}  # those looked at
+    files = files_of(told.place, recipe)
     if files is None:
-        for number, value in enumerate(hub_rows(str(local), recipe), 1):
+        for number, value in enumerate(hub_rows(told), 1):
             yield _row(Place(str(source), number, None), unfilled(value), recipe)
     for path, item in _items(files or (), on_bytes, any_encoding):
         place = Place(str(source) if len(files or ()) == 1 else str(path), item.row, item.line)
@@ -95,14 +96,14 @@ def _row(place: Place, raw: Any, recipe: Recipe) -> Row:
     return row
 
 
-def _not_there(row: Row, columns: dict[str, str]) -> list[Fault]:
+def _not_there(row: Row, columns: Columns) -> list[Fault]:
     """What `columns` names and a row does not have, in the file's own words; what it says for other shapes only where
     a column has nearly that name."""
     faults = []
     names = [str(name) for name in row.raw] if isinstance(row.raw, dict) else []
     others = [name for name in names if name not in columns.values()]
     for ours, theirs in columns.items():
-        if {ours, theirs} & {*names}:
+        if theirs is None or {ours, theirs} & {*names} or (ours in ROLE_WORDS and ours != "system"):
             continue
         near = nearest(theirs, others)
         if near or ours in SHAPES.get(row.shape or "", NAMES):
@@ -138,11 +139,12 @@ class Shapes:
                 yield self._first[file, rarest], f"dataset: {file} mixes shapes: {', '.join(parts)}"
 
 
-    def misnamed(self, columns: dict[str, str]) -> Iterator[tuple[Place, str]]:
+    def misnamed(self, columns: Columns) -> Iterator[tuple[Place, str]]:
         """Columns for fields that a row can do without, which no row has, where another name is nearly theirs."""
         others = [name for name in self._columns if name not in columns.values()]
         for ours, theirs in columns.items():
-            if ours in OPTIONAL and theirs not in self._columns and (near := nearest(theirs, others, cutoff=0.75)):
+            if theirs and ours in OPTIONAL and theirs not in self._columns \
+                    and (near := nearest(theirs, others, cutoff=0.75)):
                 yield next(iter(self._columns.values())), f"columns: {ours}: there is no {theirs!r}{near}"
 
 
@@ -179,7 +181,7 @@ def good_rows(source: str | Path, recipe: Recipe, on_bytes: Callable[[int], obje
             yield row
     for _, message in shapes.mixed():
         raise KitError(message, "bring all rows of a file to one shape, or put each shape into a file of its own")
-    for _, message in shapes.misnamed(recipe.columns):
+    for _, message in shapes.misnamed(meant(source, recipe).recipe.columns):
         raise KitError(f"dataset: {source}: {message}", "correct the name in columns")
     problems.refuse(f"dataset: {source}: bad rows",
                     f"`kit lint {source}` shows all of them with remedies; known shapes: Alpaca (instruction, output), "

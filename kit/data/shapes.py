@@ -20,18 +20,19 @@ from kit.common.errors import nearest
 from kit.data import tools
 from kit.gguf.messages import FOR_TOOLS, said
 from kit.models.template import Message, alpaca_turn
+from kit.recipe.fields import ROLE_WORDS, Columns
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
-# ShareGPT's names. A function call is one where the row has tools; else it is trained as the assistant's text.
-SENDERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
-           "function_call": "assistant", "system": "system", "observation": "tool", "tool": "tool",
-           "function_response": "tool"}
+# OpenAI's and ShareGPT's words for the roles; other ones a recipe's `columns` says. A function_call is one where the
+# row has tools; else it is trained as the assistant's text.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool",
+         "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant",
+         "observation": "tool", "function_response": "tool"}
 # The first field decides, or the second where the first is missing.
 SHAPES = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output"),
           "prompt": ("prompt", "completion"), "question": ("question", "answer")}
 NAMES = tuple(field for fields in SHAPES.values() for field in fields)
 # Fields that can hold a list of turns: a turn's role, its text, and the roles there are.
-TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", SENDERS),
+TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", ROLES),
          "prompt": ("role", "content", ROLES), "completion": ("role", "content", ROLES)}
 # Columns that change what a row means, and that are not trained: a row that has something there is refused.
 UNTRAINED = ("image", "images", "video", "videos", "audio", "audios")
@@ -70,21 +71,30 @@ class Fault(NamedTuple):
     message: str
 
 
-def renamed(row: Any, columns: dict[str, str]) -> Any:
-    """The row under the names of this module; `columns` is {our name: the file's}."""
+def renamed(row: Any, columns: Columns) -> Any:
+    """The row under the names of this module; `columns` is {our name: the file's, None for one that is not read}."""
     if not columns or not isinstance(row, dict):
         return row
-    ours = {theirs: name for name, theirs in columns.items()}
+    ours = {theirs: name for name, theirs in columns.items() if theirs and (name not in ROLE_WORDS or name == "system")}
+    roles = {theirs: name for name, theirs in columns.items() if name in ROLE_WORDS}
+    unread = {name for name, theirs in columns.items() if theirs is None}
 
     def under_our_names(fields: dict[str, Any]) -> dict[str, Any]:
-        given = {ours[key] for key in fields if key in ours}
         # A column that happens to have the name another one is given is not read.
-        return {ours.get(key, key): value for key, value in fields.items() if key in ours or key not in given}
+        left_out = unread | {ours[key] for key in fields if key in ours}
+        return {ours.get(key, key): value for key, value in fields.items() if key in ours or key not in left_out}
+
+    def turn_of(turn: Any, role: str) -> Any:
+        if not isinstance(turn, dict):
+            return turn
+        turn = under_our_names(turn)
+        word = turn.get(role)
+        return {**turn, role: roles[word]} if isinstance(word, str) and word in roles else turn
 
     row = under_our_names(row)
-    for key in TURNS:
+    for key, (role, _, _) in TURNS.items():
         if isinstance(row.get(key), list):
-            row[key] = [under_our_names(turn) if isinstance(turn, dict) else turn for turn in row[key]]
+            row[key] = [turn_of(turn, role) for turn in row[key]]
     return row
 
 
@@ -241,7 +251,7 @@ def _calls(turn: dict[str, Any], role: Any, text: str | None, call_tools: bool, 
     if role == "function_call" and call_tools:
         made = text
     try:
-        if made and SENDERS.get(str(role)) != "assistant":
+        if made and ROLES.get(str(role)) != "assistant":
             raise ValueError(f"only the assistant can, not the role {role!r}")
         return tools.calls(made)
     except (RecursionError, ValueError) as error:

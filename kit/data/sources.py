@@ -4,14 +4,16 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub.constants
 
 from kit.common.errors import KitError, nearest, one_line
 from kit.common.files import PROJECT
+from kit.data.dataset_info import is_info, read_entry, unnamed
 from kit.data.readers import SUFFIXES
 from kit.models.fetch import HUB_HINT
+from kit.models.template import template_file
 from kit.recipe.recipe import Recipe
 
 STARTER_TRAIN = PROJECT / "data" / "tickets-train.jsonl"
@@ -23,14 +25,56 @@ SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|de
 NOT_ROWS = re.compile(r"dataset_infos?|readme.*|licen[cs]e.*|requirements.*", re.IGNORECASE)
 
 
+class Meant(NamedTuple):
+    """What a source means: a file, a folder, a hub's id, `starter`; and the recipe with what holds for this source."""
+
+    place: str | Path
+    recipe: Recipe
+    folder: str | None = None  # of a hub's repository, to which reading is confined
+    samples: int | None = None  # rows drawn from it
+    info: Path | None = None  # the dataset_info.json that says so
+
+
+def meant(source: str | Path, recipe: Recipe) -> Meant:
+    """The source itself, or what an entry of a dataset_info.json (file#entry) names; of a folder the part that
+    dataset_config names."""
+    told = _entry(source, recipe)
+    config = told.recipe.dataset_config
+    if not config or told.place in ("starter", HELDOUT):
+        return told
+    folder = local_path(told.place)
+    if folder is None or not folder.is_dir() or (own := _of_config(folder, config)) == folder:
+        return told
+    return told._replace(place=own, recipe=told.recipe.model_copy(update={"dataset_config": None}))
+
+
+def _entry(source: str | Path, recipe: Recipe) -> Meant:
+    file, mark, name = str(source).rpartition("#")
+    if not mark or not file.lower().endswith(".json") or Path(source).exists():
+        return Meant(source, recipe)
+    info = local_path(file)
+    if info is None or not info.is_file():
+        raise KitError(f"dataset: {file} is no file", "file#entry names an entry of a dataset_info.json")
+    entry = read_entry(info, name, recipe.hub)
+    return Meant(entry.place, recipe.model_copy(update=entry.fields), entry.folder, entry.samples, info)
+
+
+def weighted(recipe: Recipe) -> bool:
+    """Whether some source's rows are not all taken just once."""
+    return {*recipe.sources.values()} != {1} or any(meant(source, recipe).samples for source in recipe.sources)
+
+
 def files_of(source: str | Path, recipe: Recipe) -> list[Path] | None:
     """The files on this disk that a source means; None for a data set that the `datasets` library reads."""
+    source, recipe, *_ = meant(source, recipe)
     if source in ("starter", HELDOUT):
         return [STARTER_TRAIN if source == "starter" else STARTER_HELDOUT]
     path = local_path(source)
-    if path is None or (path.is_dir() and _is_data_set(path, recipe)):
+    if path is None or (path.is_dir() and _is_data_set(path)):
         return None
     if path.is_file():
+        if is_info(path):
+            raise unnamed(path)
         return [path]
     readable = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
                       and not NOT_ROWS.fullmatch(p.stem)
@@ -58,12 +102,24 @@ def _split_of(path: Path) -> str | None:
                  if re.search(rf"(?<![a-z])({words})(?![a-z])", text)), None)
 
 
-def _is_data_set(folder: Path, recipe: Recipe) -> bool:
+def _of_config(folder: Path, config: str) -> Path:
+    """Where a hub's configuration lies in a copy of its data set: the folder of that name, or the whole where a card or
+    a saved data set says it. Raises KitError where neither knows it."""
+    own = folder / config
+    if own.is_dir() and config not in (".", ".."):
+        return own
+    if folder.resolve().name == config or _is_data_set(folder):
+        return folder
+    known = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    raise KitError(f"dataset: {folder} has no folder {config!r} for dataset_config{nearest(config, known)}",
+                   (f"there are: {', '.join(known[:20])}; or " if known else "") +
+                   "leave dataset_config out to read the whole folder")
+
+
+def _is_data_set(folder: Path) -> bool:
     """A folder that `datasets` saved, or a hub's data set whose card says how its files are read."""
-    if _saved(folder):
-        return True
     card = folder / "README.md"
-    return recipe.dataset_config is not None or (
+    return _saved(folder) or (
         card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")[:20_000])
 
 
@@ -87,14 +143,15 @@ def local_path(source: str | Path) -> Path | None:
 
 
 def data_files(recipe: Recipe) -> list[Path]:
-    """The files on this disk that a recipe reads, for hashes and checks before a run."""
-    files: list[Path] = []
+    """The files on this disk that rows are made from, for hashes and checks before a run; a template counts too."""
+    template = template_file(recipe.chat_template) if recipe.chat_template else None
+    files: list[Path] = [template] if template else []
     for source in filter(None, (*recipe.sources, held_out_source(recipe))):
-        own = files_of(source, recipe)
-        if own is None and (folder := local_path(source)):  # a data set's folder, whatever kinds of files it has
+        own, told = files_of(source, recipe), meant(source, recipe)
+        if own is None and (folder := local_path(told.place)):  # a data set's folder, whatever kinds of files it has
             own = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        files += own or []
-    return files
+        files += [*([told.info] if told.info else []), *(own or [])]
+    return list(dict.fromkeys(files))
 
 
 def held_out_source(recipe: Recipe) -> str | None:
@@ -106,10 +163,11 @@ def held_out_source(recipe: Recipe) -> str | None:
     return recipe.eval_dataset or bundled
 
 
-def hub_rows(name: str, recipe: Recipe) -> Iterable[Any]:
+def hub_rows(told: Meant) -> Iterable[Any]:
     """The rows of a hub's data set, or of a folder that only `datasets` can read."""
     import datasets
 
+    name, recipe = str(told.place), told.recipe
     folder = local_path(name)
     try:
         if folder is not None and _saved(folder):
@@ -121,7 +179,7 @@ def hub_rows(name: str, recipe: Recipe) -> Iterable[Any]:
             return saved[recipe.dataset_split]
         with _offline(recipe.local_files_only):
             return datasets.load_dataset(
-                str(folder or name), recipe.dataset_config, split=recipe.dataset_split,
+                str(folder or name), recipe.dataset_config, split=recipe.dataset_split, data_dir=told.folder,
                 revision=recipe.dataset_revision,
                 download_config=datasets.DownloadConfig(local_files_only=recipe.local_files_only))
     except KitError:
@@ -149,13 +207,14 @@ def _offline(wanted: bool) -> Iterator[None]:
             switch.HF_HUB_OFFLINE = value
 
 
-def fetched(source: str | Path, recipe: Recipe) -> str | Path:
-    """The source, or the folder that a data set of ModelScope was downloaded to.
+def fetched(told: Meant) -> Meant:
+    """The same, or with the folder that a data set of ModelScope was downloaded to.
 
     ModelScope's own loader would need an older `datasets` and a dozen packages more.
     """
+    source, recipe = told.place, told.recipe
     if recipe.hub != "modelscope" or source in ("starter", HELDOUT) or local_path(source):
-        return source
+        return told
     if recipe.local_files_only:
         raise KitError(f"dataset: {source}: ModelScope is not asked with local_files_only",
                        "name the folder the data set was downloaded to")
@@ -164,6 +223,7 @@ def fetched(source: str | Path, recipe: Recipe) -> str | Path:
     except ImportError:
         raise KitError("hub: modelscope needs the package modelscope", "pip install modelscope") from None
     try:
-        return Path(dataset_snapshot_download(str(source), revision=recipe.dataset_revision))
+        folder = Path(dataset_snapshot_download(str(source), revision=recipe.dataset_revision))
+        return told._replace(place=folder / (told.folder or ""), folder=None)
     except Exception as error:  # of its own, of requests, of the disk
         raise KitError(f"dataset: {source}: {type(error).__name__}: {one_line(error)}", HUB_HINT) from None

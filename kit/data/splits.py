@@ -19,7 +19,7 @@ import pyarrow as pa
 from kit.common.errors import KitError
 from kit.common.files import cache_dir, unwritable
 from kit.data.rows import Place, Problems, Row, good_rows, progress, rows_of, where
-from kit.data.sources import held_out_source
+from kit.data.sources import held_out_source, meant, weighted
 from kit.gguf.messages import FOR_TOOLS, said
 from kit.models.template import Message
 from kit.recipe.recipe import Recipe
@@ -112,7 +112,7 @@ class Kept:
 
     def __init__(self, recipe: Recipe) -> None:
         self.left = recipe.max_train_samples
-        self.drawn = self.left is not None and bool(recipe.test_size or {*recipe.sources.values()} != {1})
+        self.drawn = self.left is not None and bool(recipe.test_size or weighted(recipe))
         self.train: list[Place] = []  # where they are drawn
         self.held_out: list[Place] = []
         if self.drawn:
@@ -176,7 +176,7 @@ def read_splits(recipe: Recipe) -> tuple[Examples, Examples]:
     if kept.drawn:
         number = {row.place: i for i, row in enumerate(train)}
         train, held_out = (_picked(train, [number[place] for place in part]) for part in (kept.train, kept.held_out))
-    elif recipe.test_size or {*recipe.sources.values()} != {1}:
+    elif recipe.test_size or weighted(recipe):
         prompts = [prompt_key(row.messages) for row in train] if recipe.test_size else []
         train, held_out = (_picked(train, part) for part in drawn([len(rows) for rows in sources], prompts, recipe))
     if apart_source := held_out_source(recipe):
@@ -225,7 +225,8 @@ def repeated(source: str, count: int, recipe: Recipe) -> list[int]:
 
     Raises KitError for a weight that takes none of the rows.
     """
-    passes = recipe.sources[source]
+    samples = meant(source, recipe).samples
+    passes = recipe.sources[source] * (samples / count if samples and count else 1)
     extra = np.random.default_rng(recipe.seed).permutation(count)[: round(passes % 1 * count)]
     places = [*list(range(count)) * int(passes), *sorted(extra.tolist())]
     if count and not places:

@@ -182,8 +182,10 @@ def _check_contents(run: Run, kind: str, folder: Path, recipe: Recipe) -> None:
 
 def _places(run: Run, recipe: Recipe) -> re.Pattern[str]:
     """Matches the folders and files of this machine that nothing pushed may name."""
-    names = [recipe.model_name, *recipe.sources, *filter(None, (recipe.eval_dataset, recipe.adapter_name_or_path))]
-    local = [path for name in names if (path := Path(name).expanduser()).exists()]
+    names = [recipe.model_name, *recipe.sources,
+             *filter(None, (recipe.eval_dataset, recipe.adapter_name_or_path, recipe.chat_template))]
+    local = [path for name in names for file in {name, name.rpartition("#")[0]} - {""}
+             if (path := Path(file).expanduser()).exists()]
     folders = [run.folder, Path.home(), Path.cwd(), PROJECT, cache_dir(), Path(tempfile.gettempdir())]
     paths = [path.resolve() for path in [*folders, *local]]
     # As a whole, so that /work is not found in a web address or in /workflow.

@@ -5,40 +5,25 @@ from `tokenizer.chat_template`, which `prepare_tokenizer` settles once.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kit.common.errors import KitError, one_line
-from kit.common.files import read_json
+from kit.common.errors import KitError, nearest, one_line
+from kit.common.files import PROJECT, read_json
 from kit.gguf.messages import Message, for_template, texts
 from kit.gguf.templates import check_template, in_time
-from kit.gguf.trial import check_length
+from kit.gguf.trial import Generation, check_length
 from kit.models.fetch import loading_options, model_folder, not_loaded
 from kit.models.saved import code_refused
+from kit.models.styles import STYLES
 from kit.recipe.recipe import Recipe
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ALPACA_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
-# STOP stands for the tokenizer's own end-of-text token. A system message takes the preamble's place.
-ALPACA = (
-    "{% if messages[0]['role'] != 'system' %}{{ '" + ALPACA_PREAMBLE + "\n\n' }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
-    "{% else %}{{ '### Response:\n' + message['content'] + 'STOP\n\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-)
 PAD_CANDIDATES = ("<|endoftext|>", "<|finetune_right_pad_id|>", "<|PAD_TOKEN|>", "<|vision_pad|>", "<pad>", "[PAD]")
 
 # Private-use characters that mark where a message's content lands in the rendered text.
@@ -136,19 +121,23 @@ def prepare_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
     Afterwards `eos_token` is what ends an answer in the template and `pad_token` is another token, so
     that ignoring padding never means ignoring the stop. Raises KitError for a template that can't do this.
     """
-    if recipe.prompt_style == "chatml":
-        vocabulary = tokenizer.get_vocab()  # made anew at each call, in 0.1 s
-        missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in vocabulary]
-        if missing:
-            raise KitError(f"prompt_style: chatml needs the tokens {' and '.join(missing)}, which this model lacks",
-                           "set prompt_style: chat (the model's own template) or alpaca")
-        tokenizer.chat_template = _bos_of(tokenizer) + CHATML
-    elif recipe.prompt_style == "alpaca":
-        tokenizer.chat_template = _bos_of(tokenizer) + ALPACA.replace("STOP", _literal(tokenizer.eos_token))
+    if recipe.chat_template:
+        tokenizer.chat_template = own_template(recipe.chat_template)
+        with _named(recipe.chat_template):
+            _check_opening(tokenizer, recipe)
+    elif recipe.prompt_style in STYLES:
+        template, tokens = STYLES[recipe.prompt_style]
+        vocabulary = tokenizer.get_vocab() if tokens else {}  # made anew at each call, in 0.1 s
+        if missing := [token for token in tokens if token not in vocabulary]:
+            raise KitError(f"prompt_style: {recipe.prompt_style} needs the tokens {' and '.join(missing)}, which this "
+                           "model lacks", "set prompt_style: chat (the model's own template) or alpaca")
+        bos = "" if "bos_token" in template else _bos_of(tokenizer)
+        tokenizer.chat_template = bos + template.replace("STOP", _literal(tokenizer.eos_token))
     elif not tokenizer.chat_template:
         raise KitError("this model has no chat template of its own (a base model?)",
                        "set prompt_style: chatml or alpaca")
-    stop = stop_token(tokenizer, recipe)
+    with _named(recipe.chat_template):
+        stop = stop_token(tokenizer, recipe)
     if tokenizer.eos_token and tokenizer.eos_token != stop and "eos_token" in tokenizer.chat_template:
         # What the template writes as eos_token stays what it was, though eos_token now is what ends an answer.
         tokenizer.chat_template = f"{{% set eos_token = '{_literal(tokenizer.eos_token)}' %}}{tokenizer.chat_template}"
@@ -156,6 +145,57 @@ def prepare_tokenizer(tokenizer: Any, recipe: Recipe) -> Any:
     if tokenizer.pad_token is None or tokenizer.pad_token == stop:
         tokenizer.pad_token = _pad_token(tokenizer, stop)
     return tokenizer
+
+
+def template_file(source: str) -> Path | None:
+    """The file of a recipe's chat_template, or None."""
+    return next((path for path in (Path(source).expanduser(), PROJECT / source) if path.is_file()), None)
+
+
+def own_template(source: str) -> str:
+    """The text of a recipe's chat_template. Raises KitError for a file that is none, or a template without limits."""
+    path = template_file(source) or Path(source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise KitError(f"chat_template: {source}: not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
+    except OSError as error:
+        others = path.parent.glob("*.jinja") if path.parent.is_dir() else ()
+        raise KitError(f"chat_template: {source}: {error.strerror}{nearest(path.name, [p.name for p in others])}",
+                       "it names a file with a template in Jinja, looked up from the folder you are in") from None
+    if not text.strip():
+        raise KitError(f"chat_template: {source} is empty", "it holds a template in Jinja")
+    with _named(source):
+        check_template(text)
+        try:
+            ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols]).parse(text)
+        except TemplateSyntaxError as error:
+            raise KitError(f"line {error.lineno}: {error.message}") from None
+    return text
+
+
+@contextmanager
+def _named(source: str | None) -> Iterator[None]:
+    """Say of an error that it is about a template of the user's own, which can be mended."""
+    try:
+        yield
+    except KitError as error:
+        if not source:
+            raise
+        raise KitError(f"chat_template: {source}: {error.message}",
+                       "mend the template, or name one: prompt_style: chatml, qwen or llama3") from None
+
+
+def _check_opening(tokenizer: Any, recipe: Recipe) -> None:
+    """Raise KitError for a template that does not open the answer when add_generation_prompt asks it to: the model
+    would be left to write the control tokens of its own turn."""
+    turns = marked(with_system([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], recipe))
+    prompt = render(tokenizer, turns[:-1], recipe, add_generation_prompt=True)
+    whole = render(tokenizer, turns, recipe)
+    before = pieces(whole, list(range(len(turns))))[-2]
+    opening = before.removeprefix(prompt.rpartition(CLOSE)[2]) if whole.startswith(prompt) else ""
+    if any_of(control_tokens(tokenizer)).search(opening):
+        raise KitError(f"with add_generation_prompt it does not write what opens an answer, {opening!r}")
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

@@ -15,12 +15,14 @@ from kit.gguf.convert import check_disk, merged_weights
 from kit.gguf.formats import needed_bytes
 from kit.gguf.setup import converter_dir
 from kit.models.fetch import local_folder, model_folder, read_adapter_config
+from kit.models.template import own_template
 from kit.readiness import machine_checks as checks
 from kit.readiness import model_checks
 from kit.readiness.forecast import forecast_on
 from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
+from kit.recipe.trackers import check_trackers
 from kit.runs.gates import Gate
 from kit.runs.run import Run, check_free, read_result
 from kit.training.checkpoints import check_resumable
@@ -61,6 +63,9 @@ def _checks(recipe: Recipe | None, pool: ThreadPoolExecutor) -> dict[str, Callab
     model = pool.submit(model_checks.model, recipe)
     bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 0
     layers = {f"{bits}-bit": lambda: checks.quantised(bits, machine.result()[0])} if bits else {}
+    own = {"template": lambda: model_checks.template(recipe, model.result()[1])} if recipe.chat_template else {}
+    sent = {"report_to": lambda: Gate("report_to", True, ", ".join(check_trackers(recipe.report_to)))} \
+        if recipe.report_to != "none" else {}
     return {
         **first,
         "memory": lambda: checks.memory(*machine.result(), needs.result()),
@@ -69,7 +74,7 @@ def _checks(recipe: Recipe | None, pool: ThreadPoolExecutor) -> dict[str, Callab
         "data": lambda: model_checks.data(recipe),
         "llama.cpp": lambda: checks.llama_cpp(recipe),
         "architecture": lambda: model_checks.architecture(recipe, model.result()[1]),
-        **layers,
+        **layers, **own, **sent,
     }
 
 
@@ -104,6 +109,9 @@ def preflight(recipe: Recipe) -> None:
     if not is_main():
         return
     check_free(Run.of(recipe), recipe.overwrite)
+    check_trackers(recipe.report_to)
+    if recipe.chat_template:
+        own_template(recipe.chat_template)
     if recipe.resume_from_checkpoint and read_result(Run.of(recipe).folder).get("status") != "finished":
         check_resumable(recipe)
     # A model or an adapter that is an id on a hub is left to the loader.

@@ -15,10 +15,11 @@ from kit.common.errors import KitError, one_line
 from kit.common.files import cache_dir, read_json
 from kit.common.show import size
 from kit.common.weight_files import INDEX, read_weights_header, shard_names
-from kit.data.sources import data_files, files_of, local_path
+from kit.data.sources import data_files, files_of, local_path, meant
 from kit.gguf.setup import CONVERTER, converter_dir
 from kit.models.fetch import HUB_HINT, cached_folder, model_folder
 from kit.models.starter import NAME, packaged_gguf
+from kit.models.template import own_template
 from kit.readiness.probe import ask
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gate
@@ -103,19 +104,30 @@ def lacks(folder: Path) -> list[str]:
     return missing
 
 
+def template(recipe: Recipe, folder: Path | None) -> Gate:
+    """The recipe's chat_template, on the tokenizer of the model's folder where it is on this disk."""
+    own_template(recipe.chat_template or "")
+    if folder is None or lacks(folder):
+        return Gate("template", True, f"{recipe.chat_template}: sound; whether it suits the model, shows later")
+    answer = ask("template", recipe.model_copy(update={"model_name": str(folder)}).model_dump_json(), seconds=120)
+    return Gate("template", not answer["trouble"], str(recipe.chat_template) if answer["trouble"] else
+                f"{recipe.chat_template}: answers end with {answer['stop']!r}", detail=answer["trouble"],
+                hint=answer["hint"])
+
+
 def data(recipe: Recipe) -> Gate:
     """Every source there, or its hub; rows are read by `kit lint`, not here."""
-    hub_ids = [source for source in (*recipe.sources, recipe.eval_dataset)
-               if source and files_of(source, recipe) is None and local_path(source) is None]
+    told = [meant(source, recipe) for source in (*recipe.sources, recipe.eval_dataset) if source]
+    on_hubs = [one for one in told if files_of(one.place, one.recipe) is None and local_path(one.place) is None]
     files = data_files(recipe)
     if empty := [str(file) for file in files if not file.stat().st_size]:
         return Gate("data", False, _listed(empty), detail="no bytes in it", hint="it needs at least one row")
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
     parts = [f"{count}, {size(sum(file.stat().st_size for file in files))}"] if files else []
-    cached = offline(recipe, "HF_DATASETS_OFFLINE")
-    for name in hub_ids:
-        if trouble := _not_prepared(name, recipe) if cached else \
-                _hub_trouble(recipe.hub, name, "README.md", recipe.dataset_revision, "dataset"):
+    for place, own, *_ in on_hubs:
+        name, cached = str(place), offline(own, "HF_DATASETS_OFFLINE")
+        if trouble := _not_prepared(name, own) if cached else \
+                _hub_trouble(own.hub, name, "README.md", own.dataset_revision, "dataset"):
             return Gate("data", False, name, detail=trouble.message, hint=trouble.hint)
         parts.append(f"{name} in the cache" if cached else f"{name}: the hub has it")
     return Gate("data", True, "; ".join(parts))

@@ -95,6 +95,18 @@ def llama(*names: str) -> dict[str, Any]:
     return {"version": llama_cpp.__version__, "probed": not known.pop(NO_SUCH_ARCHITECTURE), "known": known}
 
 
+def template(recipe: str) -> dict[str, Any]:
+    """What the recipe's tokenizer, with its template, ends an answer with; or `trouble` with its `hint`."""
+    from kit.models.template import load_tokenizer
+    from kit.recipe.recipe import Recipe
+
+    try:
+        stop = load_tokenizer(Recipe.load(json.loads(recipe))).eos_token
+    except KitError as error:
+        return {"stop": "", "trouble": error.message, "hint": error.hint}
+    return {"stop": stop, "trouble": "", "hint": ""}
+
+
 if __name__ == "__main__":
-    question = {"machine": machine, "layers": layers, "llama": llama}[sys.argv[1]]
+    question = {"machine": machine, "layers": layers, "llama": llama, "template": template}[sys.argv[1]]
     print(json.dumps(question(*sys.argv[2:])), flush=True)

@@ -9,9 +9,12 @@ from kit.gguf.formats import QUANTIZATIONS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
-# The names a row's fields can have, in the shapes that kit.data.shapes reads; the last four are those of a turn.
-ROW_FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "prompt",
+# The names a row's fields can have, in the shapes that kit.data.shapes reads, and behind them those of a turn.
+ROW_FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt",
               "completion", "question", "answer", "role", "content", "from", "value")
+# The words for the roles of turns: `columns` can say what they are in a file. `system` is a field as well.
+ROLE_WORDS = ("system", "user", "assistant", "tool", "function_call")
+Columns = dict[str, str | None]  # {our name: the file's, None for a column that is not read}
 # What a field can affect: other rooms ask for it (`fields_affecting`), and keep no lists of their own.
 AFFECTS = {
     "weights": "what is trained, or when it is logged; a checkpoint is resumed under the same value only",
@@ -99,8 +102,9 @@ class Fields(BaseModel):
     dataset_config: str | None = _rows(None, "Configuration (subset) of a data set on a hub.")
     dataset_split: str = _rows("train", "Split that is read from a hub or a folder.", min_length=1)
     dataset_revision: str | None = _rows(None, "Branch, tag or commit of a data set on a hub.")
-    columns: dict[str, str] = _rows(
-        {}, "Other field names: {prompt: 问题, completion: 答案} reads 问题 as prompt and 答案 as completion.")
+    columns: Columns = _rows(
+        {}, "Other field names: {prompt: 问题, completion: 答案} reads 问题 as prompt and 答案 as completion; and "
+        "other words for roles: {user: 客户, assistant: 客服}. With null a column is not read: {system: null}.")
     eval_dataset: str | None = _field(
         None, "Held-out rows from a file of their own.", min_length=1, affects="rows source")
     test_size: float = _rows(
@@ -115,8 +119,12 @@ class Fields(BaseModel):
         300, "Time for the held-out answers of each stage (before, after, llama.cpp). If all would take longer, only "
         "the first rows are answered, at least 20; scores are compared over the same rows. null for all.",
         "seconds", gt=0)
-    prompt_style: Literal["chat", "chatml", "alpaca"] = _answers_too(
-        "chat", "Template: the model's own (chat), ChatML, or Alpaca's three headings.")
+    prompt_style: Literal["chat", "chatml", "qwen", "llama3", "alpaca"] = _answers_too(
+        "chat", "Template: the model's own (chat), ChatML, Qwen's (ChatML with the system message `You are a helpful "
+        "assistant.` where there is none), Llama 3's, or Alpaca's three headings.")
+    chat_template: str | None = _field(
+        None, "A file with a chat template of your own (Jinja), in place of prompt_style.", "path", min_length=1,
+        affects="rows answers source")
     system_prompt: str | None = _answers_too(None, "System message for rows that have none of their own.")
     enable_thinking: bool | None = _answers_too(
         None, "For models that can think aloud (Qwen3): what the template is told.")
@@ -181,8 +189,9 @@ class Fields(BaseModel):
         None, "Several processes: a DeepSpeed configuration, for example recipes/deepspeed/zero2.json.", "path")
     ddp_timeout: int = _sft_run(
         7200, "How long processes wait for the slowest before they give up.", "seconds", ge=60)
-    report_to: str = _field(
-        "none", "Where curves are sent besides the run folder: none, tensorboard, wandb.", affects="place SFTConfig")
+    report_to: str | list[str] = _field(
+        "none", "Where curves are sent besides the run folder: none, or one or several trackers by transformers' names "
+        "(wandb, swanlab, tensorboard, mlflow, …).", affects="place SFTConfig")
     seed: int = _field(3407, "Seed of row order and dropout.", ge=0, le=2**32 - 1, affects="weights answers SFTConfig")
 
     # Inference

@@ -14,8 +14,9 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 
 from kit.common.errors import nearest
 from kit.gguf.formats import QUANTIZATIONS
-from kit.recipe.fields import ALL_LINEAR, ROW_FIELDS, Fields
+from kit.recipe.fields import ALL_LINEAR, ROLE_WORDS, ROW_FIELDS, Columns, Fields
 from kit.recipe.reading import read_parameters, read_values, refusal
+from kit.recipe.trackers import named
 
 SAVE_METHODS = {"merged_16bit": "16bit", "merged_4bit": "4bit", "merged_4bit_forced": "4bit", "lora": "none"}
 
@@ -59,6 +60,10 @@ class Recipe(Fields):
             value = [name.strip() for name in value.split(",") if name.strip()]
             value = value[0] if len(value) == 1 else value
         names = list(value) if isinstance(value, (list, dict)) else [value]
+        if any(isinstance(name, str) and "#" in name and "," in name for name in names):
+            value = {each: value[name] for name in names for each in _entries(name)} if isinstance(value, dict) else \
+                [each for name in names for each in _entries(name)]
+            names = list(value)
         if not names or not all(isinstance(name, str) and name.strip() for name in names):
             raise ValueError("a source is a file, a folder, a hub id or `starter`; several are a list of them")
         if len(set(names)) < len(names):
@@ -71,10 +76,12 @@ class Recipe(Fields):
 
     @field_validator("columns")
     @classmethod
-    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        _refuse_unknown(columns, ROW_FIELDS, "field of a row")
-        if len(set(columns.values())) < len(columns):
-            raise ValueError("one column stands for two fields")
+    def _known_columns(cls, columns: Columns) -> Columns:
+        _refuse_unknown(columns, dict.fromkeys((*ROW_FIELDS, *ROLE_WORDS)), "field of a row")
+        for known, what in ((ROW_FIELDS, "column stands for two fields"), (ROLE_WORDS, "word stands for two roles")):
+            words = [word for name, word in columns.items() if name in known and word is not None]
+            if len(set(words)) < len(words):
+                raise ValueError(f"one {what}")
         return columns
 
     @field_validator("gguf")
@@ -82,6 +89,11 @@ class Recipe(Fields):
     def _known_quantizations(cls, names: list[str]) -> list[str]:
         _refuse_unknown(names, QUANTIZATIONS, "quantisation")
         return list(dict.fromkeys(names))
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        return value if isinstance(value, dict) else named(value)
 
     @field_validator("max_steps")
     @classmethod
@@ -128,6 +140,8 @@ class Recipe(Fields):
             ("eval_dataset", "test_size", "keep the file or the share"),
         ]
         problems = [f"{a} and {b} are both set: {why}" for a, b, why in both if getattr(self, a) and getattr(self, b)]
+        if self.chat_template and self.prompt_style != "chat":
+            problems.append("chat_template and prompt_style are both set: each is the template; keep one of them")
         if self.last_response_only and not self.train_on_responses_only:
             problems.append("last_response_only and train_on_responses_only: false exclude each other: keep one")
         if self.gguf and self.save_merged == "none":
@@ -179,6 +193,12 @@ class Recipe(Fields):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     given = staticmethod(read_parameters)
+
+
+def _entries(name: Any) -> list[Any]:
+    """'info.json#a,b' → both entries, each with its file."""
+    file, mark, entries = name.rpartition("#") if isinstance(name, str) else ("", "", "")
+    return [f"{file}#{entry.strip()}" for entry in entries.split(",")] if mark and file.endswith(".json") else [name]
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

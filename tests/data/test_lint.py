@@ -23,7 +23,8 @@ from kit.data.formatting import load_data
 from kit.data.lint import lint
 from kit.data.lint_report import SAMPLES, Report
 from kit.data.splits import Kept
-from kit.models.template import CHATML, prepare_tokenizer, render
+from kit.models.styles import CHATML
+from kit.models.template import prepare_tokenizer, render
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.provenance import check_secrets

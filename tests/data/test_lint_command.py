@@ -47,6 +47,20 @@ def test_warnings_alone_exit_with_0(tmp_path: Path) -> None:
     assert "tokens are trained (" not in done.stdout
 
 
+def test_rows_as_other_tools_have_them(tmp_path: Path) -> None:
+    """Printed over several lines in a .jsonl, registered in a dataset_info.json, in a template of one's own."""
+    (tmp_path / "行 rows.jsonl").write_text(json.dumps(CLEAN, indent=2), encoding="utf-8")
+    info = tmp_path / "dataset_info.json"
+    info.write_text(json.dumps({"identity": {"file_name": "行 rows.jsonl"}}), encoding="utf-8")
+    (tmp_path / "我的.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}:\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:\n{% endif %}", encoding="utf-8")
+    done = lint(f"{info}#identity", f"chat_template={tmp_path / '我的.jinja'}", "--rows", "1")
+    assert "6 of 6 rows can be trained" in done.stdout and "我的.jinja" in done.stdout
+    assert "<|im_start|>assistant:\n⟦House 0 is on the left.<|im_end|>⟧" in done.stdout
+    assert f"kit: dataset: {info} describes data sets: identity" in lint(info, code=2).stderr
+
+
 def test_errors_exit_with_1_and_page_and_copy_are_written_all_the_same(tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", FAULTY)
     before = rows.read_bytes()

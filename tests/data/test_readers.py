@@ -116,7 +116,7 @@ def test_json_rows_know_their_lines(tmp_path: Path) -> None:
     ('[1,\n {"a" 2}, 3]', "invalid_json", 2, "line 2, column 7: Expecting ':' delimiter:  {\"a\" 2}, 3]"),
     ("[1\n, 2\n 3]", "invalid_json", 3, "line 3, column 2: a comma or ] is missing before  3]"),
     ("[1\n, 2]\n]", "invalid_json", 3, "line 3, column 1: text after the end of the list: ]"),
-    ("[1,\n]", "invalid_json", 2, "line 2, column 1: Expecting value: "),
+    ("[1,\n,]", "invalid_json", 2, "line 2, column 1: Expecting value: "),
     ("[1, nul]", "invalid_json", 1, "column 5: Expecting value"),
     ("[1,\n2\n", "torn_line", 3, "the list has no end; the file was cut off here"),
     ("[1,\n", "torn_line", 2, "cut off"), ('[1, {"a": "x]', "torn_line", 1, "cut off"),
@@ -134,18 +134,67 @@ def test_json_stops_at_a_mistake(tmp_path: Path, text: str, code: str, line: int
     assert words in problem.message and f"line {line}" in problem.message
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"data": [1]}', "a list of rows is needed, this is an object\n  → put the rows into [ … ]"),
-    ('{"a": 1}\n\n{"a": 2}\n', "these are JSON Lines: rename it to rows.jsonl"),
-    ('{\n"a": 1}\n{"a": 2}\n', "put the rows into [ … ] with commas between them"),
-    ('"x"', "this is a text"), ("1.5", "this is a number"), ("null", "this is null"), ("true", "this is true or false"),
-    ("rows", "not JSON: line 1, column 1: Expecting value: rows"), ('{"a" 1}', "line 1, column 6"),
-    ("[\n{,}]", "not JSON: line 2, column 2"), ("[", "not JSON: line 1, column 2"),
-    ("[" * 100_000, "nested too deeply"),
-    ('{"a":' * 100_000, "nested too deeply"), ("9" * 5000, "too many digits"), ("[]", "is empty"), (" \n", "is empty"),
+@pytest.mark.parametrize("text, code, words", [
+    ("rows", "invalid_json", "line 1, column 1: Expecting value: rows"), ('{"a" 1}', "invalid_json", "column 6"),
+    ("[\n{,}]", "invalid_json", "line 2, column 2"), ("[", "torn_line", "line 1, column 2"),
+    ("[" * 100_000, "invalid_json", "nested too deeply"), ('{"a":' * 100_000, "invalid_json", "nested too deeply"),
+    ("9" * 5000, "invalid_json", "too many digits"),
+    ('{\n  "a": 1\n  "b": 2\n}\n', "invalid_json", "line 3, column 3: Expecting ',' delimiter"),
+    ('{\n  "a": [\n    {"b": 1},\n', "torn_line", "cut off here"),
+    ('{\n  "a": "ä",\n  "b": "ö\udcff"\n}\n', "wrong_encoding", "line 1: not UTF-8 in the object"),
 ])
-def test_json_that_is_no_list(tmp_path: Path, text: str, words: str) -> None:
-    assert words in refusal(tmp_path / "rows.json", text)
+@pytest.mark.parametrize("kind", [".json", ".jsonl"])
+def test_json_without_a_row_is_one_problem(tmp_path: Path, kind: str, text: str, code: str, words: str) -> None:
+    [problem] = read(tmp_path / f"rows{kind}", text.encode(errors="surrogateescape"))
+    assert isinstance(problem, Problem) and problem.code == code and words in problem.message
+
+
+PRINTED = ['{"a": {"b": "猫"},\n"c": [1]}', '{\n  "a": {\n    "b": "猫"\n  },\n\n  "c": [\n    1\n  ]\n}',
+           '{"a": {"b": "猫"}, "c": [1]}']
+
+
+@pytest.mark.parametrize("kind", [".json", ".jsonl"])
+@pytest.mark.parametrize("text", [
+    *PRINTED, f"[{', '.join(PRINTED)}]", f"[\n{PRINTED[1]},\n]\n\n", "\n".join(PRINTED), "\n\n".join(PRINTED * 3),
+    ",\n".join(PRINTED) + ",", ", ".join([PRINTED[1]] * 3), "  " + "\n  ".join(PRINTED[1].split("\n"))])
+@pytest.mark.parametrize("mark, end", [(b"", "\n"), (BOM, "\r\n")])
+def test_rows_are_read_however_they_are_printed(tmp_path: Path, kind: str, text: str, mark: bytes, end: str) -> None:
+    path = tmp_path / f"行 rows{kind}"
+    found = values(path, mark + text.replace("\n", end).encode())
+    assert found and all(value == {"a": {"b": "猫"}, "c": [1]} for value in found)
+    assert next(item.line for item in read_rows(path)) == 1 + text.startswith("[\n")
+
+
+def test_a_broken_printed_row_is_one_problem_and_others_are_read(tmp_path: Path) -> None:
+    broken = PRINTED[1].replace("},", "}")
+    found = read(tmp_path / "rows.jsonl", "\n".join([PRINTED[0], broken, PRINTED[1], PRINTED[2], PRINTED[1][:20]]))
+    assert [(item.row, item.line) for item in found] == [(1, 1), (2, 3), (3, 12), (4, 21), (5, 22)]
+    assert [getattr(item, "code", "row") for item in found] == ["row", "invalid_json", "row", "row", "torn_line"]
+
+
+def test_a_torn_line_takes_no_other_row_along(tmp_path: Path) -> None:
+    lines = ['{"messages": [{"role": "user"},', '{"messages": []}', '{"a":', '{"b": 1}', '{"c": 1}', "x", '{"d": ']
+    assert places(read(tmp_path / "rows.jsonl", "\n".join(lines))) == [
+        ("invalid_json", 1, 1), ({"messages": []}, 2, 2), ("invalid_json", 3, 3), ({"b": 1}, 4, 4), ({"c": 1}, 5, 5),
+        ("invalid_json", 6, 6), ("torn_line", 7, 7)]
+
+
+def test_a_list_is_read_in_pieces(tmp_path: Path) -> None:
+    """Values that begin in one piece of the file and end in another, of all kinds; lines and columns stay right."""
+    rows: list[Any] = [{"a": "猫😀\\" * n, "b": [1.5, -2e9, True, None, 12345]} for n in (1, 80_000, 7)]
+    rows += [*range(140_000, 147_000), True, None, "é" * 300_000, *range(140_000, 147_000)]
+    for indent in (None, 0):
+        text = json.dumps(rows, ensure_ascii=indent is None, indent=indent)
+        assert values(tmp_path / "rows.jsonl", text.encode()) == rows
+        *_, problem = read(tmp_path / "rows.jsonl", text[:-1] + ", x]")
+        assert isinstance(problem, Problem)
+        line = text.count("\n") + 1
+        assert problem.message.startswith(f"line {line}, column {len(text) - text.rfind(chr(10)) + 1}: Expecting value")
+
+
+@pytest.mark.parametrize("text", ["[]", " \n", "[ ]\n"])
+def test_json_with_nothing_in_it_is_empty(tmp_path: Path, text: str) -> None:
+    assert "is empty" in refusal(tmp_path / "rows.json", text)
 
 
 # Tables
@@ -339,7 +388,8 @@ def test_progress_adds_up_to_the_file(tmp_path: Path, kind: str) -> None:
 
 
 def test_rows_come_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:
-    for kind, head, row in ((".jsonl", "", '{"a": 1}\n'), (".csv", "a,b\n", "1,2\n"), (".txt", "", "a\tb\n")):
+    for kind, head, row in ((".jsonl", "", '{"a": 1}\n'), (".json", "[", '{"a": 1}, '), (".csv", "a,b\n", "1,2\n"),
+                            (".txt", "", "a\tb\n")):
         path = tmp_path / f"rows{kind}"
         path.write_text(head + row * 300_000, "utf-8")
         told: list[int] = []

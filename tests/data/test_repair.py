@@ -20,7 +20,7 @@ from kit.common.errors import KitError
 from kit.data.findings import FINDINGS
 from kit.data.repair import Repairs, fix, repaired
 from kit.data.rows import good_rows
-from kit.data.shapes import ROLES, SENDERS, shape_of, to_messages
+from kit.data.shapes import ROLES, shape_of, to_messages
 from kit.recipe.recipe import Recipe
 from support.command import kit
 
@@ -242,7 +242,7 @@ SHAPED = ("messages", "conversations", "instruction", "input", "output", "system
 NEARLY = ("mesages", "prompts", "Answer", "outputs", "inputs", "contents")
 NAMES = st.sampled_from([*SHAPED, *NEARLY, "role", "content", "from", "value", "type", "text", "tool_calls",
                          "reasoning_content"])
-WORDS = st.one_of(st.text(max_size=8), st.sampled_from([*ROLES, *SENDERS, "usr", "User", "cafe\u0301\r\n\x07",
+WORDS = st.one_of(st.text(max_size=8), st.sampled_from([*ROLES, *ROLES, "usr", "User", "cafe\u0301\r\n\x07",
 "text"]))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | WORDS,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.data.shapes import SENDERS, SHAPES, Fault, is_blank, renamed, shape_of, to_messages
+from kit.data.shapes import ROLES, SHAPES, Fault, is_blank, renamed, shape_of, to_messages
 from kit.recipe.recipe import Recipe
 
 Turn = dict[str, str]
@@ -85,7 +85,18 @@ SHAPED: dict[str, tuple[str, dict[str, Any], list[Turn]]] = {
     "question": ("question", {"question": "你好 🙂", "answer": "Hello", "source": "x"}, [ASK, ANSWER]),
 }  # fmt: skip
 
-RENAMED: dict[str, tuple[dict[str, str], dict[str, Any], list[Turn]]] = {
+A_B = [turn("user", "a"), turn("assistant", "b")]
+RENAMED: dict[str, tuple[dict[str, str | None], dict[str, Any], list[Turn]]] = {
+    "roles by other words": ({"user": "客户", "assistant": "客服", "system": "提示", "messages": "话"}, {"话": [
+        turn("提示", "S"), turn("客户", "a"), turn("客服", "b")]}, [turn("system", "S"), *A_B]),
+    "words that are known besides": ({"tool": "工具"}, {"conversations": [
+        said("human", "a"), said("gpt", "b"), said("工具", "c"), said("assistant", "d")]}, [
+            *A_B, turn("tool", "c"), turn("assistant", "d")]),
+    "human and gpt in messages": ({"input": None}, {"messages": [turn("human", "a"), turn("gpt", "b")]}, A_B),
+    "a column that is not read": ({"system": None, "input": None}, {
+        "instruction": "a", "output": "b", "system": "S", "input": "i"}, A_B),
+    "not read under its name, but as another": ({"prompt": "system", "completion": "c", "system": None}, {
+        "system": "a", "c": "b"}, A_B),
     "prompt": ({"prompt": "问题", "completion": "答案"}, {"问题": "你好 🙂", "答案": "Hello", "编号": 1},
                [ASK, ANSWER]),
     "alpaca": ({"instruction": "指令", "input": "输入", "output": "输出", "system": "系统"},
@@ -149,13 +160,11 @@ FAULTY: dict[str, tuple[Any, list[Fault]]] = {
     "a call that is no text": ({"messages": [ASK, {**ANSWER, "tool_calls": [{}]}]}, [
         Fault("not_text", "turn 2 calls a tool: call 1 has no name of a function")]),
     "a slip in a role": ({"messages": [turn("usr", "a"), ANSWER]}, [
-        Fault("wrong_role", "role 'usr' in turn 1 (did you mean 'user'?); there are: system, user, assistant, tool, "
-              "function")]),
+        Fault("wrong_role", f"role 'usr' in turn 1 (did you mean 'user'?); there are: {', '.join(ROLES)}")]),
     "an unknown sender": ({"conversations": [said("xyz", "a"), said("gpt", "b")]}, [
-        Fault("wrong_role", f"role 'xyz' in turn 1; there are: {', '.join(SENDERS)}")]),
+        Fault("wrong_role", f"role 'xyz' in turn 1; there are: {', '.join(ROLES)}")]),
     "a role that is no text": ({"messages": [{"role": ["user"], "content": "a"}, ANSWER]}, [
-        Fault("wrong_role", "role ['user'] in turn 1 (did you mean 'user'?); there are: system, user, assistant, "
-              "tool, function")]),
+        Fault("wrong_role", f"role ['user'] in turn 1 (did you mean 'user'?); there are: {', '.join(ROLES)}")]),
     "the assistant first": ({"messages": [SYSTEM, ANSWER, ASK, ANSWER]}, [
         Fault("first_turn", "the first turn is not the user's (turns: system, assistant, user, assistant)")]),
     "a tool first": ({"messages": [turn("tool", "a"), ANSWER]}, [
@@ -186,8 +195,7 @@ FAULTY: dict[str, tuple[Any, list[Fault]]] = {
     "nothing but empty": ({"prompt": "", "completion": ""}, [
         Fault("empty_response", "the answer is empty"), Fault("empty_prompt", "the prompt is empty")]),
     "two mistakes": ({"messages": [turn("usr", "a"), {"role": "assistant", "content": 1}]}, [
-        Fault("wrong_role", "role 'usr' in turn 1 (did you mean 'user'?); there are: system, user, assistant, tool, "
-              "function"),
+        Fault("wrong_role", f"role 'usr' in turn 1 (did you mean 'user'?); there are: {', '.join(ROLES)}"),
         Fault("not_text", "content of turn 2 is a int, not text")]),
 }  # fmt: skip
 CODES = {"not_an_object", "missing_field", "misnamed_field", "not_text", "wrong_role", "first_turn", "role_order",
@@ -231,7 +239,7 @@ def test_every_code_is_tested() -> None:
 
 NAMES = ["messages", "conversations", "instruction", "input", "output", "system", "history", "prompt", "completion",
          "question", "answer", "role", "content", "from", "value", "type", "text", "tool_calls", "reasoning_content"]
-WORDS = [*SENDERS, "text", "", " ", "a"]
+WORDS = [*ROLES, "text", "", " ", "a"]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5)
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
     st.sampled_from(NAMES) | st.text(max_size=5), inner, max_size=5), max_leaves=20)

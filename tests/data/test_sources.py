@@ -18,7 +18,7 @@ import pytest
 from kit.common.errors import KitError
 from kit.common.files import PROJECT
 from kit.data.rows import good_rows, rows_of
-from kit.data.sources import STARTER_HELDOUT, STARTER_TRAIN, data_files, files_of
+from kit.data.sources import STARTER_HELDOUT, STARTER_TRAIN, data_files, files_of, meant
 from kit.data.splits import read_splits
 from kit.recipe.recipe import Recipe
 
@@ -107,7 +107,7 @@ def test_files_of_a_folder_may_have_different_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "is empty"), ("\n\n", "is empty"), ("[]", "a list where an object is needed"), ("{", "line 1, column"),
+    ("", "is empty"), ("\n\n", "is empty"), ("[]", "is empty"), ("{", "line 1, column"),
 ])
 def test_files_without_a_good_row(tmp_path: Path, content: str, words: str) -> None:
     path = tmp_path / "rows.jsonl"
@@ -517,3 +517,133 @@ def test_a_misspelt_name_of_a_field_that_rows_can_do_without(tmp_path: Path) -> 
         read_splits(Recipe.load({}, dataset=str(path), columns={**columns, "input": "contxt"}))
     for right in ("context", "system_prompt"):  # the other one may be another file's
         assert len(read_splits(Recipe.load({}, dataset=str(path), columns={**columns, "input": right}))[0]) == 2
+
+
+# Copies of a hub's data set
+
+
+def test_dataset_config_is_a_folder_of_that_name_in_a_copy(tmp_path: Path) -> None:
+    copy = folder_of(tmp_path / "COIG 数据", "ruozhiba/a.jsonl", "xhs/b.jsonl", "logi_qa/c.jsonl")
+    assert answers(copy, dataset_config="ruozhiba") == ["ruozhiba/a.jsonl"]
+    assert answers(copy / "xhs", dataset_config="xhs") == ["xhs/b.jsonl"]  # only that folder was copied
+    assert answers(copy / "xhs" / "b.jsonl", dataset_config="ruozhiba") == ["xhs/b.jsonl"]
+    assert data_files(Recipe.load({}, dataset=str(copy), dataset_config="xhs")) == [copy / "xhs" / "b.jsonl"]
+    message = refusal(copy, dataset_config="rouzhiba")
+    assert "has no folder 'rouzhiba' for dataset_config (did you mean 'ruozhiba'?)" in message
+    assert "there are: logi_qa, ruozhiba, xhs; or leave dataset_config out to read the whole folder" in message
+    flat = folder_of(tmp_path / "flat", "a.jsonl")
+    assert "\n  → leave dataset_config out" in refusal(flat, dataset_config="ruozhiba")
+
+
+# dataset_info.json
+
+CHATS = [{"对话": [{"谁": "客户", "话": f"问{i}"}, {"谁": "客服", "话": "答"}], "提示": "你是客服", "system": "no"}
+         for i in range(5)]
+CALLS = [{"conversations": [{"from": "human", "value": "time?"},
+                            {"from": "function_call", "value": '{"name": "clock", "arguments": {}}'},
+                            {"from": "observation", "value": "12"}, {"from": "gpt", "value": "noon"}],
+          "tools": '[{"name": "clock", "description": "", "parameters": {}}]'}]
+INFO: dict[str, Any] = {
+    "identity": {"file_name": "identity.json"},
+    "with system": {"file_name": "identity.json", "columns": {
+        "prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history"}},
+    "openai": {"file_name": "chat.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": {
+        "role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+        "system_tag": "system"}},
+    "客服": {"file_name": "客服.json", "formatting": "sharegpt", "columns": {"messages": "对话", "system": "提示"},
+           "tags": {"role_tag": "谁", "content_tag": "话", "user_tag": "客户", "assistant_tag": "客服"}},
+    "pairs": {"file_name": "pairs.json", "columns": {"prompt": "q", "response": "r"}, "num_samples": 4},
+    "more": {"file_name": "pairs.json", "columns": {"prompt": "q", "response": "r"}, "num_samples": 15},
+    "calls": {"file_name": "calls.json", "formatting": "sharegpt", "columns": {
+        "messages": "conversations", "tools": "tools"}},
+    "functions": {"file_name": "functions.json", "formatting": "openai", "columns": {
+        "messages": "messages", "tools": "tools"}, "tags": {"function_tag": "ask", "observation_tag": "told"}},
+    "folder": {"file_name": "parts"},
+    "hub": {"hf_hub_url": "cats/huggingface", "ms_hub_url": "cats/modelscope", "subset": "small", "folder": "x",
+            "split": "test"},
+    "ms": {"ms_hub_url": "cats/modelscope"},
+}
+
+
+@pytest.fixture
+def info(tmp_path: Path) -> Path:
+    """A dataset_info.json with its files, in a folder with a space in its name."""
+    folder = tmp_path / "LF 目录" / "data"
+    files = {"identity.json": [{**alpaca(), "input": "now", "system": "S", "history": [["a", "b"]]}],
+             "chat.jsonl": [CHAT], "客服.json": CHATS,
+             "pairs.json": [{"q": str(i), "r": "x", "input": "no"} for i in range(6)],
+             "calls.json": CALLS, "parts/a.json": [alpaca("a")], "parts/b.json": [alpaca("b")],
+             "functions.json": [{"messages": [{"role": "user", "content": "time?"}, {
+                 "role": "ask", "content": '{"name": "clock"}'}, {"role": "told", "content": "12"}, {
+                     "role": "assistant", "content": "noon"}], "tools": CALLS[0]["tools"]}]}
+    for name, rows in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(rows, ensure_ascii=False, indent=2), "utf-8")
+    (folder / "dataset_info.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(INFO, ensure_ascii=False).encode())
+    return folder / "dataset_info.json"
+
+
+def test_entries_are_read_with_their_files_columns_and_tags(info: Path) -> None:
+    def first(name: str) -> list[tuple[str, str]]:
+        row = next(rows_of(f"{info}#{name}", Recipe.load({}, columns={"prompt": "其他"}, dataset_config="x")))
+        assert not row.faults and row.place.file == f"{info}#{name}"
+        return [(m["role"], m["content"]) for m in row.messages]
+
+    asked = ("user", "Say cat\n\n### Input:\nnow")
+    assert first("identity") == [asked, ("assistant", "cat")]
+    assert first("with system") == [("system", "S"), ("user", "a"), ("assistant", "b"), asked, ("assistant", "cat")]
+    assert first("openai") == [("user", "Hi"), ("assistant", "Hello")]
+    assert first("客服") == [("system", "你是客服"), ("user", "问0"), ("assistant", "答")]
+    assert first("pairs") == [("user", "0"), ("assistant", "x")]
+    for name in ("calls", "functions"):
+        assert first(name) == [("user", "time?"), ("assistant", ""), ("tool", "12"), ("assistant", "noon")]
+    assert answers(f"{info}#folder") == ["a", "b"]
+
+
+def test_entries_stand_beside_each_other_and_num_samples_draws(info: Path) -> None:
+    recipe = Recipe.load({}, dataset=f"{info}#客服, pairs,more", test_size=0)
+    assert list(recipe.sources) == [f"{info}#{name}" for name in ("客服", "pairs", "more")]
+    train, _ = read_splits(recipe)
+    asked = [row.messages[-2]["content"] for row in train]
+    assert len(asked) == 5 + 4 + 15 and len({*asked[5:9]}) == 4 and {*asked[9:]} == {*map(str, range(6))}
+    assert data_files(recipe) == [info, info.parent / "客服.json", info.parent / "pairs.json"]
+    twice = Recipe.load({}, dataset={f"{info}#identity,pairs": 2})
+    assert twice.sources == {f"{info}#identity": 2, f"{info}#pairs": 2}
+    assert len(read_splits(twice)[0]) == 2 + 8
+
+
+def test_an_entry_of_a_hub_says_which_and_which_part(info: Path) -> None:
+    for hub, place in (("huggingface", "cats/huggingface"), ("modelscope", "cats/modelscope")):
+        told = meant(f"{info}#hub", Recipe.load({}, hub=hub))
+        assert (told.place, told.recipe.hub, told.folder) == (place, hub, "x")
+        assert (told.recipe.dataset_config, told.recipe.dataset_split) == ("small", "test")
+    assert meant(f"{info}#ms", Recipe.load({})).recipe.hub == "modelscope"
+    assert data_files(Recipe.load({}, dataset=f"{info}#hub")) == [info]
+
+
+@pytest.mark.parametrize("entry, words", [
+    ({"file_name": "x.json", "ranking": True}, "preference data"),
+    ({"file_name": "x.json", "columns": {"prompt": "q", "response": "r", "kto_tag": "k"}}, "preference data"),
+    ({"file_name": "x.json", "columns": {"prompt": "text"}}, "name no response: rows to pre-train on"),
+    ({"file_name": "identitty.json"}, "did you mean 'identity.json'?"), ({"script_url": "belle"}, "by a script"),
+    ({"file_name": "x.json", "formatting": "sharegtp"}, "did you mean 'sharegpt'?"), ({}, "where its rows lie"),
+    ({"file_name": "x.json", "columns": ["q"]}, "columns are no object"), ("x.json", "the entry is no object"),
+    ({"file_name": "x.json", "num_samples": "5"}, "num_samples is '5'"),
+    ({"file_name": "x.json", "formatting": "sharegpt", "columns": {"messages": "m", "system": "s"},
+      "tags": {"system_tag": "sys"}}, "called 's' as a column and 'sys' as a role")])
+def test_entries_that_are_refused(info: Path, entry: Any, words: str) -> None:
+    info.write_text(json.dumps({**INFO, "odd": entry}))
+    assert words in refusal(f"{info}#odd")
+
+
+def test_an_entry_is_named(info: Path, tmp_path: Path) -> None:
+    assert f"{info} describes data sets: identity, with system, openai, 客服" in (message := refusal(info))
+    assert f"name one: {info}#NAME" in message
+    message = refusal(f"{info}#identiy")
+    assert "has no entry 'identiy' (did you mean 'identity'?)\n  → there are: identity, " in message
+    assert "did you mean 'dataset_info.json'?" in refusal(f"{info.parent}/dataset_inf.json#identity")
+    for text, words in ((b'"a": {', "not JSON"), (b"[]", "is an object"), (b'{"\xff"', "not UTF-8"), (b"", "not JSON")):
+        info.write_bytes(text)
+        assert words in refusal(f"{info}#identity")
+    hashed = write(tmp_path / "a.json#b.jsonl", alpaca())
+    assert answers(hashed) == ["cat"]  # a file may have such a name

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kit.common.errors import KitError
 from kit.data.masks import Formatter
+from kit.export.modelfile import modelfile_of
 from kit.gguf.trial import BeyondLimits, attempt
-from kit.models.template import ALPACA_PREAMBLE, alpaca_turn, prepare_tokenizer, prompt_ids, render
+from kit.models.styles import ALPACA_PREAMBLE
+from kit.models.template import alpaca_turn, prepare_tokenizer, prompt_ids, render
 from kit.recipe.recipe import Recipe
 from support import grammars
 from support.crafted import CRAFTED_TEMPLATES
+from support.vocabularies import FOLDER, WHY_NOT, real_tokenizer
 
 TURNS = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
@@ -25,9 +29,17 @@ TURNS = [
 ]
 
 
-@pytest.fixture(params=["chat", "chatml", "alpaca"])
-def styled(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[Any, Recipe]:
-    recipe = Recipe.load({}, prompt_style=request.param)
+OWN = ("{% for m in messages %}<|im_start|>{{ m.role | upper }}:\n{{ m.content }}<|im_end|>\n{% endfor %}"
+       "{% if add_generation_prompt %}<|im_start|>ASSISTANT:\n{% endif %}")
+
+
+@pytest.fixture(params=["chat", "chatml", "qwen", "alpaca", "a file"])
+def styled(request: pytest.FixtureRequest, tokenizer: Any, tmp_path: Path) -> tuple[Any, Recipe]:
+    if request.param == "a file":
+        (tmp_path / "模板 1.jinja").write_text(OWN, "utf-8")
+        recipe = Recipe.load({}, chat_template=str(tmp_path / "模板 1.jinja"))
+    else:
+        recipe = Recipe.load({}, prompt_style=request.param)
     fresh = copy.deepcopy(tokenizer)
     if request.param == "alpaca":
         fresh.eos_token = "<|endoftext|>"
@@ -170,3 +182,60 @@ def test_random_templates_are_masked_or_refused(tokenizer: Any, count: int, monk
     monkeypatch.setattr("kit.models.template.check_template", lambda template: None)
     outcomes = grammars.attempts(count, grammars.template, use)
     assert min(outcomes["value"], outcomes["refused"]) > count / 10
+
+
+@pytest.mark.slow
+def test_qwens_template_by_name(tokenizer: Any) -> None:
+    recipe = Recipe.load({}, prompt_style="qwen")
+    fresh = prepare_tokenizer(copy.deepcopy(tokenizer), recipe)
+    assert render(fresh, TURNS[0], recipe) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello!<|im_end|>\n")
+    assert render(fresh, TURNS[1], recipe).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+    assert modelfile_of(recipe, fresh).prompt(TURNS[0][:1]) == render(fresh, TURNS[0][:1], recipe, True)
+    with pytest.raises(KitError, match=r"llama3 needs the tokens <\|start_header_id\|> and"):
+        prepare_tokenizer(copy.deepcopy(tokenizer), Recipe.load({}, prompt_style="llama3"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FOLDER is None, reason=str(WHY_NOT))
+def test_llamas_template_by_name() -> None:
+    recipe = Recipe.load({}, prompt_style="llama3")
+    fresh = prepare_tokenizer(real_tokenizer("llama-bpe", short=True), recipe)
+    assert render(fresh, TURNS[1][:3], recipe) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n你好，请用中文回答<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n好的。<|eot_id|>")
+    assert modelfile_of(recipe, fresh).prompt(TURNS[1][:2]) == render(fresh, TURNS[1][:2], recipe, True)
+    for messages in TURNS:
+        [(_, labels)] = Formatter(fresh, recipe).encode([messages])
+        assert fresh.decode([label for label in labels if label != -100]) == "".join(
+            m["content"] + "<|eot_id|>" for m in messages if m["role"] == "assistant")
+
+
+# A file of one's own
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content, words", [
+    (b"", "is empty"), ("{{ '好' }}".encode("gb18030"), "not UTF-8 text (byte 4)"),
+    (None, "did you mean 'mine.jinja'?"),
+    (b"{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+     "does not write what opens an answer, '<|im_start|>assistant\\n'"),
+    (b"{{ messages[-1].content }}<|im_end|>", "drops, moves or repeats"),
+    (b"{% for m in messages %}{{ m.content }}\n{% endfor %}", "no special token"),
+    (b"{% for m in messages %}", "line 1: Unexpected end of template"),
+    (b"{% for i in range(999999999) %}{% for j in range(999999999) %}{% endfor %}{% endfor %}", "the chat template")])
+def test_a_bad_file_of_a_template_is_one_error(tokenizer: Any, tmp_path: Path, content: bytes | None,
+                                               words: str) -> None:
+    path = tmp_path / "my.jinja"
+    (tmp_path / "mine.jinja").write_text(OWN)
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(KitError) as caught:
+        prepare_tokenizer(copy.deepcopy(tokenizer), Recipe.load({}, chat_template=str(path)))
+    assert f"chat_template: {path}" in caught.value.message and words in caught.value.message and caught.value.hint
+
+
+def test_a_template_is_named_once() -> None:
+    with pytest.raises(KitError, match="chat_template and prompt_style are both set"):
+        Recipe.load({}, chat_template="a.jinja", prompt_style="chatml")

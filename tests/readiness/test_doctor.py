@@ -25,7 +25,7 @@ from kit.models.starter import NAME
 from kit.readiness import machine_checks as checks
 from kit.readiness.doctor import line, run
 from kit.readiness.forecast import ANSWERS, STEP, Forecast, forecast_on
-from kit.readiness.model_checks import architecture, data, gguf_name, lacks, model, transformers_types
+from kit.readiness.model_checks import architecture, data, gguf_name, lacks, model, template, transformers_types
 from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
 from kit.recipe.recipe import Recipe
@@ -655,3 +655,19 @@ def test_without_a_recipe_only_the_machine_is_checked() -> None:
     assert done.returncode == 0, done.stdout
     assert len(re.findall(r"^\[\d/4\] ", done.stdout, re.MULTILINE)) == 4
     assert done.stdout.rstrip().endswith("kit doctor recipes/quickstart.yaml")
+
+
+# ── a template of one's own
+
+
+@pytest.mark.slow
+def test_a_template_of_ones_own_is_tried_on_the_models_tokenizer(tmp_path: Path, starter: Path) -> None:
+    file = tmp_path / "模板 1.jinja"
+    recipe = Recipe.load({}, chat_template=str(file))
+    file.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
+    gate = template(recipe, starter)
+    assert gate.passed is False and "does not write what opens an answer" in gate.detail and "mend" in gate.hint
+    assert template(recipe, None).passed  # that shows with the tokenizer only
+    file.write_text("{% for m in messages %}\n{% if %}")
+    with pytest.raises(KitError, match=r"模板 1.jinja: line 2: Expected an expression"):
+        template(recipe, None)

@@ -265,6 +265,7 @@ def test_what_other_rooms_take_from_the_fields() -> None:
     free = words("""
         run_name overwrite output_dir local_files_only hub trust_remote_code dataset dataset_config dataset_split
         dataset_revision columns eval_dataset test_size eval_overlap max_train_samples max_eval_samples answer_seconds
+        chat_template
         metric save_strategy save_steps save_minutes save_total_limit checkpoint_dir resume_from_checkpoint fsdp
         deepspeed ddp_timeout dataloader_num_workers dataloader_pin_memory report_to bf16 fp16 dtype max_input_length
         max_new_tokens temperature top_p top_k min_p repetition_penalty save_merged gguf num_ctx push_to_hub
@@ -272,12 +273,14 @@ def test_what_other_rooms_take_from_the_fields() -> None:
     assert set(Recipe.model_fields) - set(fields_affecting("weights")) == free
     # kit answer puts max_input_length with its default into its journal.
     assert set(fields_affecting("answers")) - {"max_input_length"} == words("""
-        prompt_style system_prompt enable_thinking max_new_tokens temperature top_p top_k min_p repetition_penalty seed
-        dtype load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant bnb_4bit_compute_dtype""")
+        chat_template prompt_style system_prompt enable_thinking max_new_tokens temperature top_p top_k min_p
+        repetition_penalty seed dtype load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant
+        bnb_4bit_compute_dtype""")
     assert set(fields_affecting("place")) == words("""
         overwrite output_dir checkpoint_dir deepspeed local_files_only report_to hub push_to_hub hub_model_id
         hub_private_repo""")
-    assert set(fields_affecting("source")) == {"model_name", "dataset", "eval_dataset", "adapter_name_or_path"}
+    assert set(fields_affecting("source")) == {
+        "model_name", "dataset", "eval_dataset", "adapter_name_or_path", "chat_template"}
     assert set(fields_affecting("SFTConfig")) == words("""
         per_device_train_batch_size gradient_accumulation_steps learning_rate warmup_steps lr_scheduler_type
         weight_decay adam_beta1 adam_beta2 max_grad_norm neftune_noise_alpha train_sampling_strategy
