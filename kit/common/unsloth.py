@@ -12,8 +12,9 @@ from kit.common.files import cache_dir
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))
 os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A remark that alarms and changes nothing: the kernel it misses is an optional speed-up.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Remarks that alarm and change nothing: of an optional speed-up, and of 8-bit's inputs, once for each product.
+for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch  # noqa: E402
 
