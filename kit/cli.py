@@ -139,7 +139,8 @@ def verify(
 def push(
     what: Annotated[str, Argument(metavar="RUN", help="A verified run's name or folder")],
     kinds: Annotated[str | None, Option(
-        "--what", help="adapter, merged, gguf, several with commas; by default push_to_hub, or all there is")] = None,
+        "--what", help="adapter, merged, merged-4bit, gguf, several with commas; by default push_to_hub, or all there "
+                       "is")] = None,
     to: Annotated[str | None, Option(help="user/name, or a name in your own account")] = None,
     public: Annotated[bool, Option("--public", help="New repositories are public, not private")] = False,
     base_model: Annotated[str | None, Option(help="Hub id of a base model that came from a folder")] = None,

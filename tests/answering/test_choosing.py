@@ -226,7 +226,8 @@ def test_a_foreign_adapter_answers_a_file_beside_its_base(foreign: Path, tiny_st
     assert done.stdout.count("── row 3\n? 在哪里？\n→ ") == 2 and "the same answer: 0 of 2 rows" in done.stdout
     with (tmp_path / "问 题.answers.csv").open(encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
-    assert [(row["prompt"], row["answer_same"]) for row in found] == [("Where is it?", "no"), ("", ""), ("在哪里？", "no")]
+    assert [(row["prompt"], row["answer_same"]) for row in found] == \
+        [("Where is it?", "no"), ("", ""), ("在哪里？", "no")]
     assert all(row["answer"] and row["answer_against"] and row["answer"] != row["answer_against"]
                for row in (found[0], found[2]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["问 题.answers.csv", "问 题.txt"]
