@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from kit.common.debug import begin, debugging, first, trace
 from kit.common.errors import KitError
 
 
@@ -53,8 +54,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def kit(version: Annotated[bool, Option("--version", callback=_version, is_eager=True,
-                                        help="Print the version and exit")] = False) -> None:
+                                        help="Print the version and exit")] = False,
+        debug: Annotated[bool, Option("--debug", help="Before or after any verb: what upstream logs, and the traceback "
+                                                      "behind an error (as KIT_DEBUG=1)")] = False) -> None:
     """Fine-tune, export and check: what you ship is what you trained."""
+    if debug or debugging():
+        begin()
 
 
 def _verb(example: str, name: str | None = None) -> Any:
@@ -235,14 +240,17 @@ def _said(system: str | None, trust_remote_code: bool) -> dict[str, Any]:
 
 def main() -> None:
     """What the `kit` script calls: a user's mistake is told in two lines, without a traceback."""
+    sys.argv[1:] = first(sys.argv[1:])
     try:
         app()
     except KitError as error:
+        trace(error)
         print(f"kit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
         # typer makes an exit with 130 of Ctrl-C.
         if isinstance(stop, KeyboardInterrupt) or stop.code == 130:
+            trace(stop)
             print("kit: interrupted", file=sys.stderr)
             sys.exit(130)
         raise
