@@ -124,6 +124,26 @@ def list_runs(folder: Annotated[Path, Argument(help="Where runs are, as output_d
     return 0
 
 
+@_verb("kit download Qwen/Qwen3-4B --to models")
+def download(
+    names_: Annotated[list[str], Argument(metavar="NAME...", help="Hub ids: owner/name")],
+    data: Annotated[bool, Option("--data", help="They are data sets, not models")] = False,
+    hub: Annotated[str, Option(help="huggingface (or its mirror at HF_ENDPOINT), or modelscope")] = "huggingface",
+    to: Annotated[Path | None, Option(metavar="FOLDER", help="Below it, as owner/name; by default the hub's own "
+                                                             "cache")] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit")] = None,
+    include: Annotated[str | None, Option(help="Only files like these, several with commas: 'ruozhiba/*'; by default "
+                                               "what a run needs of a model, and all of a data set")] = None,
+) -> None:
+    """Fetch models or data: sizes first, then each file checked against the hub's hash. After Ctrl-C the same command
+    goes on."""
+    from kit.models.download import download as fetch
+    from kit.models.download import how_to_use
+
+    for folder in fetch(names_, data, hub, to, revision, names(include)):
+        print(how_to_use(folder, data))
+
+
 @_verb("kit verify first")
 def verify(
     what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder")],

@@ -22,7 +22,7 @@ from kit.runs.gates import Gates
 from kit.runs.provenance import seal
 from kit.runs.run import Run
 from support.command import PROJECT, kit
-from support.hub_stand_in import TOKEN, USER, HubStandIn, serving
+from support.hub_stand_in import TOKEN, USER, HubStandIn, serving, use
 from support.small_run import small_run, verdict, verified
 
 pytestmark = pytest.mark.slow
@@ -32,20 +32,6 @@ KINDS = {"adapter": f"{USER}/quickstart-lora", "merged": f"{USER}/quickstart", "
 
 def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def use(monkeypatch: pytest.MonkeyPatch, url: str, token: str | None, home: Path) -> None:
-    """This process's client asks the hub at `url`: it has read its settings already."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
 
 
 # A whole run, by the command
