@@ -197,7 +197,7 @@ def export(
     return make(what, base, names(gguf), save_merged, out, trust_remote_code)
 
 
-@_verb('kit ask first "Where is my parcel?" temperature=0.7 --system "Answer briefly."')
+@_verb('kit ask first "Where is my parcel?" temperature=0.7')
 def ask(
     what: What,
     words: Annotated[list[str] | None, Argument(

@@ -55,6 +55,9 @@ RUN_BY = {
     "kit answer runs/x/checkpoints": ("tests/answering/test_choosing.py", '"--against"'),
     "kit export quickstart": ("tests/export/test_merging.py", '"export"'),
     "kit export runs/quickstart/adapter": ("tests/export/test_merging.py", '"export"'),
+    "kit download Qwen/Qwen2.5-0.5B --to": ("tests/models/test_download.py", "test_into_a_folder_and_only_a_part"),
+    "kit download m-a-p/COIG-CQIA": ("tests/models/test_download.py", "test_into_a_folder_and_only_a_part"),
+    "kit download Qwen/Qwen2.5-0.5B --hub": ("tests/models/test_modelscope.py", 'hub="modelscope"'),
     "kit push quickstart": ("tests/export/test_hub.py", '"push"'),
     "papermill notebooks/01_finetune.ipynb": ("tests/whole/test_run.py", "test_plain_papermill"),
 }
