@@ -56,8 +56,6 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
         codes = {"Stopped": Stopped.exit_code, "KeyboardInterrupt": 130}
         if code := codes.get(getattr(error, "ename", "")):
             return _ended(run, "interrupted", code)
-        if debugging():
-            print(*getattr(error, "traceback", ()), sep="\n", file=sys.stderr)
         reason = str(getattr(error, "evalue", "")) or str(error).strip().splitlines()[-1]
     except Exception as error:  # a dead kernel surfaces as one of several types
         reason = f"{type(error).__name__}: {error}"
@@ -198,5 +196,6 @@ class SpeakingEngine(NBClientEngine):
                                  **_: Any) -> Any:
         client = SpeakingClient(nb_man, kernel_name=kernel_name, log=logger, stdout_file=stdout_file,
                                 stderr_file=stderr_file, startup_timeout=60, timeout=None, coalesce_streams=True,
+                                # At 20 (information) the kernel also logs the traceback of a cell's error.
                                 extra_arguments=[f"--log-level={20 if debugging() else 40}"])
         return client.execute()
