@@ -163,10 +163,7 @@ def _prompts(model: InMemory | LlamaCpp, questions: Questions) -> tuple[dict[int
 
 def answer_rows(model: InMemory | LlamaCpp, prompts: dict[int, Prompt], journal: Journal, batch_size: int,
                 shown: Questions | None = None) -> dict[int, str]:
-    """Answer what the journal lacks, and add it there; returned is why rows failed, by place.
-
-    Of `shown` each question is printed with its answer.
-    """
+    """Answer what the journal lacks, add it there and print it if it is `shown`; returns why rows failed, by place."""
     limit = 1 if isinstance(model, LlamaCpp) else batch_size
     # Of all rows, answered or not: done again after a kill, a batch has the same neighbours, and rounding its result.
     batches = by_length({place: prompt.ids for place, prompt in prompts.items()}, limit)
@@ -201,15 +198,19 @@ def answer_rows(model: InMemory | LlamaCpp, prompts: dict[int, Prompt], journal:
             else:
                 failures_in_a_row = 0
                 journal.add(dict(zip(batch, answers, strict=True)))
-                for place in sorted(batch if shown else ()):
-                    say(_shown(place, shown, journal.done[place].text))
+                _show(batch, shown, journal)
             progress.update(len(batch))
     return {place: why for place, why in failed.items() if place not in journal.done}
 
 
-def _shown(place: int, questions: Questions | None, answer: str) -> str:
+def _show(batch: list[int], shown: Questions | None, journal: Journal) -> None:
+    if shown:
+        for place in sorted(batch):
+            say(_shown(place, str(shown.asked[place][-1]["content"]), journal.done[place].text))
+
+
+def _shown(place: int, question: str, answer: str) -> str:
     """A question with its answer, for people; lines after the first are indented as it is."""
-    question = str(questions.asked[place][-1]["content"]) if questions else ""
     return f"── row {place + 1}\n" + "\n".join(
         sign + text.strip().replace("\n", "\n  ") for sign, text in (("? ", question), ("→ ", answer)))
 

@@ -188,10 +188,8 @@ def test_two_models_answers_are_compared(tmp_path: Path) -> None:
     assert answers_beside(Path("q.xlsx"), table=True) == Path("q.answers.xlsx")
 
 
-def test_a_question_is_shown_with_its_answer(tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "猫用英语\n怎么说？"}) + "\n", encoding="utf-8")
-    assert _shown(0, read_questions(tmp_path / "q.jsonl"), "cat\n\nend\n") == \
-        "── row 1\n? 猫用英语\n  怎么说？\n→ cat\n  \n  end"
+def test_a_question_is_shown_with_its_answer() -> None:
+    assert _shown(0, "猫用英语\n怎么说？", "cat\n\nend\n") == "── row 1\n? 猫用英语\n  怎么说？\n→ cat\n  \n  end"
 
 
 @pytest.fixture(scope="module")
