@@ -15,6 +15,7 @@ from papermill.exceptions import PapermillException
 from papermill.log import logger
 from papermill.translators import translate_parameters
 
+from kit.common.debug import debugging, trace
 from kit.common.errors import KitError, Stopped
 from kit.common.files import PROJECT, disk_error
 from kit.common.processes import SIGNALS, is_main, rank, world_size
@@ -42,7 +43,7 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     run = Run.of(_validated(source, overrides, overwrite))
     run.folder.mkdir(parents=True, exist_ok=True)
     _pass_on_signals(run)
-    logger.setLevel("ERROR")  # it warns of every field not named in the notebook
+    logger.setLevel("INFO" if debugging() else "ERROR")  # it warns of every field not named in the notebook
     papermill_engines.register("kit", SpeakingEngine)
     reason = "the kernel ended before the last cell"
     try:
@@ -84,6 +85,7 @@ def run_cells(source: str, overrides: dict[str, Any], overwrite: bool) -> int:
             time.sleep(SECONDS_BEHIND_MAIN)
             print(f"kit: process {rank()}: {error.message}", file=sys.stderr)
             return 0 if isinstance(error, Stopped) else error.exit_code
+        trace(error)
         print(f"kit: {error}", file=sys.stderr)
         reason, code = f"{type(error).__name__}: {error}", error.exit_code
     except SystemExit as stop:
@@ -195,5 +197,6 @@ class SpeakingEngine(NBClientEngine):
                                  **_: Any) -> Any:
         client = SpeakingClient(nb_man, kernel_name=kernel_name, log=logger, stdout_file=stdout_file,
                                 stderr_file=stderr_file, startup_timeout=60, timeout=None, coalesce_streams=True,
-                                extra_arguments=["--log-level=40"])
+                                # At 20 (information) the kernel also logs the traceback of a cell's error.
+                                extra_arguments=[f"--log-level={20 if debugging() else 40}"])
         return client.execute()

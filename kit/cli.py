@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
+from kit.common.debug import begin, debugging, first, trace
 from kit.common.errors import KitError
 
 
@@ -24,7 +25,11 @@ Fields = Annotated[list[str] | None, Argument(metavar="[FIELD=VALUE]...", help="
 Overwrite = Annotated[bool, Option(help="Replace a finished run of that name")]
 Trust = Annotated[bool, Option("--trust-remote-code", help="Run Python code that came with the model: only if you "
                                                            "trust whoever made that folder")]
-Engine = Annotated[str | None, Option(help="gguf, merged, adapter or base; by default the lightest that is there")]
+What = Annotated[str, Argument(metavar="WHAT", help="A run's name or folder, a .gguf, a recipe (its base model), the "
+                               "folder of an adapter, a checkpoint or a model, or a hub id")]
+Engine = Annotated[str | None, Option(help="Of a run: gguf, merged, adapter or base; by default the lightest there is")]
+Base = Annotated[str | None, Option(help="An adapter's base model: a folder or hub id; by default the one it names")]
+System = Annotated[str | None, Option(metavar="TEXT", help="The system message; '' for none")]
 
 
 def parsed(fields: list[str] | None) -> dict[str, Any]:
@@ -49,8 +54,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def kit(version: Annotated[bool, Option("--version", callback=_version, is_eager=True,
-                                        help="Print the version and exit")] = False) -> None:
+                                        help="Print the version and exit")] = False,
+        debug: Annotated[bool, Option("--debug", help="Before or after any verb: what upstream logs, and the traceback "
+                                                      "behind an error (as KIT_DEBUG=1)")] = False) -> None:
     """Fine-tune, export and check: what you ship is what you trained."""
+    if debug or debugging():
+        begin()
 
 
 def _verb(example: str, name: str | None = None) -> Any:
@@ -129,6 +138,26 @@ def list_runs(folder: Annotated[Path, Argument(help="Where runs are, as output_d
     return 0
 
 
+@_verb("kit download Qwen/Qwen3-4B --to models")
+def download(
+    names_: Annotated[list[str], Argument(metavar="NAME...", help="Hub ids: owner/name")],
+    data: Annotated[bool, Option("--data", help="They are data sets, not models")] = False,
+    hub: Annotated[str, Option(help="huggingface (or its mirror at HF_ENDPOINT), or modelscope")] = "huggingface",
+    to: Annotated[Path | None, Option(metavar="FOLDER", help="Below it, as owner/name; by default the hub's own "
+                                                             "cache")] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit")] = None,
+    include: Annotated[str | None, Option(help="Only files like these, several with commas: 'ruozhiba/*'; by default "
+                                               "what a run needs of a model, and all of a data set")] = None,
+) -> None:
+    """Fetch models or data: sizes first, then each file checked against the hub's hash. After Ctrl-C the same command
+    goes on."""
+    from kit.models.download import download as fetch
+    from kit.models.download import how_to_use
+
+    for folder in fetch(names_, data, hub, to, revision, names(include)):
+        print(how_to_use(folder, data))
+
+
 @_verb("kit verify first")
 def verify(
     what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder")],
@@ -149,7 +178,8 @@ def verify(
 def push(
     what: Annotated[str, Argument(metavar="RUN", help="A verified run's name or folder")],
     kinds: Annotated[str | None, Option(
-        "--what", help="adapter, merged, gguf, several with commas; by default push_to_hub, or all there is")] = None,
+        "--what", help="adapter, merged, merged-4bit, gguf, several with commas; by default push_to_hub, or all there "
+                       "is")] = None,
     to: Annotated[str | None, Option(help="user/name, or a name in your own account")] = None,
     public: Annotated[bool, Option("--public", help="New repositories are public, not private")] = False,
     base_model: Annotated[str | None, Option(help="Hub id of a base model that came from a folder")] = None,
@@ -168,8 +198,7 @@ def push(
 def export(
     what: Annotated[str, Argument(
         metavar="WHAT", help="A run's name or folder, or the folder of an adapter trained elsewhere")],
-    base: Annotated[str | None, Option(
-        help="The adapter's base model: a folder or hub id; by default the one it names")] = None,
+    base: Base = None,
     gguf: Annotated[str | None, Option(help="GGUFs to write, several with commas: q8_0,f16")] = None,
     save_merged: Annotated[str | None, Option(help="16bit, or 4bit for merged-4bit/ besides")] = None,
     out: Annotated[Path | None, Option("--out", "-o", help="Folder for what is made of an adapter")] = None,
@@ -182,21 +211,24 @@ def export(
     return make(what, base, names(gguf), save_merged, out, trust_remote_code)
 
 
-@_verb('kit ask first "Where is my parcel?" --engine gguf')
+@_verb('kit ask first "Where is my parcel?" temperature=0.7')
 def ask(
-    what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder, or a .gguf file")],
-    prompt: Annotated[str | None, Argument(help="The question; without it, a conversation")] = None,
+    what: What,
+    words: Annotated[list[str] | None, Argument(
+        metavar="[PROMPT] [FIELD=VALUE]...", help="The question, in quotes; without it, a conversation. Recipe fields "
+                                                  "set on top")] = None,
     engine: Engine = None,
+    base: Base = None,
+    system: System = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Ask a run's model a question; the answer is streamed. In a conversation /help lists its commands."""
-    from kit.answering.chat import chat, say
+    """Ask a model a question; the answer is streamed. In a conversation /help lists its commands."""
+    from kit.answering.chat import chat, question_and_fields, say
+    from kit.answering.choosing import choose
     from kit.answering.engines import answers
-    from kit.data.shapes import is_blank
 
-    if prompt is not None and is_blank(prompt):
-        raise KitError("the question is empty", "kit ask RUN 'a question', or without one for a conversation")
-    ask_one = answers(what, engine, **_consent(trust_remote_code))
+    prompt, fields = question_and_fields(words or [])
+    ask_one = answers(choose(what, engine, base, **(fields | _said(system, trust_remote_code))))
     if prompt is None:
         chat(ask_one)
     else:
@@ -205,17 +237,21 @@ def ask(
 
 @_verb("kit answer first questions.csv --column question -o answers.csv")
 def answer(
-    what: Annotated[str, Argument(metavar="RUN", help="A run's name or folder, a .gguf file, or a recipe (its "
-                                        "base model)")],
+    what: What,
     file: Annotated[Path, Argument(metavar="FILE", help="Questions: .txt (a line each), .csv, .tsv, .jsonl, "
                                          ".json or .xlsx")],
     fields: Fields = None,
     out: Annotated[Path | None, Option("-o", "--out", help="By default beside FILE: <stem>.answers<suffix>")] = None,
     engine: Engine = None,
+    base: Base = None,
+    against: Annotated[str | None, Option(
+        metavar="WHAT", help="A second model: its answers come beside, and where they differ is told")] = None,
+    system: System = None,
     column: Annotated[str | None, Option(
         help="The questions' column; by default prompt or question, else the first")] = None,
     answer_column: Annotated[str, Option(help="The column that answers come into")] = "answer",
     batch_size: Annotated[int, Option(help="Rows answered at once", min=1)] = 20,
+    show: Annotated[bool, Option("--show", help="Print each question with its answer")] = False,
     overwrite: Annotated[bool, Option(help="Replace OUT, and answers kept of another request")] = False,
     trust_remote_code: Trust = False,
 ) -> int:
@@ -223,27 +259,32 @@ def answer(
     from kit.answering.answer_file import answer_file
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
-    done = answer_file(what, file, out, engine=engine, column=column, answer_column=answer_column,
-                       batch_size=batch_size, overwrite=overwrite, **(parsed(fields) | _consent(trust_remote_code)))
+    done = answer_file(what, file, out, engine=engine, base=base, against=against, column=column,
+                       answer_column=answer_column, batch_size=batch_size, overwrite=overwrite, show=show,
+                       **(parsed(fields) | _said(system, trust_remote_code)))
     print(done)
-    return 1 if done.failed else 0
+    return 1 if done.failed or (done.against and done.against.failed) else 0
 
 
-def _consent(trust_remote_code: bool) -> dict[str, bool]:
-    """As a recipe field; not said, a recipe file's own counts."""
-    return {"trust_remote_code": True} if trust_remote_code else {}
+def _said(system: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Options as recipe fields; of what is not said, a recipe's own counts."""
+    return {**({} if system is None else {"system_prompt": system or None}),
+            **({"trust_remote_code": True} if trust_remote_code else {})}
 
 
 def main() -> None:
     """What the `kit` script calls: a user's mistake is told in two lines, without a traceback."""
+    sys.argv[1:] = first(sys.argv[1:])
     try:
         app()
     except KitError as error:
+        trace(error)
         print(f"kit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
         # typer makes an exit with 130 of Ctrl-C.
         if isinstance(stop, KeyboardInterrupt) or stop.code == 130:
+            trace(stop)
             print("kit: interrupted", file=sys.stderr)
             sys.exit(130)
         raise

@@ -1,16 +1,44 @@
-"""The conversation of `kit ask RUN`: what is typed is asked, but for the commands, which begin with a slash."""
+"""`kit ask`: what its arguments mean; its conversation, where what is typed is asked, but for /commands."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from typing import Any
 
 from kit.common.errors import KitError, nearest
+from kit.data.shapes import is_blank
 from kit.models.template import Message
+from kit.recipe.fields import Fields
+from kit.recipe.reading import parse_overrides
 
 COMMANDS = {"/reset": "forget the conversation; the system message stays",
             "/system": "begin anew with a system message: /system TEXT; without TEXT with the recipe's own",
             "/help": "show this; Ctrl-D ends"}
 Ask = Callable[[list[Message]], Iterable[str]]
+
+
+def question_and_fields(words: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """The question among the arguments of `kit ask`, and the fields that are set.
+
+    What begins with a field's name and `=`, or is a name and `=` without a space, sets a field; the other is the
+    question. Raises KitError for two questions, an empty one, and a name that is no field.
+    """
+    def sets_a_field(word: str) -> bool:
+        name, equals, value = word.partition("=")
+        return bool(equals) and (name in Fields.model_fields or (name.isidentifier() and not re.search(r"\s", value)))
+
+    pairs = [word for word in words if sets_a_field(word)]
+    questions = [word for word in words if word not in pairs]
+    if len(questions) > 1:
+        raise KitError(f"the question is one argument, not {len(questions)}: {', '.join(map(repr, questions[:3]))}",
+                       "put it in quotes: kit ask RUN 'a whole question'")
+    if questions and is_blank(questions[0]):
+        raise KitError("the question is empty", "kit ask RUN 'a question', or without one for a conversation")
+    try:
+        return (questions[0] if questions else None), parse_overrides(pairs)
+    except KitError as error:
+        raise KitError(error.message, f"{error.hint}; to ask it as it is, begin with a space") from None
 
 
 def chat(ask: Ask, lines: Iterable[str] | None = None) -> None:

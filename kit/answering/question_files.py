@@ -84,6 +84,12 @@ def known_suffix(path: Path) -> str:
     return suffix
 
 
+def answers_beside(path: Path, table: bool = False) -> Path:
+    """Where answers go by default: <stem>.answers<suffix>; a `table` is a .csv where the questions are a .txt."""
+    suffix = ".csv" if table and path.suffix.lower() == ".txt" else path.suffix
+    return path.with_name(f"{path.stem}.answers{suffix}")
+
+
 def _text_lines(path: Path) -> Iterator[Record]:
     if not path.is_file():
         raise KitError(f"{path} is {'a folder' if path.is_dir() else 'not there'}", "name a file of questions")

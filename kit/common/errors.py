@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from kit.common.debug import debugging, traced
+
 
 class KitError(Exception):
     """A mistake the user can mend: `message` says what is wrong and where, `hint` what to change.
@@ -23,7 +25,7 @@ class KitError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook in place of a traceback."""
-        return f"{type(self).__name__}: {self}".splitlines()
+        return (traced(self) if debugging() else f"{type(self).__name__}: {self}").splitlines()
 
 
 class GateError(KitError):

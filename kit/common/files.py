@@ -17,6 +17,7 @@ from kit.common.show import bar
 
 ROOM = "free room, or name another place (output_dir, KIT_CACHE)"
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a disk has, not the name of a file
+LARGE = 100_000_000  # bytes of a file whose hash is remembered
 PROJECT = Path(__file__).resolve().parents[2]  # the checkout that the kit runs from
 
 
@@ -136,6 +137,22 @@ def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: Path) -> str:
+    """`sha256`; of a large file it is kept in the cache folder, by size and time, so that it is read through once."""
+    about, memory = path.stat(), cache_dir() / "hashes.json"
+    if about.st_size < LARGE:
+        return sha256(path)
+    known, key, state = read_json(memory), str(path.resolve()), [about.st_size, about.st_mtime_ns, about.st_ino]
+    if (entry := known.get(key)) and entry[:-1] == state:
+        return str(entry[-1])
+    digest = hashes_of(path.parent, [path])[path.name]
+    with suppress(KitError, OSError):  # a cache that can't be written
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, {name: value for name, value in known.items() if Path(name).exists()}
+                   | {key: [*state, digest]})
+    return digest
 
 
 def hashes_of(folder: Path, paths: list[Path] | None = None) -> dict[str, str]:

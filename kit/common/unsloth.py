@@ -6,14 +6,16 @@ That is transformers, TRL and PEFT. It takes seconds, so files that can do witho
 import logging
 import os
 
+from kit.common.debug import debugging
 from kit.common.files import cache_dir
 
 # Its compiled files belong in the cache, and nothing is to be installed behind the user's back.
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))
 os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A remark that alarms and changes nothing: the kernel it misses is an optional speed-up.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Remarks that alarm and change nothing: of an optional speed-up, and of 8-bit's inputs, once for each product.
+for name in () if debugging() else ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch  # noqa: E402
 

@@ -11,7 +11,7 @@ from kit.export.adapter import merge, merge_adapter, save_4bit
 from kit.export.modelfile import Modelfile, modelfile_of
 from kit.gguf.convert import export_gguf
 from kit.gguf.formats import QUANTIZATIONS, check_quantizations
-from kit.models.fetch import base_folder, read_adapter_config
+from kit.models.fetch import adapter_base, base_folder
 from kit.models.saved import saved_tokenizer
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
@@ -111,11 +111,8 @@ def _export_adapter(adapter: Path, base: str | None, gguf: list[str], save_merge
         raise KitError(f"{adapter} is an adapter: where to?", "name a folder: --out FOLDER")
     if out.exists() and any(out.iterdir()):
         raise KitError(f"{out} is not empty", "name a new folder")
-    name = base or read_adapter_config(adapter).get("base_model_name_or_path")
-    if not name:
-        raise KitError(f"{adapter}/adapter_config.json does not name its base model", "name it: --base MODEL")
-    recipe = Recipe.load({"model_name": name, "gguf": gguf, "save_merged": save_merged or "16bit",
-                          "trust_remote_code": trust_remote_code})
+    recipe = Recipe.load({"model_name": adapter_base(adapter, base), "gguf": gguf,
+                          "save_merged": save_merged or "16bit", "trust_remote_code": trust_remote_code})
     run = Run(out)
     merge_adapter(base_folder(recipe), adapter, run.merged, trust_remote_code)
     return out, [run.merged, *_make_missing(run, recipe, out.resolve().name, out.resolve().name, set())]

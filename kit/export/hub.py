@@ -25,7 +25,7 @@ from kit.runs.provenance import NOT_TEXT, check_hashes, check_secrets
 from kit.runs.run import Run, read_manifest
 
 # The usual names on a hub: a merged model has the plain one.
-SUFFIX = {"adapter": "-lora", "merged": "", "gguf": "-GGUF"}
+SUFFIX = {"adapter": "-lora", "merged": "", "merged-4bit": "-bnb-4bit", "gguf": "-GGUF"}
 WEIGHTS = (".safetensors", ".gguf")
 # Where configurations keep the place a model was loaded from. Of an adapter's base the public name is written.
 BASE, PLACES = "base_model_name_or_path", {"_name_or_path", "name_or_path"}
@@ -35,10 +35,11 @@ def push(run: Run | str | Path, what: Sequence[str] | None = None, repo_id: str 
          private: bool | None = None, base_model: str | None = None, trust_remote_code: bool = False) -> list[str]:
     """Push a verified run's artefacts to the recipe's hub; returns the repositories' URLs, [] for nothing to push.
 
-    `what` is of adapter, merged and gguf, `repo_id` is user/name or a name in the login's own account, `private` is for
-    repositories that are made; by default they are push_to_hub, hub_model_id (or run_name) and hub_private_repo of the
-    recipe. Each kind has a repository of its own: <id>-lora, <id> and <id>-GGUF. `base_model` is the hub id of a base
-    model that was trained from a folder, `trust_remote_code` your consent to code that a folder's tokenizer needs.
+    `what` is of adapter, merged, merged-4bit and gguf, `repo_id` is user/name or a name in the login's own account,
+    `private` is for repositories that are made; by default they are push_to_hub, hub_model_id (or run_name) and
+    hub_private_repo of the recipe. Each kind has a repository of its own: <id>-lora, <id>, <id>-bnb-4bit and <id>-GGUF.
+    `base_model` is the hub id of a base model that was trained from a folder, `trust_remote_code` your consent to code
+    that a folder's tokenizer needs.
 
     Pushed are the files that the run sealed, without paths of this machine, and a README.md with the verdict; with
     GGUFs the Modelfile, and its template, system prompt and parameters as `ollama run hf.co/<id>` reads them. What is
@@ -67,7 +68,7 @@ def push(run: Run | str | Path, what: Sequence[str] | None = None, repo_id: str 
 
 
 def made_by(run: Run) -> list[str]:
-    """Which of adapter, merged and gguf the run holds."""
+    """Which of adapter, merged, merged-4bit and gguf the run holds."""
     return [kind for kind in SUFFIX if any((run.folder / kind).glob("*.*"))]
 
 
@@ -86,7 +87,7 @@ def repositories(name: str, user: str, kinds: Sequence[str]) -> dict[str, str]:
 
     Raises KitError for a name that hubs don't take.
     """
-    stem = re.sub("-(lora|GGUF)$", "", name if "/" in name else f"{user}/{name}")
+    stem = re.sub("-(lora|bnb-4bit|GGUF)$", "", name if "/" in name else f"{user}/{name}")
     ids = {kind: stem + SUFFIX[kind] for kind in kinds}
     for repo_id in ids.values():
         try:

@@ -18,8 +18,10 @@ from kit.runs.run import Run
 
 STARTER_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-LIBRARY = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
+LIBRARY = {"adapter": "peft", "merged": "transformers", "merged-4bit": "transformers", "gguf": "gguf"}
+TAGS = {"gguf": ["gguf"], "merged-4bit": ["bitsandbytes", "4-bit"]}
 WHAT = {"adapter": "The LoRA adapter", "merged": "The 16-bit model, with the adapter merged in",
+        "merged-4bit": "The merged model in bitsandbytes' 4-bit",
         "gguf": "GGUF files for llama.cpp and Ollama"}
 BAR = r"\|"  # within a cell of a table
 
@@ -38,7 +40,7 @@ def base_of(recipe: Recipe, base_model: str | None = None) -> tuple[str | None, 
 
 def write_card(run: Run, kind: str, ids: dict[str, str], address: str, verdict: dict[str, Any],
                base_model: str | None = None) -> str:
-    """README.md for the repository of `kind` (adapter, merged, gguf).
+    """README.md for the repository of `kind` (adapter, merged, merged-4bit, gguf).
 
     `ids` are the repositories of this push by kind, `address` is the hub's name in `ollama run` and in links, `verdict`
     is verify.json. The YAML on top has the fields of https://huggingface.co/docs/hub/model-cards; no licence is
@@ -70,9 +72,9 @@ def write_card(run: Run, kind: str, ids: dict[str, str], address: str, verdict: 
 
 def _header(recipe: Recipe, kind: str, ids: dict[str, str], base_id: str | None) -> dict[str, Any]:
     relation = "adapter" if kind == "adapter" else "finetune"
-    if kind == "gguf" and "merged" in ids:  # else a quantised finetune of the base itself
+    if kind in ("gguf", "merged-4bit") and "merged" in ids:  # else a quantised finetune of the base itself
         base_id, relation = ids["merged"], "quantized"
-    tags = ["unsloth", "trl", "sft", *([] if recipe.full_finetuning else ["lora"]), *(["gguf"] * (kind == "gguf"))]
+    tags = ["unsloth", "trl", "sft", *([] if recipe.full_finetuning else ["lora"]), *TAGS.get(kind, [])]
     header: dict[str, Any] = {"library_name": LIBRARY[kind], "pipeline_tag": "text-generation", "tags": tags}
     if base_id:
         header |= {"base_model": base_id, "base_model_relation": relation}
@@ -91,6 +93,8 @@ def _usage(run: Run, kind: str, name: str, address: str, base: str) -> str:
             f'model = AutoModelForCausalLM.from_pretrained("{base if kind == "adapter" else name}", dtype="auto")\n')
     if kind == "adapter":
         code = f'from peft import PeftModel\n{code}model = PeftModel.from_pretrained(model, "{name}")\n'
+    elif kind == "merged-4bit":
+        code = f"# needs the package bitsandbytes\n{code}"
     return _block(code, "python")
 
 

@@ -4,8 +4,6 @@ Logins are theirs: the environment, or what their own login command stored. Thei
 raises, and `hub_errors` makes a KitError of that.
 """
 
-import errno
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +12,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from kit.common.errors import KitError, one_line
+from kit.common.errors import KitError
 from kit.common.files import sha256
+from kit.common.hub_errors import Trouble
 
 QUOTA = (402, 413, 507)
 ENDPOINTS = "HF_ENDPOINT (MODELSCOPE_ENDPOINT) and HF_HUB_OFFLINE"
-# By name: those of Python, of httpx and of requests.
-UNREACHABLE = {"ConnectionError", "TimeoutError", "TransportError", "RequestException"}
 AGAIN = "then push again: what has arrived is not sent twice"
 
 
@@ -114,48 +111,24 @@ def hub_errors(where: str) -> Iterator[None]:
         yield
     except KitError:
         raise
-    except Exception as error:  # two libraries, two HTTP clients and a native one, each with types of its own
-        message, hint = _explained(list(_causes(error)))
+    except Exception as error:
+        message, hint = _explained(Trouble(error))
         raise KitError(f"push: {where}: {message}", hint) from None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _status(error: BaseException) -> int:
-    """The HTTP status of the hub's answer; 0 for an error without one."""
-    return int(getattr(getattr(error, "response", None), "status_code", 0) or getattr(error, "status_code", 0) or 0)
-
-
-def _explained(chain: list[BaseException]) -> tuple[str, str]:
+def _explained(trouble: Trouble) -> tuple[str, str]:
     """(what happened, what to do) of an error and its causes."""
-    answers = [error for error in chain if _status(error)][:1]
-    status = _status(answers[0]) if answers else 0
-    reason = _reason(answers or [chain[0], chain[-1]])
-    disk_full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in chain)
-    types = {kind.__name__ for error in chain for kind in type(error).__mro__}
+    status = trouble.status
     cases = [
         (status == 401, "the hub does not take this login (401)",
          "make a new token with write access and set it in the environment, or log in again"),
-        (status in QUOTA or re.search("storage limit|quota", reason, re.IGNORECASE), "the account has no room for it",
-         f"free room on the hub or push less (--what), {AGAIN}"),
+        (status in QUOTA or re.search("storage limit|quota", trouble.reason, re.IGNORECASE),
+         "the account has no room for it", f"free room on the hub or push less (--what), {AGAIN}"),
         (status == 403, "this login may not write there (403)",
          "use a token with write access to that user or organisation, or another hub_model_id"),
         (status >= 429, f"the hub refused ({status})", f"wait a little, {AGAIN}"),
         (status, f"the hub refused ({status})", "mend what it names; the run's own files are as they were"),
-        (disk_full, "the disk is full", f"free room, {AGAIN}"),
-        (types & UNREACHABLE, "the hub can't be reached", f"look at the network, a proxy, {ENDPOINTS}, {AGAIN}"),
-        (True, type(chain[0]).__name__, f"mend that, {AGAIN}")]
-    return next((f"{what}: {reason}", hint) for applies, what, hint in cases if applies)
-
-
-def _reason(errors: list[BaseException]) -> str:
-    """One line of some errors, without the signatures that addresses of an upload carry, and without tokens."""
-    text = re.sub(r"\?\S+", "?…", ": ".join(dict.fromkeys(one_line(error, 10_000) for error in errors)))
-    for name, value in os.environ.items():
-        if name.endswith("_TOKEN") and len(value) >= 8:
-            text = text.replace(value, f"${name}")
-    return text[:300]
+        (trouble.disk_full, "the disk is full", f"free room, {AGAIN}"),
+        (trouble.unreachable, "the hub can't be reached", f"look at the network, a proxy, {ENDPOINTS}, {AGAIN}"),
+        (True, trouble.first, f"mend that, {AGAIN}")]
+    return next((f"{what}: {trouble.reason}", hint) for applies, what, hint in cases if applies)

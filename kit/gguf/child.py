@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from kit.common.debug import debugging
 from kit.common.errors import GateError, KitError
 from kit.common.files import PROJECT
 from kit.gguf.formats import chat_templates, read_header
@@ -87,6 +88,9 @@ class LlamaChild:
 
     def close(self, *_: object) -> None:
         """Kill the child, if there is one, and wait until it is gone."""
+        if debugging() and not self._stderr.closed:
+            self._stderr.seek(0)
+            print(self._stderr.read().decode("utf-8", "replace"), file=sys.stderr)
         self._stderr.close()
         if self._process is not None:
             with suppress(OSError), self._process:  # a request that the dead child never read

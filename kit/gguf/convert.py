@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from kit.common.debug import debugging
 from kit.common.errors import GateError, KitError
 from kit.common.files import existing, read_json, whole_file, write_json
 from kit.common.weight_files import read_weights_header, weight_files
@@ -130,6 +131,8 @@ def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
                           env={**child_environment(), "HF_HUB_OFFLINE": "1"})
+    if debugging():
+        print(done.stdout, file=sys.stderr)
     if done.returncode:
         raise GateError(f"{what} failed ({how_it_ended(done.returncode)}): {last_trouble(done.stdout)}",
                         "mend the cause and export again; nothing has to be trained again")

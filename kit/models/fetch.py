@@ -138,9 +138,28 @@ def read_adapter_config(adapter: Path) -> dict[str, Any]:
         raise KitError(f"{adapter}: peft_type is {config.get('peft_type')!r}, only LORA is known here",
                        "merge it with the tool it was trained with")
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise KitError(f"{adapter} has no adapter_model.safetensors",
-                       "save the adapter as safetensors: PEFT's save_pretrained does")
+        pickle = (adapter / "adapter_model.bin").is_file()
+        raise KitError(f"{adapter} has no adapter_model.safetensors" + ", but a pickle (adapter_model.bin): that can "
+                       "hold code, and is never loaded" * pickle,
+                       "where you trust it, load it with PEFT's PeftModel.from_pretrained and write it anew with "
+                       "save_pretrained" if pickle else "save the adapter as safetensors: PEFT's save_pretrained does")
     return config
+
+
+def adapter_base(adapter: Path, base: str | None) -> str:
+    """The base model of an adapter: `base`, else the one that its config names.
+
+    Raises KitError when that is none, or a folder that is not there.
+    """
+    name = base or read_adapter_config(adapter).get("base_model_name_or_path")
+    if not name:
+        raise KitError(f"{adapter}/adapter_config.json does not name its base model",
+                       "name it: --base, with a folder or a hub id")
+    folder = None if name == "starter" else local_folder(name)
+    if folder and not folder.exists():
+        raise KitError(f"the base model of {adapter} is not there: {name}",
+                       "name the folder or hub id that it was trained on: --base")
+    return str(name)
 
 
 def changed_base(config: dict[str, Any]) -> str:

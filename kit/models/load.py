@@ -1,8 +1,12 @@
 """Load a base model, in 4 and 8 bits too, or a saved adapter on its base."""
 
 import gc
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from kit.common.unsloth import FastLanguageModel
@@ -15,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
-from kit.common.errors import GateError
+from kit.common.errors import GateError, KitError
+from kit.common.files import write_json
 from kit.common.weight_files import weight_files
 from kit.models.fetch import loading_options, model_folder, not_loaded, read_adapter_config
 from kit.models.saved import code_refused, saved_tokenizer
@@ -24,6 +29,8 @@ from kit.models.template import check_saved_templates, prepare_tokenizer
 from kit.recipe.machine import machine
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import Settings, resolved
+
+OTHER_BASE = "name the base it was trained on: --base, or model_name in the recipe"
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
@@ -145,30 +152,80 @@ def _check_precision(model: Any, recipe: Recipe) -> None:
                                 "quantised already brings its own settings")
 
 
-def reload(saved: Path, recipe: Recipe) -> tuple[Any, Any]:
-    """What `save_adapter` wrote, from disk: the adapter on its base, or fully fine-tuned weights; safetensors only."""
-    has_adapter = (saved / "adapter_config.json").is_file()
-    if has_adapter:
-        read_adapter_config(saved)  # PEFT would take a pickle where there are no safetensors
-    else:
+def reload(saved: Path, recipe: Recipe, on_its_base: bool = False) -> tuple[Any, Any]:
+    """What `save_adapter` wrote, from disk: the adapter on its base, or fully fine-tuned weights; safetensors only.
+
+    The base is the one that the adapter's config names; with `on_its_base` the recipe's, and where the adapter was
+    saved without a tokenizer the base's is taken. Raises KitError when the adapter does not fit its base.
+    """
+    if not (saved / "adapter_config.json").is_file():
         weight_files(saved)
-    if not has_adapter or not _without_unsloth(recipe, resolved(recipe)):
-        model, tokenizer = load_from(str(saved), recipe.model_copy(update={"revision": None}), use_safetensors=True)
-    else:
-        model, _ = load_from(model_folder(recipe), recipe)
-        if recipe.load_in_8bit:
-            model = prepare_8bit(model, recipe)
-        model = PeftModel.from_pretrained(model, str(saved))
-        tokenizer = saved_tokenizer(saved, recipe.trust_remote_code)
-    if has_adapter:
-        # In the number format it was saved in: TRL trains adapters of quantised models in bfloat16 and PEFT loads every
-        # adapter in float32, so the same weights would answer a little differently.
-        tensors = load_file(saved / "adapter_model.safetensors")
-        dtypes = {tensor.dtype for name, tensor in tensors.items() if ".lora_" in name}
-        for name, parameter in model.named_parameters() if len(dtypes) == 1 else ():
-            if ".lora_" in name:
-                parameter.data = parameter.data.to(*dtypes)
+        return load_from(str(saved), recipe.model_copy(update={"revision": None}), use_safetensors=True)
+    read_adapter_config(saved)  # PEFT would take a pickle where there are no safetensors
+    with misfits(saved, recipe):
+        model, tokenizer = _with_adapter(saved, recipe, on_its_base)
+    tensors = load_file(saved / "adapter_model.safetensors")
+    _check_names(model, tensors, saved, recipe)
+    # In the number format it was saved in: TRL trains adapters of quantised models in bfloat16 and PEFT loads every
+    # adapter in float32, so the same weights would answer a little differently.
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if ".lora_" in name}
+    for name, parameter in model.named_parameters() if len(dtypes) == 1 else ():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(*dtypes)
     return model, tokenizer
+
+
+def _with_adapter(saved: Path, recipe: Recipe, on_its_base: bool) -> tuple[Any, Any]:
+    has_tokenizer = (saved / "tokenizer_config.json").is_file()
+    if not _without_unsloth(recipe, resolved(recipe)):
+        with _naming(model_folder(recipe), saved) if on_its_base else nullcontext(saved) as folder:
+            if not has_tokenizer:
+                check_saved_templates(model_folder(recipe), recipe)
+            return load_from(str(folder), recipe.model_copy(update={"revision": None}), use_safetensors=True)
+    model, tokenizer = load_from(model_folder(recipe), recipe)
+    if recipe.load_in_8bit:
+        model = prepare_8bit(model, recipe)
+    model = PeftModel.from_pretrained(model, str(saved))
+    return model, saved_tokenizer(saved, recipe.trust_remote_code) if has_tokenizer else tokenizer
+
+
+@contextmanager
+def _naming(base: str, adapter: Path) -> Iterator[Path]:
+    """The adapter's folder as one whose config names `base`, which is what loaders go by; without pickles."""
+    config = read_adapter_config(adapter)
+    if config.get("base_model_name_or_path") == base:
+        yield adapter
+        return
+    with TemporaryDirectory(prefix="kit-adapter-") as made:
+        for path in adapter.iterdir():
+            if path.is_file() and path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py"):
+                (Path(made) / path.name).symlink_to(path.resolve())
+        (Path(made) / "adapter_config.json").unlink()
+        write_json(Path(made) / "adapter_config.json", {**config, "base_model_name_or_path": base, "revision": None})
+        yield Path(made)
+
+
+@contextmanager
+def misfits(adapter: Path, recipe: Recipe) -> Iterator[None]:
+    """What torch and PEFT say of an adapter of another model's shapes or layers becomes a KitError that names both."""
+    try:
+        yield
+    except (KitError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error.__cause__ or error).split())
+        if not (found := re.search(r"size mismatch for .*?(?= size mismatch for |$)|Target modules .*", said)):
+            raise
+        raise KitError(f"the adapter {adapter} does not fit {recipe.model_name}: {found[0][:300]}",
+                       OTHER_BASE) from error
+
+
+def _check_names(model: Any, tensors: dict[str, Any], adapter: Path, recipe: Recipe) -> None:
+    """KitError where the model has layers that the adapter lacks, or the other way round: PEFT only warns of it."""
+    def pairs(names: Iterable[str]) -> set[str]:
+        return {name.replace(".default", "") for name in names if re.search(r"\.lora_[AB]\.", name)}
+
+    if unmatched := sorted(pairs(tensors) ^ pairs(name for name, _ in model.named_parameters())):
+        raise KitError(f"the adapter {adapter} does not fit {recipe.model_name}: {unmatched[0]} is only on one side "
+                       f"({len(unmatched)} tensors)", OTHER_BASE)
 
 
 def free_memory() -> None:

@@ -209,7 +209,7 @@ class Fields(BaseModel):
     save_merged: Literal["none", "16bit", "4bit"] = _run(
         "16bit", "Merge the adapter into a 16-bit model; 4bit also writes it in bitsandbytes' NF4 to merged-4bit/.")
     gguf: list[str] = _run([], f"GGUF files to write: {', '.join(QUANTIZATIONS)}; [] for none.")
-    push_to_hub: list[Literal["adapter", "merged", "gguf"]] = _place(
+    push_to_hub: list[Literal["adapter", "merged", "merged-4bit", "gguf"]] = _place(
         [], "What of a verified run is pushed to the hub; [] for nothing.")
     hub_model_id: str | None = _place(
         None, "Repository to push to, user/name; by default run_name in the login's own account.",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kit.common.files import hashes_of, read_json, sha256, write_json
+from kit.common.files import hashes_of, read_json, remembered_sha256, sha256, write_json
 from kit.common.secrets import secret
 from kit.gguf.formats import Header
 from kit.runs.gates import Gates
@@ -71,6 +71,17 @@ def altered(run: Run) -> dict[str, str]:
     changed = {name: CHANGED for name in sealed if present.get(name, sealed[name]) != sealed[name]}
     gone = {name: GONE for name in sealed if name not in present}
     return changed | gone | {name: ADDED for name in present if sealed and name not in known}
+
+
+def unlike_sealed(run: Run, place: Path) -> str:
+    """What of a file or folder in the run is not as it was sealed, in words; '' when all is, or nothing was sealed."""
+    sealed: dict[str, str] = read_json(run.folder / "manifest.json").get("artefacts") or {}
+    of_place = {path: digest for name, digest in sealed.items()
+                if (path := (run.folder / name).resolve()).is_relative_to(place.resolve())}
+    if sealed and not of_place:
+        return f"{place} is {ADDED}"
+    return next((f"{path} is {CHANGED if path.is_file() else GONE}" for path, digest in of_place.items()
+                 if not path.is_file() or remembered_sha256(path) != digest), "")
 
 
 def export_again(name: str = "") -> str:

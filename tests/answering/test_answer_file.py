@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from kit.answering.answer_file import answer_file, answer_rows
-from kit.answering.engines import Engine, InMemory, Prompt, fitted
+from kit.answering.choosing import Engine
+from kit.answering.engines import InMemory, Prompt, fitted
 from kit.answering.journal import Answer, Journal
 from kit.answering.question_files import LONGEST_CELL, SUFFIXES, read_questions, write_answers
 from kit.common.errors import GateError, KitError
@@ -341,6 +342,51 @@ def test_a_full_disk_costs_no_answer_that_was_kept(tmp_path: Path) -> None:
         journal.add(second)
     with Journal(out, {}) as journal:
         assert journal.done == {**first, **second}
+
+
+def test_two_models_are_compared_and_survive_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """Stopped while the second one is at work, the same call asks the first one nothing again."""
+    module = sys.modules["kit.answering.answer_file"]
+    asked_of: dict[str, list[str]] = {"one": [], "two": []}
+    stop = [True]
+
+    class Other(Fake):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def answer(self, prompts: list[Prompt], seed: int) -> list[Answer]:
+            if self.name == "two" and stop:
+                stop.clear()
+                raise KeyboardInterrupt
+            texts = [prompt.messages[-1]["content"] for prompt in prompts]
+            asked_of[self.name] += texts
+            return [Answer(text[::-1] if self.name == "two" else "aa", True, 1) for text in texts]
+
+    def named(name: str) -> Engine:
+        return Engine("base", Recipe.load({}, model_name=name), None)
+
+    monkeypatch.setattr(module, "InMemory", lambda chosen: Other(chosen.recipe.model_name))
+    monkeypatch.setattr(module, "choose", lambda *_, **__: named("one"))
+    monkeypatch.setattr(module, "second", lambda *_, **__: named("two"))
+    file = made(tmp_path / "q.jsonl", [{"prompt": "aa"}, {"prompt": "ab"}])
+    with pytest.raises(KeyboardInterrupt):
+        answer_file("r", file, against="s")
+    assert asked_of == {"one": ["aa", "ab"], "two": []}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q.answers.jsonl.partial.jsonl", "q.jsonl"]
+    done = answer_file("r", file, against="s", show=True)
+    assert asked_of == {"one": ["aa", "ab"], "two": ["aa", "ab"]}
+    assert read_back(tmp_path / "q.answers.jsonl") == [
+        {"prompt": "aa", "answer": "aa", "answer_against": "aa", "answer_same": "yes"},
+        {"prompt": "ab", "answer": "aa", "answer_against": "ba", "answer_same": "no"}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q.answers.jsonl", "q.jsonl"]
+    said = str(done)
+    assert "2 of 2 rows answered by one" in said and "2 of 2 rows answered by two" in said
+    assert said.count("the same answer: 1 of 2 rows; another one: row 2") == 1
+    assert "── row 2\n? ab\n→ ba\n" in capsys.readouterr().out
+    with pytest.raises(KitError, match="has a line for one answer"):
+        answer_file("r", file, tmp_path / "o.txt", against="s")
 
 
 def test_an_answer_too_long_for_a_cell_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,8 @@ def test_after_a_kill_the_same_command_goes_on(tiny_starter: Path, tmp_path: Pat
     ("gguf", {}), ("merged", {"dtype": "float32"}), ("adapter", {"dtype": "float32"}), ("base", {}),
     ("base", {"load_in_4bit": True})])
 def test_every_engine(engine: str, fields: dict[str, Any], finished_run: Path, tmp_path: Path) -> None:
-    from kit.answering.engines import choose, stream
+    from kit.answering.choosing import choose
+    from kit.answering.engines import stream
 
     file = tmp_path / "q.txt"
     file.write_text(f"{QUESTIONS[0]}\n\n{QUESTIONS[3]}\n{QUESTIONS[1]}\n", encoding="utf-8")
@@ -172,7 +173,8 @@ def test_a_failing_row_ends_in_exit_code_1(finished_run: Path, tmp_path: Path) -
 
 def test_a_llama_cpp_that_dies_costs_one_row(finished_run: Path, tmp_path: Path) -> None:
     from kit.answering.answer_file import answer_rows
-    from kit.answering.engines import LlamaCpp, Prompt, choose, fitted
+    from kit.answering.choosing import choose
+    from kit.answering.engines import LlamaCpp, Prompt, fitted
     from kit.answering.journal import Answer, Journal
 
     class Mortal(LlamaCpp):

@@ -22,7 +22,7 @@ from kit.runs.gates import Gates
 from kit.runs.provenance import seal
 from kit.runs.run import Run
 from support.command import PROJECT, kit
-from support.hub_stand_in import TOKEN, USER, HubStandIn, serving
+from support.hub_stand_in import TOKEN, USER, HubStandIn, serving, use
 from support.small_run import small_run, verdict, verified
 
 pytestmark = pytest.mark.slow
@@ -32,19 +32,6 @@ KINDS = {"adapter": f"{USER}/quickstart-lora", "merged": f"{USER}/quickstart", "
 
 def tree(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def use(monkeypatch: pytest.MonkeyPatch, url: str, token: str | None, home: Path) -> None:
-    """This process's client asks the hub at `url`: it has read its settings already."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
 
 
 # A whole run, by the command
@@ -199,6 +186,41 @@ def test_the_recipe_says_what_where_and_how(tmp_path: Path, starter: Path, hub: 
 def test_the_call_outranks_the_recipe(run: Run, hub: HubStandIn) -> None:
     assert push(run, ["adapter"], repo_id="tigers-lora", private=False) == [f"{hub.url}/{USER}/tigers-lora"]
     assert hub.repositories[f"{USER}/tigers-lora"].private is False
+
+
+def test_the_4bit_model_is_pushed_with_its_card_and_loads(
+        tmp_path: Path, starter: Path, tiny_starter: Path, hub: HubStandIn) -> None:
+    import torch
+    from huggingface_hub import ModelCard, snapshot_download
+    from transformers import AutoModelForCausalLM
+
+    from kit.export.adapter import save_4bit
+
+    run = small_run(tmp_path, starter, push_to_hub=["merged-4bit"])
+    shutil.copytree(tiny_starter, run.merged)
+    save_4bit(run.merged, run.merged_4bit, run.recipe)
+    seal(run)
+    gates = Gates("verify")
+    gates.check("parity merged", True, "KL 0")
+    verdict(run, gates)
+    refused(run, hub, "verified merged-4bit", "has not compared merged-4bit", gate=True, what=None)
+    gates.check("parity merged-4bit", True, "KL 0.006")
+    verdict(run, gates)
+    assert push(run) == [f"{hub.url}/{USER}/cats-bnb-4bit"]
+    name = f"{USER}/cats-bnb-4bit"
+    assert set(hub.repositories[name].files) == {path.name for path in run.merged_4bit.iterdir()} | {"README.md"}
+    card = ModelCard(hub.content(name, "README.md").decode())
+    assert (card.data.library_name, card.data.base_model) == ("transformers", STARTER_ID)
+    assert "bitsandbytes" in card.data.tags and "| parity merged-4bit | KL 0.006 |" in card.text
+    assert hub.holds(str(tmp_path).encode()) == []
+    fetched = snapshot_download(name, endpoint=hub.url, token=TOKEN, cache_dir=tmp_path / "cache")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        own, theirs = (AutoModelForCausalLM.from_pretrained(place, device_map="cpu")(ids).logits
+                       for place in (run.merged_4bit, fetched))
+    assert torch.equal(own, theirs)
+    assert push(run, ["merged", "merged-4bit"])[1] == f"{hub.url}/{name}"
+    assert f"base_model: {USER}/cats\n" in hub.content(name, "README.md").decode()
 
 
 def test_what_is_not_there_is_refused(run: Run, hub: HubStandIn) -> None:

@@ -75,6 +75,31 @@ def test_a_model_that_is_not_there_is_told(hub: ModelScopeStandIn, tmp_path: Pat
     assert "KitError: model_name: zoo/tiny could not be" in python(FETCH, hub, tmp_path, "offline", **NOBODY)
 
 
+DOWNLOAD = """from kit.models.download import download
+print(download(["zoo/tiny"], hub="modelscope", to=Path(sys.argv[1]) if len(sys.argv) > 1 else None)[0])"""
+
+
+def test_a_download_is_checked_by_the_hubs_hashes(hub: ModelScopeStandIn, tmp_path: Path,
+                                                  tiny: Callable[..., Path]) -> None:
+    hub.hold("models", "zoo/tiny", tiny("qwen2", short=True))
+    hub.files["models", "zoo/tiny"]["model.gguf"] = b"another format"
+    for place in ([], [str(tmp_path / "模 型")]):
+        said = python(DOWNLOAD, hub, tmp_path, *place).splitlines()
+        folder, weights = Path(said[-1]), hub.files["models", "zoo/tiny"]["model.safetensors"]
+        assert f"checked: 6 files, as {hub.url} names them" in said and not (folder / "model.gguf").exists()
+        assert (folder / "model.safetensors").read_bytes() == weights
+        (folder / "model.safetensors").resolve().write_bytes(b"x" + weights[1:])
+        said = python(DOWNLOAD, hub, tmp_path, *place).splitlines()
+        assert Path(said[-1]) == folder and (folder / "model.safetensors").read_bytes() == weights
+        assert any("to fetch: 0 B" in line for line in said), "by its size it was there"
+
+
+def test_a_download_that_fails_is_told(hub: ModelScopeStandIn, tmp_path: Path) -> None:
+    assert "there is no such model" in python(DOWNLOAD, hub, tmp_path)
+    said = python(DOWNLOAD, hub, tmp_path, **NOBODY)
+    assert "the hub can't be reached" in said and "MODELSCOPE_ENDPOINT" in said
+
+
 def talks(folder: Path, *names: str) -> Path:
     """A file of one row for each name; the row says the file's name."""
     for name in names:

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub's HTTP interface, as far as huggingface_hub uses it to push and to load a model.
+"""A stand-in for the Hugging Face hub's HTTP interface, as far as huggingface_hub uses it to push and to fetch.
 
 The requests are those of huggingface_hub/hf_api.py, _commit_api.py and lfs.py; large files go by Git LFS
 (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md), Xet is switched off.
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
 
 TOKEN = "hf_" + "standin" * 5
 USER = "cat"
 PIECE = 1 << 20
+LARGE = (".safetensors", ".gguf")  # kept by Git LFS
 
 
 class Refused(Exception):
@@ -60,6 +62,9 @@ class HubStandIn:
         self.received: list[tuple[str, int]] = []
         self.bodies: list[bytes] = []
         self.trouble: dict[str, tuple[int, str] | None] = {}
+        self.given: list[tuple[str, int, int]] = []  # of each file that was fetched: blob, first byte, size
+        self.damage: dict[str, bytes] = {}  # {blob: what is given in its place}
+        self.cut: dict[str, int] = {}  # {blob: at which byte the connection is cut, once}
         self.once = False
         self.overruled = False  # an organisation that makes every repository public
         self.url = ""
@@ -106,25 +111,43 @@ class HubStandIn:
             raise Refused(400, "base_model must be a hub id")
         return {"errors": [], "warnings": []}
 
-    def info(self, _: Any, repo_id: str) -> dict[str, Any]:
+    def hold(self, repo_id: str, folder: Path) -> None:
+        """Hold a copy of a folder's files."""
+        self.repositories[repo_id] = Repository(private=False)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            self.repositories[repo_id].files[path.relative_to(folder).as_posix()] = self.keep(path.read_bytes())
+
+    def search(self, _: Any) -> list[dict[str, Any]]:
+        return [{"id": repo_id, "modelId": repo_id} for repo_id in self.repositories]
+
+    def info(self, _: Any, repo_id: str, revision: str = "main") -> dict[str, Any]:
         found = self.repository(repo_id)
+        if revision not in ("main", found.sha):
+            raise Refused(404, f"Revision not found: {revision}", "RevisionNotFound")
         return {"id": repo_id, "modelId": repo_id, "sha": found.sha, "private": found.private, "tags": [],
                 "siblings": [{"rfilename": path} for path in found.files]}
 
-    def tree(self, _: Any, repo_id: str) -> list[dict[str, Any]]:
-        return [{"type": "file", "path": path, "size": (self.blobs / oid).stat().st_size, "oid": oid}
+    def tree(self, _: Any, repo_id: str, revision: str) -> list[dict[str, Any]]:
+        """A large file has Git LFS's hash of it, the others git's own name of the blob."""
+        self.info(None, repo_id, revision)
+        return [{"type": "file", "path": path, "size": (self.blobs / oid).stat().st_size, "oid": self.blob(oid),
+                 **({"lfs": {"oid": oid, "size": (self.blobs / oid).stat().st_size, "pointerSize": 134}}
+                    if path.endswith(LARGE) else {})}
                 for path, oid in self.repository(repo_id).files.items()]
+
+    def blob(self, oid: str) -> str:
+        data = (self.blobs / oid).read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     def preupload(self, body: dict[str, Any], repo_id: str) -> dict[str, Any]:
         known = self.repository(repo_id).files
         answer = []
         for file in body["files"]:
             path = file["path"]
-            large = file["size"] > 10 * PIECE or path.endswith((".safetensors", ".gguf"))
+            large = file["size"] > 10 * PIECE or path.endswith(LARGE)
             oid = known.get(path)
-            if oid and not large:  # Git's name of a blob
-                data = (self.blobs / oid).read_bytes()
-                oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            if oid and not large:
+                oid = self.blob(oid)
             mode = "lfs" if large else "regular"
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answer}
@@ -172,8 +195,9 @@ CALLS: list[tuple[str, str, Callable[..., Any]]] = [
     ("GET", r"/api/whoami-v2", HubStandIn.whoami),
     ("POST", r"/api/repos/create", HubStandIn.create),
     ("POST", r"/api/validate-yaml", HubStandIn.validate),
-    ("GET", rf"/api/models/{NAME}(?:/revision/\w+)?", HubStandIn.info),
-    ("GET", rf"/api/models/{NAME}/tree/\w+", HubStandIn.tree),
+    ("GET", r"/api/(?:models|datasets)", HubStandIn.search),
+    ("GET", rf"/api/(?:models|datasets)/{NAME}(?:/revision/([\w.-]+))?", HubStandIn.info),
+    ("GET", rf"/api/(?:models|datasets)/{NAME}/tree/([\w.-]+)", HubStandIn.tree),
     ("POST", rf"/api/models/{NAME}/preupload/main", HubStandIn.preupload),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", HubStandIn.batch),
     ("POST", r"/lfs-verify", HubStandIn.verify),
@@ -211,7 +235,7 @@ def serving(folder: Path) -> Iterator[HubStandIn]:
                 wrong = hub.trouble.pop(words) if hub.once else hub.trouble[words]
                 self.close_connection = True
                 if wrong:
-                    self.say({"error": wrong[1]}, wrong[0], "")
+                    self.say({"error": wrong[1]}, wrong[0], "GatedRepo" if "restricted" in wrong[1] else "")
                 return
             try:
                 if self.command == "PUT":
@@ -222,13 +246,13 @@ def serving(folder: Path) -> Iterator[HubStandIn]:
                     hub.received.append((path, len(body)))
                     hub.bodies.append(body)
                 self.admit()
-                if found := re.fullmatch(rf"/{NAME}/resolve/\w+/(.+)", path):
+                if found := re.fullmatch(rf"(?:/datasets)?/{NAME}/resolve/\w+/(.+)", path):
                     return self.give(*hub.resolve(*found.groups()))
                 for method, pattern, call in CALLS:
                     if method == self.command and (found := re.fullmatch(pattern, path)):
                         lines = "ndjson" in self.headers.get("Content-Type", "")
                         value = [json.loads(line) for line in body.splitlines()] if lines else json.loads(body or b"{}")
-                        return self.say(call(hub, value, *found.groups()))
+                        return self.say(call(hub, value, *filter(None, found.groups())))
                 raise Refused(404, f"no such call: {self.command} {path}")
             except Refused as error:
                 self.say({"error": str(error)}, error.status, error.code)
@@ -255,15 +279,21 @@ def serving(folder: Path) -> Iterator[HubStandIn]:
             hub.received.append((f"/object/{oid}", count))
 
         def give(self, path: Path, sha: str) -> None:
-            self.send_response(200)
+            data = hub.damage.get(path.name) or path.read_bytes()
+            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            begin = int(asked[1]) if asked else 0
+            self.send_response(206 if asked else 200)
             self.send_header("X-Repo-Commit", sha)
             self.send_header("ETag", f'"{path.name}"')
-            self.send_header("Content-Length", str(path.stat().st_size))
+            self.send_header("Content-Length", str(len(data) - begin))
+            if asked:
+                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
             self.end_headers()
             if self.command == "GET":
-                with path.open("rb") as file:
-                    while piece := file.read(PIECE):
-                        self.wfile.write(piece)
+                hub.given.append((path.name, begin, len(data)))
+                end = hub.cut.pop(path.name, len(data))
+                self.wfile.write(data[begin:end])
+                self.close_connection = end < len(data)
 
         def say(self, value: Any, status: int = 200, code: str = "") -> None:
             text = json.dumps(value).encode()
@@ -280,3 +310,18 @@ def serving(folder: Path) -> Iterator[HubStandIn]:
 
     with listening(Handler) as hub.url:
         yield hub
+
+
+def use(monkeypatch: pytest.MonkeyPatch, url: str, token: str | None, home: Path) -> None:
+    """This process's client asks the hub at `url`: it has read its settings already."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub cache"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
