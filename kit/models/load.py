@@ -162,7 +162,7 @@ def reload(saved: Path, recipe: Recipe, on_its_base: bool = False) -> tuple[Any,
         weight_files(saved)
         return load_from(str(saved), recipe.model_copy(update={"revision": None}), use_safetensors=True)
     read_adapter_config(saved)  # PEFT would take a pickle where there are no safetensors
-    with misfits(saved, recipe):
+    with _misfits(saved, recipe):
         model, tokenizer = _with_adapter(saved, recipe, on_its_base)
     tensors = load_file(saved / "adapter_model.safetensors")
     _check_names(model, tensors, saved, recipe)
@@ -206,7 +206,7 @@ def _naming(base: str, adapter: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def misfits(adapter: Path, recipe: Recipe) -> Iterator[None]:
+def _misfits(adapter: Path, recipe: Recipe) -> Iterator[None]:
     """What torch and PEFT say of an adapter of another model's shapes or layers becomes a KitError that names both."""
     try:
         yield
