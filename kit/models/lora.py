@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from kit.common.errors import KitError, one_line
+from kit.common.processes import world_size
 from kit.common.weight_files import weight_files
 from kit.models.fetch import PREFIX, adapter_folder, base_folder, changed_base, read_adapter_config
 from kit.models.load import free_memory, load_model, prepare_8bit
@@ -107,7 +108,7 @@ def trainable_share(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
 @contextmanager
 def whole(model: Any, recipe: Recipe) -> Iterator[Any]:
     """The model, able to answer in this process: as it is, or loaded anew for a while where it was read in shards."""
-    if not is_sharded(model):
+    if world_size() == 1 or not is_sharded(model):
         yield model
         return
     alone = recipe.model_copy(update={"fsdp": False, "deepspeed": None})
