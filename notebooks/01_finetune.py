@@ -313,8 +313,9 @@ verdict.require()
 # %% [markdown]
 # ## 18. Push to a hub
 #
-# Only what passed, and only what `push_to_hub` names: adapter, merged, gguf, each in a private repository with a card
-# that carries the verdict. Log in with `HF_TOKEN` or `hf auth login`; a token is never a field of the recipe.
+# Only what passed, and only what `push_to_hub` names: adapter, merged, merged-4bit, gguf, each in a private repository
+# with a card that carries the verdict. Log in with `HF_TOKEN` or `hf auth login`; a token is never a field of the
+# recipe.
 
 # %%
 run.stage("push")
