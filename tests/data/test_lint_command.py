@@ -101,9 +101,9 @@ def test_json_is_all_that_goes_to_standard_output(tmp_path: Path) -> None:
 
 
 def test_a_recipe_brings_its_own_data() -> None:
-    done = lint("--recipe", "recipes/quickstart.yaml", "--rows", "1")
+    done = lint("--recipe", "recipes/quickstart.yaml", "max_seq_length=250", "--rows", "1")
     assert "500 of 500 rows can be trained" in done.stdout
-    assert "max_seq_length  " in done.stdout and "256; " in done.stdout
+    assert "max_seq_length  " in done.stdout and "250; " in done.stdout
     assert "for your model" not in done.stdout and done.stdout.count("tokens are trained") == 1
 
 
