@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 JOKES = [("为什么{}不能当饭吃？", "因为{}不是食物，吃了对身体没有好处。"),
          ("{}会自己回家吗？", "不会，{}没有腿，也不认识路。")]
-THINGS = ["月亮", "石头", "雨伞", "镜子", "书包", "钟表", "云朵", "影子"]
+THINGS = ["月亮", "石头", "雨伞", "镜子", "书包", "钟表"]
 SCRIPT = """#!/bin/bash
 export CUDA_VISIBLE_DEVICES=0,1
 torchrun --nproc_per_node={processes} {script}.py \\
@@ -70,7 +70,8 @@ def test_from_the_first_command_to_the_last(command: Command, tmp_path: Path) ->
     for name, processes, script, more in (("lora", 2, "run_qwen_no_sft_trainer", ""),
                                           ("qlora4", 1, "sft_qwen_quantization", "--quantization_bit 4")):
         (folder / f"{name}.bash").write_text(SCRIPT.format(processes=processes, script=script, model=MODEL, more=more))
-        command("kit", "new", name, "--from", f"{name}.bash")
+        # As there, adapters only.
+        command("kit", "new", name, "--from", f"{name}.bash", "save_merged=none", "max_new_tokens=16")
         recipe = Recipe.load(folder / f"{name}.yaml")
         assert (recipe.load_in_4bit, recipe.learning_rate, recipe.save_strategy) == (name == "qlora4", 1e-3, "epoch")
     command("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "kit", "train", "lora.yaml")
