@@ -113,7 +113,8 @@ def lint(
     from kit.data.lint import check, recipe_of
 
     if recipe and data and "=" in data and not Path(data).exists():  # the recipe's own data, with this field on top
-        data, fields = None, [data, *(fields or [])]
+        fields = [data, *(fields or [])]
+        data = None
     return check(recipe_of(data, recipe, parsed(fields)), html, fix, json, rows, defaults=recipe is None)
 
 

@@ -63,6 +63,9 @@ def convert(source: Source) -> Converted:
         if (stage := str(given.get(name) or "").lower()) and stage not in possible:
             raise KitError(f"{name}: {stage}: only supervised finetuning is here",
                            "TRL's other trainers take the model that kit.load_model and kit.add_lora give")
+    if (method := str(given.get("finetuning_type")).lower()) in ("freeze", "oft"):
+        raise KitError(f"finetuning_type: {method}: here an adapter or all weights are trained",
+                       "set it to lora or full; LoRA on some layers only: target_modules")
     for option in {option.name: option for option in source.options}.values():  # of several the last counts
         _take(done, option, given, source)
     if given.get("export_dir") or given.get("merge_lora"):
@@ -122,7 +125,9 @@ def _row(tool: Tool, name: str, value: Any) -> Row | None:
                 return row
         if rows and value is False:
             return SWITCHED_OFF
-    return None
+    # A script of anybody's: what any tool calls so, where all mean the same by it.
+    others = {row.fields[0][0]: row for row in rows_named(name) if row.fields and not row.values}
+    return next(iter(others.values())) if len(others) == 1 else None
 
 
 def _by_row(done: Converted, row: Row, value: Any, shown: str, told: str) -> None:

@@ -19,6 +19,12 @@ FIRST, LAST = "\ue000", "\ue001"  # around the name of a variable that is not kn
 PROGRAMS = re.compile(r"(?:.*/)?(?:torchrun|python[\d.]*|accelerate|deepspeed|swift|llamafactory-cli|axolotl|bash|sh)$")
 # What is quoted stays; shlex would also take the # of rows.jsonl#500 for a comment.
 COMMENT = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:^|(?<=\s))\#[^\n]*""", re.MULTILINE)
+# Of a line of shell: what is kept as it is, then where output goes, then what ends a command.
+SHELL_PARTS = re.compile(
+    r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.|\$\([^)]*\)|`[^`]*`)"""
+    r"""|(?:^|(?<=\s))(?:\d|&)?>{1,2}\s*(?:&\s*[\d-]|[^\s;|&<>]+)|(?<=\s)<\s+\S+"""
+    r"""|(;|&&|\|\||\||&)""", re.DOTALL)
+END = "\ue002"
 ANSWERS = re.compile(r"\b(?:swift|llamafactory-cli) (?:infer|chat|webchat|api|deploy|eval|app)\b|"
                      r"--(?:question_file|lora_path|infer_backend)\b")
 WHOLE = re.compile(r"kwargs|_dict|columns|roles|tokens|fsdp|loftq|mapping|deepspeed")  # mappings that are one value
@@ -127,7 +133,7 @@ def _shell(text: str, folder: Path, place: str, by: Chain = ()) -> Source:
     """The command of a script that sets most options, its variables put in; a YAML it names is read first."""
     variables: dict[str, str] = {}
     commands: list[list[str]] = []
-    for line in _lines(text):
+    for line in (command for whole in _lines(text) for command in _commands(whole)):
         try:
             words = shlex.split(line)
         except ValueError:  # a quote that is never closed
@@ -173,6 +179,11 @@ def _lines(text: str) -> Iterator[str]:
         pending = ""
     if pending:
         yield pending
+
+
+def _commands(line: str) -> list[str]:
+    """The commands of a logical line, without where their output goes."""
+    return SHELL_PARTS.sub(lambda part: part[1] or (END if part[2] else " "), line).split(END)
 
 
 def _filled(text: str, variables: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from kit.recipe.reading import PlainLoader
 from kit.recipe.recipe import Recipe
 
 EXPLAINED = "recipes/qwen3-4b-alpaca.yaml"  # every line of it says why: what a recipe begins as
+MERGING = "merging: "
 WIDTH = 34  # of `field: value` before its comment
 
 
@@ -38,6 +39,9 @@ def new(name: str, source: str | None, fields: dict[str, Any]) -> None:
     print(told)
     for line in lost:
         print(f"  {line}")
+    if lost and lost[0].startswith(MERGING):
+        print(f"next: {lost[0].removeprefix(MERGING)}")
+        return
     print(f"next: kit doctor {path}" if " " not in str(path) else f"next: kit doctor '{path}'")
 
 
@@ -87,11 +91,12 @@ def _page(path: Path, source: str, done: Converted, fields: dict[str, Any]) -> t
     if "max_steps" in fields and "num_train_epochs" not in fields:
         done.values.pop("num_train_epochs", None)
     rows = [f"# From {short(source)} ({done.tool.name}). A comment says what the line is called there, or whose "
-            "default it is.", f"#   kit run {path}", ""]
+            "default it is.", "# It merges and trains nothing: a run needs a dataset." if done.merges else
+            f"#   kit run {path}", ""]
     for name in Fields.model_fields:
         if name in done.values:
             rows.append(f"{line_of(name, done.values[name]):<{WIDTH}} # {short(done.origins[name])}")
-    merging = [f"{what}: {why}" for what, why in done.lost if what == "merging"]
+    merging = [f"{MERGING}{why}" for what, why in done.lost if what == "merging"]
     others = [f"{what} – {why.replace('RECIPE', str(path))}" if why else what for what, why in done.lost
               if what != "merging"]
     lost = merging + (["No counterpart here, or done otherwise:", *(f"- {line}" for line in others)] if others else [])

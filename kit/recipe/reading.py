@@ -168,9 +168,9 @@ def _find(source: str | Path) -> Path:
             return path
         if path.is_dir():
             raise KitError(f"{source} is a folder, not a recipe", "name a .yaml file")
-    known = sorted(p.name for p in (PROJECT / "recipes").glob("*.yaml"))
-    raise KitError(f"there is no recipe {source}{nearest(Path(source).name, known)}",
-                   "recipes here: " + ", ".join(f"recipes/{name}" for name in known))
+    known = sorted(f"recipes/{p.name}" for p in (PROJECT / "recipes").glob("*.yaml"))
+    raise KitError(f"there is no recipe {source}{nearest(f'recipes/{Path(source).name}', known)}",
+                   f"recipes here: {', '.join(known)}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -260,6 +260,33 @@ def test_scripts_that_start_each_other_are_read_once() -> None:
     assert (recipe.r, recipe.max_seq_length, recipe.learning_rate) == (4, 99, 1e-3) and "b.sh: --learning_rate" in text
 
 
+@pytest.mark.parametrize("end", [
+    " > log.txt 2>&1 &", " 2>&1 | tee train.log", " &> log.txt", " >>log 2>&1", "; echo done", " && echo 'a > b; c'",
+    " &", " < answers.txt"])
+@pytest.mark.parametrize("option, field, value", [
+    ("--learning_rate 1e-5", "learning_rate", 1e-5), ("--save_total_limit 2", "save_total_limit", 2),
+    ("--lora_target_modules q_proj 'v_proj'", "target_modules", ["q_proj", "v_proj"])])
+def test_where_a_commands_output_goes_is_no_value(end: str, option: str, field: str, value: Any) -> None:
+    Path("last.sh").write_text("cd x && nohup python finetune.py --model_name_or_path a/b --data_path 'a b.jsonl' "
+                               f"--use_lora True {option}{end}\n")
+    recipe, _ = made("last.sh")
+    assert getattr(recipe, field) == value and recipe.dataset == "a b.jsonl"
+
+
+def test_an_option_of_another_script_is_known_by_the_table() -> None:
+    recipe, text = made("python t.py --model_name_or_path a/b --dataset_name_or_path rows.jsonl --learning_rate 1e-4")
+    assert recipe.dataset == "rows.jsonl" and "not known" not in text
+
+
+def test_a_method_that_is_not_here_is_refused_and_a_merge_says_what_is_next(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    Path("freeze.yaml").write_text("model_name_or_path: a/b\nstage: sft\nfinetuning_type: freeze\ndataset: x.json\n")
+    with pytest.raises(KitError, match="finetuning_type: freeze"):
+        made("freeze.yaml")
+    _, text = made(FILES / "llamafactory-merge.yaml")
+    assert "next: kit export saves/" in capsys.readouterr().out and "kit run" not in text
+
+
 @pytest.mark.parametrize("line", [
     "python infer_qlora.py --base_model_path /path/to/b --lora_path /path/to/l --question_file /path/to/q.txt",
     "swift infer --adapters x --stream true", "llamafactory-cli chat x.yaml --template qwen"])
