@@ -84,17 +84,20 @@ def renamed(row: Any, columns: Columns) -> Any:
         left_out = unread | {ours[key] for key in fields if key in ours}
         return {ours.get(key, key): value for key, value in fields.items() if key in ours or key not in left_out}
 
-    def turn_of(turn: Any, role: str) -> Any:
+    def turn_of(turn: Any, role: str, text: str) -> Any:
         if not isinstance(turn, dict):
             return turn
         turn = under_our_names(turn)
+        for name, here in (("role", role), ("content", text)):  # said of ShareGPT's from and value as well
+            if name in columns and here not in columns and name in turn:
+                turn[here] = turn.pop(name)
         word = turn.get(role)
         return {**turn, role: roles[word]} if isinstance(word, str) and word in roles else turn
 
     row = under_our_names(row)
-    for key, (role, _, _) in TURNS.items():
+    for key, (role, text, _) in TURNS.items():
         if isinstance(row.get(key), list):
-            row[key] = [turn_of(turn, role) for turn in row[key]]
+            row[key] = [turn_of(turn, role, text) for turn in row[key]]
     return row
 
 

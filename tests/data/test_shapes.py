@@ -87,6 +87,10 @@ SHAPED: dict[str, tuple[str, dict[str, Any], list[Turn]]] = {
 
 A_B = [turn("user", "a"), turn("assistant", "b")]
 RENAMED: dict[str, tuple[dict[str, str | None], dict[str, Any], list[Turn]]] = {
+    "the field of messages, said of ShareGPT's list": (
+        {"role": "speaker", "content": "text", "user": "客户"},
+        {"conversations": [{"speaker": "客户", "text": "q"}, {"speaker": "gpt", "text": "a"}]},
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]),
     "roles by other words": ({"user": "客户", "assistant": "客服", "system": "提示", "messages": "话"}, {"话": [
         turn("提示", "S"), turn("客户", "a"), turn("客服", "b")]}, [turn("system", "S"), *A_B]),
     "words that are known besides": ({"tool": "工具"}, {"conversations": [
