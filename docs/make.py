@@ -116,7 +116,8 @@ def options_page(chinese: bool) -> str:
         for row in tool.options:
             cells = (row.option_zh if chinese else row.option, row.here, row.remark_zh if chinese else row.remark)
             rows.append("| " + " | ".join(cells).rstrip() + " |" if cells[2] else f"| {cells[0]} | {cells[1]} | |")
-    return "\n".join(rows) + "\n"
+    page = "\n".join(rows) + "\n"
+    return re.sub(r"\(\.\./recipes/([\w.-]+\.yaml)\)", r"(../recipes/zh/\1)", page) if chinese else page
 
 
 def gates_page() -> str:
@@ -130,14 +131,14 @@ def gates_page() -> str:
             "measured. A training is named by model, rows and optimiser steps.", "", "## Sound exports", "",
             f"In {draws:,} draws of 4, 8 and 32 conversations a gate failed {failed} times. Spread is that of the "
             "logits by what is allowed; above 1 the gate fails.", "",
-            "* The starter's q5_k_m is not counted: it is not sound. Its weights come from a Q4_1 file, and where rows "
+            "(*) The starter's q5_k_m is not counted: it is not sound. Its weights come from a Q4_1 file, and where rows "
             "are no multiple of 256 long llama.cpp makes Q5_1 of q5_k_m: of 16 even steps 32, which makes all "
             "weights 1.7% larger. With the file's weights in float32 the model is off by as much as in llama.cpp: on "
             "the demo's run by a KL of 0.07, where q4_k_m is off by 0.004.", "",
             f"| training | verdict | {' | '.join(SOUND)} |", f"|---|---|{'---|' * len(SOUND)}"]
     for name, each in sorted(trainings.items()):
         sound = each["sound"]
-        spreads = (f"{sound[kind]['spread'] / sound[kind]['allowed']:.2f}{' *' * _stretched(name, kind)}"
+        spreads = (f"{sound[kind]['spread'] / sound[kind]['allowed']:.2f}{' (*)' * _stretched(name, kind)}"
                    for kind in SOUND)
         rows.append(f"| {name} | {each['verdict']} | {' | '.join(spreads)} |")
     rows += ["", "## Faults", "", "In how many of the trainings the fault is found in the file made of it; behind it, "

@@ -83,9 +83,13 @@ def _command(line: str, system: list[Message], turns: list[Message]) -> tuple[li
 def say(pieces: Iterable[str]) -> str:
     """Print an answer as it comes; the whole of it."""
     text = ""
-    for piece in pieces:
-        text += piece
-        print(piece, end="", flush=True)
+    try:
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print()
+        raise
     print()
     return text
 
