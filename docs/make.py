@@ -131,7 +131,7 @@ def gates_page() -> str:
             "measured. A training is named by model, rows and optimiser steps.", "", "## Sound exports", "",
             f"In {draws:,} draws of 4, 8 and 32 conversations a gate failed {failed} times. Spread is that of the "
             "logits by what is allowed; above 1 the gate fails.", "",
-            "(*) The starter's q5_k_m is not counted: it is not sound. Its weights come from a Q4_1 file, and where rows "
+            "(*) Not counted: the starter's q5_k_m is not sound. Its weights come from a Q4_1 file, and where rows "
             "are no multiple of 256 long llama.cpp makes Q5_1 of q5_k_m: of 16 even steps 32, which makes all "
             "weights 1.7% larger. With the file's weights in float32 the model is off by as much as in llama.cpp: on "
             "the demo's run by a KL of 0.07, where q4_k_m is off by 0.004.", "",
