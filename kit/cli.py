@@ -112,9 +112,6 @@ def lint(
     """Check data before training: shapes, lengths, masks, duplicates, what is wrong and where."""
     from kit.data.lint import check, recipe_of
 
-    if recipe and data and "=" in data and not Path(data).exists():  # the recipe's own data, with this field on top
-        fields = [data, *(fields or [])]
-        data = None
     return check(recipe_of(data, recipe, parsed(fields)), html, fix, json, rows, defaults=recipe is None)
 
 

@@ -25,6 +25,7 @@ from kit.data.sources import files_of, held_out_source
 from kit.data.splits import Kept, batches
 from kit.gguf.messages import said, texts
 from kit.models.template import Message, load_tokenizer
+from kit.recipe.reading import parse_overrides
 from kit.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -154,7 +155,10 @@ class _Check:
 def recipe_of(data: str | None, recipe: str | None, fields: dict[str, Any]) -> Recipe:
     """The recipe whose data is checked, with `data` for its dataset. Raises KitError for what is neither."""
     if data is not None and "=" in data and not Path(data).exists():
-        raise KitError(f"{data!r} is no data: the first argument is what to check", "kit lint DATA FIELD=VALUE …")
+        if recipe is None:
+            raise KitError(f"{data!r} is no data: the first argument is what to check", "kit lint DATA FIELD=VALUE …")
+        fields = {**parse_overrides([data]), **fields}
+        data = None
     if data is None and recipe is None:
         raise KitError("nothing to check", "kit lint DATA, or kit lint --recipe RECIPE")
     return Recipe.load(recipe or {}, **{**fields, **({} if data is None else {"dataset": data})})

@@ -30,13 +30,14 @@ OUR_OWN = ("trust_remote_code", "run_name", "overwrite")  # fields that another 
 
 @dataclass
 class Converted:
-    """`values` of the recipe, `origins` of each in words, and what has no counterpart or is done otherwise."""
+    """`values` of the recipe, `origins` of each in words, and what has no counterpart or is done otherwise; of a file
+    that only merges, the command that does so here."""
 
     tool: Tool
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     lost: list[tuple[str, str]] = field(default_factory=list)
-    merges: bool = False
+    merging: str = ""
 
     def put(self, name: str, value: Any, origin: str) -> None:
         """A field's value; one that means "by itself" there is left out."""
@@ -74,7 +75,7 @@ def convert(source: Source) -> Converted:
         _fill(done, given, source)
     _settle(done)
     _check(done)
-    needed = {"model_name": "model"} | ({} if done.merges else {"dataset": "data set"})
+    needed = {"model_name": "model"} | ({} if done.merging else {"dataset": "data set"})
     for name, what in needed.items():
         if name not in done.values:
             done.lost.insert(0, (f"no {what} is named", f"set {name}; without it the starter's is taken"))
@@ -171,13 +172,12 @@ def _processes(done: Converted, name: str, value: Any, told: str) -> None:
 
 def _merging(done: Converted, given: dict[str, Any]) -> None:
     """A file that only merges: the command that does so here."""
-    done.merges = True
     adapter = given.get("adapter_name_or_path") or given.get("adapters") or "FOLDER"
     adapter = adapter[0] if isinstance(adapter, list) else adapter
     done.values = {name: value for name, value in done.values.items() if name in ("model_name", "prompt_style")}
     base, out = done.values.get("model_name", "MODEL"), given.get("export_dir") or given.get("output_dir") or "OUT"
     done.lost = [(what, why) for what, why in done.lost if not why.startswith("kit export")]
-    done.lost.insert(0, ("merging", f"kit export {adapter} --base {base} --out {out}"))
+    done.merging = f"kit export {adapter} --base {base} --out {out}"
 
 
 def _fill(done: Converted, given: dict[str, Any], source: Source) -> None:

@@ -9,6 +9,7 @@ from kit.gguf.formats import QUANTIZATIONS
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+ALL_LINEAR_TOO = {ALL_LINEAR, "all", "all_linear"}  # what else it is called
 # The names a row's fields can have, in the shapes that kit.data.shapes reads, and behind them those of a turn.
 ROW_FIELDS = ("messages", "conversations", "instruction", "input", "output", "system", "history", "tools", "prompt",
               "completion", "question", "answer", "role", "content", "from", "value")

@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from kit.recipe.fields import ALL_LINEAR, Fields
+from kit.recipe.fields import ALL_LINEAR, ALL_LINEAR_TOO, Fields
 
 SHORT = 60  # characters of a value in a comment
 FORMATS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -23,7 +23,7 @@ def normal(name: str, value: Any) -> Any:
         return FORMATS.get(word, word)
     if name == "target_modules" and isinstance(value, (str, list)):
         words = value if isinstance(value, list) else re.split(r"[,\s]+", value.strip())
-        every = {"all", "all-linear", "all_linear"} & {str(word).lower() for word in words}
+        every = ALL_LINEAR_TOO & {str(word).lower() for word in words}
         return [ALL_LINEAR] if every else words
     if name == "prompt_style":
         return STYLES.get(str(value).lower(), "chat")
@@ -33,8 +33,6 @@ def normal(name: str, value: Any) -> Any:
         return True if value is True else None  # neither there is float32; here by the machine
     if name == "resume_from_checkpoint":
         return value if isinstance(value, bool) else None
-    if name == "report_to" and isinstance(value, list):
-        return ",".join(map(str, value)) or "none"
     if name == "adapter_name_or_path" and isinstance(value, list):
         return value[0] if len(value) == 1 else value
     if isinstance(value, str) and Fields.model_fields[name].annotation in NUMBERS:

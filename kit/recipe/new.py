@@ -16,7 +16,6 @@ from kit.recipe.reading import PlainLoader
 from kit.recipe.recipe import Recipe
 
 EXPLAINED = "recipes/qwen3-4b-alpaca.yaml"  # every line of it says why: what a recipe begins as
-MERGING = "merging: "
 WIDTH = 34  # of `field: value` before its comment
 
 
@@ -27,11 +26,12 @@ def new(name: str, source: str | None, fields: dict[str, Any]) -> None:
     if own := _own(source or EXPLAINED):
         text = _with_fields(own.read_text(encoding="utf-8-sig"), fields).replace(f"recipes/{own.name}", str(path))
         lost: list[str] = []
-        told = f"{path}: a copy of {own}"
+        told, following = f"{path}: a copy of {own}", ""
     else:
         done = convert(read_foreign(str(source)))
         text, lost = _page(path, str(source), done, fields)
         told = f"{path}: {len(done.values)} fields from {short(source)} ({done.tool.name})"
+        following = printed(done.merging)
     _check(path, text)
     with unwritable(path, "name another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +39,7 @@ def new(name: str, source: str | None, fields: dict[str, Any]) -> None:
     print(told)
     for line in lost:
         print(f"  {line}")
-    if lost and lost[0].startswith(MERGING):
-        print(f"next: {lost[0].removeprefix(MERGING)}")
-        return
-    print(f"next: kit doctor {path}" if " " not in str(path) else f"next: kit doctor '{path}'")
+    print("next:", following or (f"kit doctor {path}" if " " not in str(path) else f"kit doctor '{path}'"))
 
 
 def _path(name: str) -> Path:
@@ -91,14 +88,13 @@ def _page(path: Path, source: str, done: Converted, fields: dict[str, Any]) -> t
     if "max_steps" in fields and "num_train_epochs" not in fields:
         done.values.pop("num_train_epochs", None)
     rows = [f"# From {short(source)} ({done.tool.name}). A comment says what the line is called there, or whose "
-            "default it is.", "# It merges and trains nothing: a run needs a dataset." if done.merges else
+            "default it is.", "# It merges and trains nothing: a run needs a dataset." if done.merging else
             f"#   kit run {path}", ""]
     for name in Fields.model_fields:
         if name in done.values:
             rows.append(f"{line_of(name, done.values[name]):<{WIDTH}} # {short(done.origins[name])}")
-    merging = [f"{MERGING}{why}" for what, why in done.lost if what == "merging"]
-    others = [f"{what} – {why.replace('RECIPE', str(path))}" if why else what for what, why in done.lost
-              if what != "merging"]
+    merging = [f"merging: {done.merging}"] if done.merging else []
+    others = [f"{what} – {why.replace('RECIPE', str(path))}" if why else what for what, why in done.lost]
     lost = merging + (["No counterpart here, or done otherwise:", *(f"- {line}" for line in others)] if others else [])
     lost = [printed(line) for line in lost]
     return "\n".join([*rows, "", *(f"# {line}" for line in lost)]).rstrip() + "\n", lost

@@ -14,7 +14,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 
 from kit.common.errors import nearest
 from kit.gguf.formats import QUANTIZATIONS
-from kit.recipe.fields import ALL_LINEAR, ROLE_WORDS, ROW_FIELDS, Columns, Fields
+from kit.recipe.fields import ALL_LINEAR, ALL_LINEAR_TOO, ROLE_WORDS, ROW_FIELDS, Columns, Fields
 from kit.recipe.reading import read_parameters, read_values, refusal
 from kit.recipe.trackers import named
 
@@ -29,7 +29,7 @@ class Recipe(Fields):
     def _layers(cls, value: Any) -> Any:
         """`all`, `all-linear` and `q_proj,v_proj` as they are written elsewhere."""
         names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-        every = isinstance(names, list) and {"all", "all-linear", "all_linear"} & {str(name).lower() for name in names}
+        every = isinstance(names, list) and ALL_LINEAR_TOO & {str(name).lower() for name in names}
         if every and len(names) > 1:
             raise ValueError(f"{ALL_LINEAR} stands alone: it is every linear layer but the head")
         return [ALL_LINEAR] if every else names
