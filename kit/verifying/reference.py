@@ -149,7 +149,9 @@ def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Rec
     """Rows to compare, of about `tokens` tokens: conversations, and the own answers that differ from theirs."""
     rows: list[Row] = []
     compared, count = 0, min(ROWS, len(replies))
-    for number in range(count):
+    # In their order, but the long ones last, so that FEWEST conversations and their answers have room.
+    share = tokens // (2 * FEWEST)
+    for number in sorted(range(count), key=lambda number: max(share, len(split[number]["input_ids"]))):
         row, reply = split[number], replies[number]
         ids, labels = row["input_ids"], row["labels"]
         where = [place for place in range(len(ids) - 1) if labels[place + 1] != -100]
@@ -165,6 +167,7 @@ def _rows_compared(tokenizer: Any, split: Any, replies: list[Reply], recipe: Rec
         compared += sum(len(cut.ids) for cut in fitting)
         if compared > tokens and len({row.number for row in rows}) >= FEWEST:
             break
+    rows.sort(key=lambda row: row.number)
     if not any(row.held_out for row in rows):
         raise KitError(f"all of the first {count} held-out conversations are longer than {LONGEST} tokens",
                        "hold out some shorter ones (eval_dataset), so that exported models can be compared on them")

@@ -139,3 +139,25 @@ def test_a_format_that_fails_again_is_told_with_the_next_finer_one(name: str, fi
 
     assert f"kit export RUN --{'save-merged 16bit' if name == 'merged' else f'gguf {name}'}" in _remedy(name)
     assert _remedy(name).endswith(f"too coarse for this model: --gguf {finer}") == bool(finer)
+
+
+def test_long_conversations_are_compared_only_where_there_are_too_few_short_ones(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    from kit.answering.replies import Reply
+    from kit.recipe.recipe import Recipe
+    from kit.verifying import reference
+
+    def chosen(lengths: list[int]) -> list[int]:
+        rows = [{"input_ids": [1] * length, "labels": [-100] * (length - 4) + [1] * 4, "prompt": []}
+                for length in lengths]
+        replies = [Reply("", True, (2, 2)) for _ in lengths]
+        monkeypatch.setattr(reference, "prompt_ids", lambda tokenizer, prompt, recipe: [1] * 6)
+        tokenizer = type("Tokenizer", (), {"eos_token_id": 3})
+        found = reference._rows_compared(tokenizer, rows, replies, Recipe.load({}), reference.COMPARED)
+        assert found == sorted(found, key=lambda row: row.number)
+        return sorted({row.number for row in found})
+
+    # 16 short ones hold too few tokens, so the first of the long ones follow; in order, until there are enough.
+    assert chosen([900, 100] * 16) == [*range(15), *range(15, 32, 2)]
+    assert chosen([1000] * 4 + [400] * 28) == list(range(4, 25))
+    assert chosen([1000, 900] * 16) == list(range(1, 20, 2))
