@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from kit.answering.replies import Reply, sampling
 from kit.common.errors import GateError
 from kit.common.padding import padded
+from kit.models.load import make_room
 from kit.models.precision import in_float32
 from kit.models.template import Message, prompt_ids
 from kit.recipe.recipe import Recipe
@@ -106,6 +107,7 @@ def generate(model: Any, tokenizer: Any, rows: list[list[int]], **options: Any) 
     else:
         model.eval()
     ids, mask = padded(rows, tokenizer.pad_token_id, left=True)
+    make_room(model, len(ids[0]) + options.get("max_new_tokens", 0))
     with torch.no_grad():
         return model.generate(
             input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device),

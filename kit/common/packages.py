@@ -6,6 +6,7 @@ It needs the standard library alone.
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -59,6 +60,21 @@ def is_own_environment() -> bool:
 
 def has_gpu() -> bool:
     """Whether NVIDIA's driver names a GPU; asked without torch, which may not be there yet."""
+    return bool(_nvidia_smi("-L"))
+
+
+def said_by_driver() -> tuple[str, str, str]:
+    """(name of the first GPU, version of the driver, newest CUDA that it serves), '?' for what it does not say."""
+    found = [re.search(pattern, _nvidia_smi(*options)) for pattern, options in (
+        (r"GPU 0: (.+?) \(", ["-L"]), (r"(\S+)", ["--query-gpu=driver_version", "--format=csv,noheader"]),
+        (r"CUDA Version: *([\d.]+)", []))]
+    card, driver, cuda = (match[1] if match else "?" for match in found)
+    return card, driver, cuda
+
+
+def _nvidia_smi(*options: str) -> str:
+    """What the driver's tool prints, '' where it is missing or finds no GPU."""
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False).returncode == 0
-    return False
+        done = subprocess.run(["nvidia-smi", *options], capture_output=True, timeout=30, encoding="utf-8", check=False)
+        return done.stdout if done.returncode == 0 else ""
+    return ""

@@ -13,6 +13,8 @@ from kit.common.files import cache_dir
 os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled_cache"))
 os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Else each load on a GPU asks a hub, for two minutes where none answers.
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 # Remarks that alarm and change nothing: of an optional speed-up, and of 8-bit's inputs, once for each product.
 for name in () if debugging() else ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
     logging.getLogger(name).setLevel(logging.ERROR)

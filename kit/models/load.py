@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
-from kit.common.errors import GateError, KitError
+from kit.common.errors import GateError, KitError, one_line
 from kit.common.files import write_json
 from kit.common.weight_files import weight_files
-from kit.models.fetch import loading_options, model_folder, not_loaded, read_adapter_config
+from kit.models.fetch import base_folder, loading_options, model_folder, not_loaded, read_adapter_config
 from kit.models.saved import code_refused, saved_tokenizer
 from kit.models.sharded import load_shards, loads_sharded
 from kit.models.template import check_saved_templates, prepare_tokenizer
@@ -30,6 +30,11 @@ from kit.recipe.machine import machine
 from kit.recipe.recipe import Recipe
 from kit.recipe.settings import Settings, resolved
 
+# What a device says of itself, and not of the weights that it was given.
+DEVICE_FAILED = re.compile(r"out of memory|CUDA|cuBLAS|cuDNN|NCCL|device-side|pinned memory", re.IGNORECASE)
+LESS_MEMORY = ("end what else holds its memory (nvidia-smi lists it; in a notebook restart the kernel), load_in_4bit: "
+               "true, or a smaller model")
+RESTART = "restart the kernel: after such an error a process can't use the GPU any more; kit doctor tries it out"
 OTHER_BASE = "name the base it was trained on: --base, or model_name in the recipe"
 
 
@@ -55,8 +60,9 @@ def load_from(source: str, recipe: Recipe, **options: Any) -> tuple[Any, Any]:
             made = partial(load, source, recipe, settings, loading_options(recipe) | options)
             model, tokenizer = load_shards(made, recipe) if loads_sharded(recipe) else made()
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
-            raise
+        if isinstance(error, RuntimeError) and DEVICE_FAILED.search(str(error)):
+            raise KitError(f"{machine().device_name} failed while {recipe.model_name} was loaded: {one_line(error)}",
+                           LESS_MEMORY if "memory" in str(error) else RESTART) from error
         raise not_loaded("weights", recipe, error) from error
     _check_precision(model, recipe)
     if machine().device == "cpu" and (head := model.get_output_embeddings()) is not None:
@@ -84,12 +90,13 @@ def _usual_4bit(recipe: Recipe, dtype: str) -> bool:
 
 def _load_with_unsloth(source: str, recipe: Recipe, settings: Settings, options: dict[str, Any]) -> tuple[Any, Any]:
     dtype = getattr(torch, settings.dtype)
+    # Else Unsloth loads its own upload in place of a hub's model: other 4-bit weights, another cache, no revision.
+    options |= {"use_exact_model_name": True}
     if machine().device == "cuda":
         # Of a model of pictures and text the text model, as on a CPU; else a processor takes the tokenizer's place.
         options |= {"text_only": True}
     if recipe.load_in_4bit and not _usual_4bit(recipe, settings.dtype):
-        # Without use_exact_model_name Unsloth may load its own 4-bit copy, quantised another way.
-        options |= {"quantization_config": four_bit_config(recipe, settings.dtype), "use_exact_model_name": True}
+        options |= {"quantization_config": four_bit_config(recipe, settings.dtype)}
     if machine().device == "cuda" and recipe.full_finetuning and settings.bf16 and dtype == torch.float32:
         # Unsloth's words for it: the dtype is that of the products.
         dtype = torch.bfloat16
@@ -178,7 +185,9 @@ def reload(saved: Path, recipe: Recipe, on_its_base: bool = False) -> tuple[Any,
 def _with_adapter(saved: Path, recipe: Recipe, on_its_base: bool) -> tuple[Any, Any]:
     has_tokenizer = (saved / "tokenizer_config.json").is_file()
     if not _without_unsloth(recipe, resolved(recipe)):
-        with _naming(model_folder(recipe), saved) if on_its_base else nullcontext(saved) as folder:
+        # A revision is that of the base: by its id alone the loader would take the newest one.
+        base = str(base_folder(recipe)) if recipe.revision else model_folder(recipe) if on_its_base else ""
+        with _naming(base, saved) if base else nullcontext(saved) as folder:
             if not has_tokenizer:
                 check_saved_templates(model_folder(recipe), recipe)
             return load_from(str(folder), recipe.model_copy(update={"revision": None}), use_safetensors=True)
@@ -226,6 +235,13 @@ def _check_names(model: Any, tensors: dict[str, Any], adapter: Path, recipe: Rec
     if unmatched := sorted(pairs(tensors) ^ pairs(name for name, _ in model.named_parameters())):
         raise KitError(f"the adapter {adapter} does not fit {recipe.model_name}: {unmatched[0]} is only on one side "
                        f"({len(unmatched)} tensors)", OTHER_BASE)
+
+
+def make_room(model: Any, tokens: int) -> None:
+    """Let the model read this many tokens: Unsloth's GPU path silently cuts off what is longer than max_seq_length."""
+    for module in model.modules():
+        if getattr(module, "max_seq_length", tokens) < tokens:
+            module.max_seq_length = tokens
 
 
 def free_memory() -> None:

@@ -22,7 +22,8 @@ NO_SUCH_ARCHITECTURE = "kit-doctor-no-such-architecture"
 
 
 def ask(*arguments: str, seconds: float = 60) -> dict[str, Any]:
-    """The answer of a child with these arguments. Raises KitError with the cause when it ends without one."""
+    """The answer of a child with these arguments. Raises KitError: the child's own, or why it ended without an answer.
+    """
     try:
         done = subprocess.run([sys.executable, "-m", "kit.readiness.probe", *arguments], stdin=subprocess.DEVNULL,
                               capture_output=True, timeout=seconds, encoding="utf-8", errors="replace",
@@ -31,7 +32,10 @@ def ask(*arguments: str, seconds: float = 60) -> dict[str, Any]:
         raise KitError(f"no answer within {seconds:.0f} s") from None
     for line in done.stdout.splitlines():
         if line.startswith("{"):  # a library may print lines of its own
-            return dict(json.loads(line))
+            answer = dict(json.loads(line))
+            if "refused" in answer:
+                raise KitError(*answer["refused"])
+            return answer
     reason, ended = last_trouble(done.stderr), how_it_ended(done.returncode)
     raise KitError(f"{ended}: {reason}" if reason else ended)
 
@@ -96,17 +100,17 @@ def llama(*names: str) -> dict[str, Any]:
 
 
 def template(recipe: str) -> dict[str, Any]:
-    """What the recipe's tokenizer, with its template, ends an answer with; or `trouble` with its `hint`."""
+    """What the recipe's tokenizer, with its template, ends an answer with."""
     from kit.models.template import load_tokenizer
     from kit.recipe.recipe import Recipe
 
-    try:
-        stop = load_tokenizer(Recipe.load(json.loads(recipe))).eos_token
-    except KitError as error:
-        return {"stop": "", "trouble": error.message, "hint": error.hint}
-    return {"stop": stop, "trouble": "", "hint": ""}
+    return {"stop": load_tokenizer(Recipe.load(json.loads(recipe))).eos_token}
 
 
 if __name__ == "__main__":
     question = {"machine": machine, "layers": layers, "llama": llama, "template": template}[sys.argv[1]]
-    print(json.dumps(question(*sys.argv[2:])), flush=True)
+    try:
+        said = question(*sys.argv[2:])
+    except KitError as error:
+        said = {"refused": [error.message, error.hint]}
+    print(json.dumps(said), flush=True)

@@ -17,7 +17,10 @@ import psutil
 
 from kit.common.errors import KitError
 from kit.common.files import existing
-from kit.common.packages import environment
+from kit.common.packages import environment, has_gpu, said_by_driver
+
+KERNELS_FROM = 7  # the compute capability that Triton needs: https://github.com/triton-lang/triton#compatibility
+ON_THE_CPU = "set CUDA_VISIBLE_DEVICES to nothing, and the run takes the CPU"
 
 
 def peak_memory_gb() -> float:
@@ -62,12 +65,31 @@ def _hardware() -> Machine:
 
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_properties(0)
+            if gpu.major < KERNELS_FROM:
+                raise KitError(f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}; Unsloth's kernels (Triton) "
+                               f"need {KERNELS_FROM}.0", f"use a newer GPU (a T4 will do), or {ON_THE_CPU}")
             bf16 = gpu.major >= 8
             reason = f"compute capability {gpu.major}.{gpu.minor} {'has' if bf16 else 'has no'} bfloat16"
             return Machine("cuda", gpu.name, cores(), gpu.total_memory / 1e9, 0.0, bf16, reason)
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and has_gpu():
+        raise KitError(*_unused_gpu())
     bf16 = bool(unsloth_cpu().cpu_bf16_supported())
     reason = f"this CPU {'computes' if bf16 else 'does not compute'} in bfloat16 itself"
     return Machine("cpu", _cpu_name(), cores(), psutil.virtual_memory().total / 1e9, 0.0, bf16, reason)
+
+
+def _unused_gpu() -> tuple[str, str]:
+    """(cause, remedy) where there is a GPU that the installed torch can't use: never a silent run on the CPU."""
+    card, driver, cuda = said_by_driver()
+    built = version("torch").partition("+")[2]  # cu130 or cpu
+    about = f"{card} with driver {driver}, which serves CUDA up to {cuda}"
+    torch_is = f"torch {version('torch')} can't use it"
+    torch_is += ": it is built without CUDA" if built == "cpu" else ""
+    newest = int(cuda.partition(".")[0] or 0)
+    index = "cu130" if newest >= 13 else "cu126"  # a driver serves all of its CUDA's minor versions
+    remedy = (f"install torch from PyTorch's index {index}: its install page has the line" if newest >= 12
+              else "update the driver to 525 or newer, for CUDA 12")
+    return f"there is a GPU ({about}), but {torch_is}", f"{remedy}; or {ON_THE_CPU}"
 
 
 def cores() -> int:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ def settings(recipe: Recipe, machine: Machine) -> Settings:
     dtype = _weights_in(recipe, computed, notes)
     bf16, fp16, optim = computed == "bfloat16", computed == "float16", recipe.optim
     if machine.device != "cpu":
-        notes.append("attention: xformers or FlashAttention where Unsloth finds them")
         return Settings(dtype, bf16, fp16, optim, recipe.packing, notes)
     if recipe.load_in_4bit:
         if not unsloth_cpu().cpu_bnb_4bit_supported():
@@ -74,7 +74,7 @@ def _computed_in(recipe: Recipe, machine: Machine, notes: list[str]) -> str:
     if cpu and (recipe.fp16 or recipe.dtype == "float16"):
         notes.append(f"{best} instead of float16: half precision on a CPU is slow and overflows")
         return best
-    if recipe.bf16 and not machine.bf16:
+    if not machine.bf16 and (recipe.bf16 or (recipe.dtype == "bfloat16" and not cpu)):
         notes.append(f"{best} instead of bfloat16: {machine.bf16_reason}")
         return best
     return "bfloat16" if recipe.bf16 else "float16" if recipe.fp16 else recipe.dtype or best
@@ -95,7 +95,10 @@ def _weights_in(recipe: Recipe, computed: str, notes: list[str]) -> str:
 
 def resolved(recipe: Recipe) -> Settings:
     """What the recipe becomes on this machine, with reasons."""
-    result = settings(recipe, this_machine(Path(recipe.output_dir)))
+    machine = this_machine(Path(recipe.output_dir))
+    result = settings(recipe, machine)
+    if machine.device == "cuda":
+        result.notes.append(_attention())
     engine = sharding(recipe)["engine"]
     if world_size() > 1 or recipe.deepspeed:
         result.notes.append(f"{world_size()} process{'es' * (world_size() > 1)}: {engine}")
@@ -103,6 +106,19 @@ def resolved(recipe: Recipe) -> Settings:
             result.notes.append("the loss of transformers, in place of Unsloth's chunked one, which can't see the "
                                 "weights that ZeRO-3 holds elsewhere")
     return result
+
+
+def _attention() -> str:
+    """Which attention Unsloth really runs on this GPU, and what is installed for a faster one but does not load."""
+    from unsloth.utils.attention_dispatch import HAS_FLASH_ATTENTION, HAS_XFORMERS, select_attention_backend
+
+    backend = select_attention_backend(use_varlen=True)
+    loaded = {"flash-attn": HAS_FLASH_ATTENTION, "xformers": HAS_XFORMERS}
+    remarks = [f"; {name} {version(name)} is installed and does not load: it was built for another torch than "
+               f"{version('torch')}" for name, loads in loaded.items()
+               if not loads and importlib.util.find_spec(name.replace("-", "_")) is not None]
+    names = {"flash_varlen": "FlashAttention", "sdpa": "PyTorch's SDPA"}
+    return f"attention: {names.get(backend, backend)}{''.join(remarks)}"
 
 
 def join(recipe: Recipe) -> None:

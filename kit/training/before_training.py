@@ -153,9 +153,15 @@ def _ends_with_stop(trained: list[int], tokenizer: Any) -> bool:
 
 def _check_settings(gates: Gates, trainer: SFTTrainer, recipe: Recipe) -> None:
     """Reports each setting that a library made different from the recipe's; no failure."""
+    settings = resolved(recipe)
     asked = {"optim": recipe.optim, "packing": recipe.packing, "max_length": recipe.max_seq_length,
-             "gradient_checkpointing": bool(recipe.use_gradient_checkpointing), "learning_rate": recipe.learning_rate}
+             "gradient_checkpointing": bool(recipe.use_gradient_checkpointing), "learning_rate": recipe.learning_rate,
+             "bf16": settings.bf16, "fp16": settings.fp16}
     actual = {name: getattr(value := getattr(trainer.args, name), "value", value) for name in asked}
+    padding_free = actual["max_length"] is None and getattr(trainer.args, "padding_free", False)
+    if padding_free:  # TRL wants none then, and Unsloth keeps it under its older name
+        actual["max_length"] = getattr(trainer.args, "max_seq_length", None)
     changes = [f"{name}: {actual[name]} (asked: {value})" for name, value in asked.items() if actual[name] != value]
-    gates.check("settings", None if changes else True, f"{len(changes)} changed" if changes else "as asked", "",
+    figure = f"{len(changes)} changed" if changes else "as asked"
+    gates.check("settings", None if changes else True, figure + ", batches without padding" * padding_free, "",
                 "; ".join(changes))

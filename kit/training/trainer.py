@@ -97,12 +97,23 @@ class KitTrainer(SFTTrainer):
 
     eval_batch_size: int
 
+    def __init__(self, *arguments: Any, in_float32: bool, **options: Any) -> None:
+        self.in_float32 = in_float32
+        super().__init__(*arguments, **options)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         figures = evaluate(self.model, self.processing_class, self.eval_dataset, self.eval_batch_size)
         metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # Where neither bf16 nor fp16 was asked for, Unsloth's trainer has turned one of them on by now.
+        if self.in_float32:
+            self.args.bf16 = self.args.fp16 = False
+            self.args.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        super().create_accelerator_and_postprocess()
 
     def _load_from_checkpoint(self, *arguments: Any, **options: Any) -> None:
         # TRL trains the adapter of a quantised model in bfloat16, and PEFT loads every adapter in float32.
@@ -184,7 +195,9 @@ def make_trainer(model: Any, tokenizer: Any, data: DatasetDict, recipe: Recipe) 
     lazy = "input_ids" not in rows.column_names
     columns = ["input_ids", "labels"]
     disable_progress_bars()  # TRL walks over the rows twice; on rows that are ready this takes no time
-    trainer = KitTrainer(model=model, args=training_arguments(recipe, lazy), processing_class=tokenizer,
+    arguments = training_arguments(recipe, lazy)
+    trainer = KitTrainer(model=model, args=arguments, in_float32=not (arguments.bf16 or arguments.fp16),
+                         processing_class=tokenizer,
                          train_dataset=rows if lazy else rows.select_columns(columns),
                          eval_dataset=held_out and held_out.select_columns(columns))
     trainer.eval_batch_size = recipe.per_device_eval_batch_size or recipe.per_device_train_batch_size

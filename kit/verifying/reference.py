@@ -28,6 +28,7 @@ from kit.common.show import bar
 from kit.data.masks import Formatter
 from kit.data.splits import without_nulls
 from kit.models.fetch import base_folder
+from kit.models.load import make_room
 from kit.models.precision import in_float32
 from kit.models.saved import saved_tokenizer
 from kit.models.template import Message, prompt_ids
@@ -207,6 +208,7 @@ def predict(model: Any, rows: list[Row], like: list[Predictions] | None = None) 
 def _log_probs(model: Any, rows: list[Row]) -> Iterator[tuple[int, Any]]:
     """(number of the row, log probabilities (n, vocabulary) at its n places); rows of like length in one pass."""
     model.eval()
+    make_room(model, max(len(row.ids) for row in rows))
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].ids))
     with torch.no_grad(), bar(len(rows), "reading held-out rows", "row", leave=False, delay=2) as progress:
         while order:

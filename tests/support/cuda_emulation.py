@@ -71,7 +71,7 @@ def begin() -> None:
     if os.environ.get(SWITCH):
         sys.meta_path.insert(0, AfterImport({
             "torch": emulate_torch, "triton.runtime.interpreter": round_bfloat16,
-            "transformers.modeling_utils": load_on_the_cpu}))
+            "transformers.modeling_utils": load_on_the_cpu, "unsloth.kernels.utils": four_bits_of_the_cpu}))
         version = importlib.metadata.version
         importlib.metadata.version = lambda name: (  # type: ignore[assignment]
             version(name).replace("+cpu", "+cu130") if name == "torch" else version(name))
@@ -111,14 +111,14 @@ def emulate_torch(torch: Any) -> None:
         "is_available": True, "device_count": 1, "get_device_properties": properties,
         "get_device_capability": card.capability, "get_device_name": card.name, "current_device": 0,
         "is_bf16_supported": card.capability >= (8, 0), "mem_get_info": (card.memory, card.memory),
-        "is_initialized": False, "current_stream": stream, "default_stream": stream, "get_rng_state_all": [],
+        "is_initialized": False, "is_current_stream_capturing": False, "get_rng_state_all": [],
+        "current_stream": stream, "default_stream": stream,
         "max_memory_allocated": 0, "max_memory_reserved": 0, "memory_allocated": 0, "memory_reserved": 0,
         "get_arch_list": [f"sm_{major}{minor}" for major, minor in {(7, 5), (8, 0), (9, 0)}]}
     answers |= dict.fromkeys(["empty_cache", "synchronize", "set_device", "reset_peak_memory_stats", "_lazy_init",
                               "set_rng_state_all", "manual_seed_all", "manual_seed", "ipc_collect"])
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
-    torch.version.cuda = "13.0"
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.random.manual_seed_all = lambda *_: None
     torch.cuda.Stream = torch.cuda.Event = Stream
@@ -135,6 +135,7 @@ def _on_the_cpu(torch: Any) -> None:
     from torch.overrides import TorchFunctionMode
 
     there, here = torch.device("cuda", 0), torch.device("cpu")
+    is_cuda, device = torch.Tensor.is_cuda.__get__, torch.Tensor.device.__get__
 
     def moved(value: Any) -> Any:
         if isinstance(value, str) and value.partition(":")[0] == "cuda":
@@ -143,16 +144,17 @@ def _on_the_cpu(torch: Any) -> None:
 
     class OnTheCPU(TorchFunctionMode):
         def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.Tensor.is_cuda.__get__:
+            if function == is_cuda:
                 return True
-            if function is torch.Tensor.device.__get__:
+            if function == device:
                 return there
-            if function is torch.Tensor.cuda:
+            if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
                 return args[0]
             if function is torch.device and args and type(args[0]) is int:
                 return there
             named = {name: here if name == "device" and type(value) is int else moved(value)
                      for name, value in (kwargs or {}).items()}
+            named.pop("pin_memory", None)
             return function(*map(moved, args), **named)
 
     OnTheCPU().__enter__()
@@ -229,3 +231,22 @@ def load_on_the_cpu(modeling: Any) -> None:
         return load(cls, *args, **options)
 
     modeling.PreTrainedModel.from_pretrained = classmethod(loaded)
+
+
+def four_bits_of_the_cpu(kernels: Any) -> None:
+    """Unsloth calls bitsandbytes' CUDA library by pointers; here its functions for the CPU do the same."""
+    def dequantized(weight: Any, state: Any = None, *_: Any, **__: Any) -> Any:
+        if state is None:
+            return weight
+        from bitsandbytes.functional import dequantize_4bit
+
+        turned = weight.shape[0] == 1
+        full = dequantize_4bit(weight.t() if turned else weight, state)
+        return full.t() if turned else full
+
+    def product(row: Any, weight: Any, state: Any, out: Any = None) -> Any:
+        full = dequantized(weight, state)
+        result = row @ (full if full.shape[0] == row.shape[-1] else full.t())
+        return result if out is None else out.copy_(result)
+
+    kernels._fast_dequantize_bnb, kernels._fast_gemv_bnb = dequantized, product

@@ -32,16 +32,16 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
          "num_key_value_heads": 2, "max_position_embeddings": 4096, "dtype": "bfloat16"}  # fmt: skip
 
 
-def tiny_model(family: str, folder: Path, short: bool = False) -> Path:
+def tiny_model(family: str, folder: Path, short: bool = False, **shape: int) -> Path:
     """Write a random bfloat16 model of two layers with its tokenizer into `folder`; return it.
 
-    `short` cuts its vocabulary, for what makes no GGUF of it.
+    `short` cuts its vocabulary, for what makes no GGUF of it; `shape` is what its config has besides SHAPE.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     tokenizer = tiny_tokenizer(family, short)
-    config = tiny_config(family, tokenizer)
+    config = tiny_config(family, tokenizer, **shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def tiny_tokenizer(family: str, short: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast, **shape: int) -> PretrainedConfig:
     """The family's config class, two layers small, for this tokenizer."""
     import transformers
 
@@ -86,7 +86,7 @@ def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedCo
            "pad_token_id": tokenizer.pad_token_id}
     if family.startswith("qwen"):
         ids["bos_token_id"] = tokenizer.convert_tokens_to_ids("<|endoftext|>")  # though its tokenizer names none
-    return getattr(transformers, name)(vocab_size=vocab_size, **{**ids, **SHAPE, **own})
+    return getattr(transformers, name)(vocab_size=vocab_size, **{**ids, **SHAPE, **own, **shape})
 
 
 def small_starter(starter: Path, folder: Path) -> Path:

@@ -70,7 +70,7 @@ def learn_surely(model: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def taught_model(family: str, folder: Path, steps: int = 60, short: bool = False) -> Path:
+def taught_model(family: str, folder: Path, steps: int = 60, short: bool = False, **shape: int) -> Path:
     """A tiny model that knows the words of `talks`, but not which answer belongs to which question.
 
     A random one would have to be trained hard before it is sure of anything, and its first loss is that of guessing.
@@ -78,7 +78,7 @@ def taught_model(family: str, folder: Path, steps: int = 60, short: bool = False
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tiny_model(family, folder, short)
+    tiny_model(family, folder, short, **shape)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama's has none; padding is masked below
     questions = [talk[:-1] for talk in talks()]
