@@ -1,6 +1,7 @@
 """Load a base model, in 4 and 8 bits too, or a saved adapter on its base."""
 
 import gc
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -90,6 +91,8 @@ def _usual_4bit(recipe: Recipe, dtype: str) -> bool:
 
 def _load_with_unsloth(source: str, recipe: Recipe, settings: Settings, options: dict[str, Any]) -> tuple[Any, Any]:
     dtype = getattr(torch, settings.dtype)
+    # A full finetuning earlier in this process leaves it behind, and no model would get an adapter any more.
+    os.environ.pop("UNSLOTH_ENABLE_FULL_FINETUNING", None)
     # Else Unsloth loads its own upload in place of a hub's model: other 4-bit weights, another cache, no revision.
     options |= {"use_exact_model_name": True}
     if machine().device == "cuda":

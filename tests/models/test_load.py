@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,25 @@ def test_layers_that_do_not_exist() -> None:
     model, _ = load_model(recipe)
     with pytest.raises(KitError, match="its linear layers are: down_proj, gate_proj"):
         add_lora(model, recipe)
+
+
+@pytest.mark.parametrize("said, remedy", [
+    ("CUDA out of memory. Tried to allocate 2 GiB", "a smaller model"),
+    ("CUDA error: device-side assert triggered", "restart the kernel"),
+    ("cuBLAS error: CUBLAS_STATUS_NOT_INITIALIZED", "restart the kernel")])
+def test_what_a_device_says_is_not_blamed_on_the_models_files(said: str, remedy: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("kit.models.load._load_with_unsloth", broken)
+    with pytest.raises(KitError, match="failed while starter was loaded") as caught:
+        load_model(Recipe.load({}))
+    assert remedy in caught.value.hint and "fetch" not in str(caught.value)
+
+
+def test_no_hub_is_told_of_a_load() -> None:
+    assert os.environ["UNSLOTH_DISABLE_STATISTICS"] == "1"  # Unsloth's switch: each load on a GPU asks one otherwise
 
 
 def test_a_damaged_model_is_named(tmp_path: Path, starter: Path) -> None:

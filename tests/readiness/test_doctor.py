@@ -115,6 +115,7 @@ def _constraints(text: str, header: str = "(Python 3, Linux)") -> Path:
      True),
     (GPU, {}, "float16: compute capability 7.5 has no bfloat16", True),
     (GPU, {"bf16": True}, "float16 instead of bfloat16: compute capability 7.5", None),
+    (GPU, {"dtype": "bfloat16"}, "float16 instead of bfloat16: compute capability 7.5", None),
     (CPU, {"fp16": True}, "bfloat16 instead of float16", None),
     (CPU, {"dtype": "float32"}, "float32, as the recipe says", True),
     (GPU, {"load_in_4bit": True}, "float16: compute capability", True),

@@ -58,12 +58,17 @@ class Chosen(contextlib.nullcontext):  # type: ignore[type-arg]
         super().__init__()
 
 
+def driver_environment(profile: str, **more: str) -> dict[str, str]:
+    """os.environ where the driver's tool names the card, and nothing else knows of it."""
+    tools = os.pathsep.join([str(FOLDER), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, SWITCH: profile, "PATH": tools, **more}
+
+
 def card_environment(profile: str, **more: str) -> dict[str, str]:
     """os.environ with the emulated card in it; `more` comes last."""
     path = os.pathsep.join(filter(None, [str(FOLDER), str(FOLDER.parent.parent), os.environ.get("PYTHONPATH")]))
-    tools = os.pathsep.join([str(FOLDER), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, SWITCH: profile, "PYTHONPATH": path, "PATH": tools, "TRITON_INTERPRET": "1",
-            "UNSLOTH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1", **more}
+    return driver_environment(profile, PYTHONPATH=path, TRITON_INTERPRET="1", UNSLOTH_COMPILE_DISABLE="1",
+                              TORCHDYNAMO_DISABLE="1") | more
 
 
 def begin() -> None:
@@ -145,9 +150,10 @@ def _on_the_cpu(torch: Any) -> None:
     class OnTheCPU(TorchFunctionMode):
         def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function == is_cuda:
-                return True
+                return args[0].device.type == "cpu"  # in here it says so itself
             if function == device:
-                return there
+                real = function(*args)
+                return there if real.type == "cpu" else real  # a tensor without values is on "meta"
             if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
                 return args[0]
             if function is torch.device and args and type(args[0]) is int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 
 from support.command import PROJECT, kit
-from support.cuda_emulation import PROFILES, card_environment
+from support.cuda_emulation import PROFILES, card_environment, driver_environment
 from support.tiny_runs import TOPICS, turns, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("triton") is None,
@@ -37,8 +39,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     from support.tiny_runs import taught_model
 
     folder = tmp_path_factory.mktemp("emulated")
-    short = list(TOPICS)[1:4:2]
-    write_rows(folder / "rows.jsonl", [turns(topic.format(1024 + n), TOPICS[topic]) for n in range(8) for topic in short])
+    write_rows(folder / "rows.jsonl", [turns(topic.format(1024 + number), TOPICS[topic])
+                                       for number in range(8) for topic in list(TOPICS)[1:4:2]])
     return cache(lambda family: taught_model(family, folder / family, short=True, **SHAPE))
 
 
@@ -76,3 +78,117 @@ def test_the_main_notebook(profile: str, family: str, fields: dict[str, Any], no
     verify = json.loads((tmp_path / "run" / "verify.json").read_text(encoding="utf-8"))
     memory = next(gate for gate in verify["gates"] if gate["name"] == "in memory")
     assert f"in {'float16' if profile == 'T4' else 'bfloat16'}" in memory["figure"]
+
+
+def in_hub_cache(model: Path, hub: Path, name: str, *revisions: str) -> dict[str, Path]:
+    """The model as a hub's cache holds it, of each revision with other weights; returns the folders by revision."""
+    from safetensors.torch import load_file, save_file
+
+    repository = hub / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    folders = {}
+    for number, revision in enumerate(revisions, 1):
+        commit = str(number) * 40
+        folders[revision] = repository / "snapshots" / commit
+        shutil.copytree(model, folders[revision])
+        weights = load_file(model / "model.safetensors")
+        weights["model.norm.weight"] = weights["model.norm.weight"] * number
+        save_file(weights, folders[revision] / "model.safetensors", metadata={"format": "pt"})
+        (repository / "refs" / revision).write_text(commit, encoding="utf-8")
+    return folders
+
+
+EXACT_AND_LONG = """
+import json, sys
+from pathlib import Path
+import kit
+from kit import Recipe
+from kit.models.load import reload
+from kit.verifying.reference import Row, predict
+
+recipe = Recipe.load(json.loads(sys.argv[1]))
+settings = kit.resolved(recipe)
+model, tokenizer = kit.load_model(recipe)
+norms = [float(model.model.norm.weight.abs().sum())]
+model = kit.add_lora(model, recipe)
+model.save_pretrained(sys.argv[2])
+tokenizer.save_pretrained(sys.argv[2])
+again, _ = reload(Path(sys.argv[2]), recipe)
+norms.append(float(again.base_model.model.model.norm.weight.abs().sum()))
+ids = tokenizer("Where is my parcel? " * 8, add_special_tokens=False)["input_ids"]
+row = Row(0, ids, list(range(len(ids) - 1)), True, True, True, False)
+cut = predict(model, [row])[0].best.tolist()
+whole = kit.answer(model, tokenizer, [[{"role": "user", "content": "Where is my parcel? " * 8}]], recipe)[0].ids
+print(json.dumps({"notes": settings.notes, "norms": norms, "tokens": len(ids), "places": len(cut), "ids": whole}))
+"""
+
+
+def test_the_model_that_is_named_is_the_one_that_is_loaded_and_long_rows_are_read_whole(
+        base: Callable[[str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folders = in_hub_cache(base("qwen3"), tmp_path / "hub", "Qwen/Qwen3-4B", "main", "v1")
+    recipe = recipe_of(base("qwen3"), tmp_path, model_name="Qwen/Qwen3-4B", revision="v1", max_seq_length=32)
+    package = tmp_path / "packages"
+    (package / "xformers-0.0.35.dist-info").mkdir(parents=True)
+    (package / "xformers-0.0.35.dist-info" / "METADATA").write_text("Name: xformers\nVersion: 0.0.35\n")
+    (package / "xformers").mkdir()
+    (package / "xformers" / "__init__.py").write_text("raise ImportError('libcudart.so.12: built for another torch')")
+    path = os.pathsep.join([card_environment("T4")["PYTHONPATH"], str(package)])
+    found = on_card("T4", EXACT_AND_LONG, json.dumps(recipe), str(tmp_path / "adapter"),
+                    HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", PYTHONPATH=path)
+    wanted = float(load_file(folders["v1"] / "model.safetensors")["model.norm.weight"].float().abs().sum())
+    assert found["norms"] == pytest.approx([wanted, wanted], rel=1e-2)
+    assert found["tokens"] > 32 and found["places"] == found["tokens"] - 1
+    assert any("xformers 0.0.35 is installed and does not load" in note for note in found["notes"])
+
+
+IN_FLOAT32 = """
+import json, sys
+import kit
+from kit import Recipe
+
+said = []
+for fields in json.loads(sys.argv[1]):
+    recipe = Recipe.load(fields)
+    model, tokenizer = kit.load_model(recipe)
+    model = kit.add_lora(model, recipe)
+    data = kit.load_data(recipe, tokenizer)
+    trainer = kit.make_trainer(model, tokenizer, data, recipe)
+    gates = kit.check_trainer(trainer, tokenizer, recipe)
+    said.append([trainer.args.bf16, trainer.args.fp16, trainer.accelerator.mixed_precision,
+                 str(next(model.parameters()).dtype), [gate.detail for gate in gates.failed],
+                 next(gate.figure for gate in gates.gates if gate.name == "settings")])
+print(json.dumps(said))
+"""
+
+
+def test_float32_is_trained_in_float32(base: Callable[[str], Path], tmp_path: Path) -> None:
+    fields = recipe_of(base("qwen3"), tmp_path, dtype="float32")
+    lora, full, usual = on_card("A100", IN_FLOAT32, json.dumps([
+        fields, {**fields, "full_finetuning": True}, {**fields, "dtype": None}]))
+    assert lora == full == [False, False, "no", "torch.float32", [], "as asked, batches without padding"]
+    assert usual == [True, False, "bf16", "torch.bfloat16", [], "as asked, batches without padding"]
+
+
+def test_a_gpu_too_old_for_the_kernels_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_of(base("qwen3"), tmp_path)), encoding="utf-8")
+    for command in ("doctor", "run"):
+        done = kit(command, str(recipe), **card_environment("P100"))
+        assert done.returncode, done.stdout
+        assert "Tesla P100-PCIE-16GB has compute capability 6.0" in done.stdout + done.stderr, done.stderr[-2000:]
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_gpu_that_torch_cannot_use_is_no_run_on_the_cpu(base: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_of(base("qwen3"), tmp_path)), encoding="utf-8")
+    for command in ("doctor", "train"):
+        done = kit(command, str(recipe), **driver_environment("T4"))
+        said = done.stdout + done.stderr
+        assert done.returncode and "Traceback" not in said
+        for words in ("there is a GPU (Tesla T4 with driver 580.65.06, which serves CUDA up to 13.0)", "cu130",
+                      "CUDA_VISIBLE_DEVICES"):
+            assert words in said, said[-2000:]
+    assert "no GPU" in kit("doctor", str(recipe), **driver_environment("T4", CUDA_VISIBLE_DEVICES="")).stdout
