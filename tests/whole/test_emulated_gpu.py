@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -163,6 +164,32 @@ print(json.dumps(said))
 """
 
 
+BFLOAT16 = """
+import tempfile, importlib.util, json, torch
+from pathlib import Path
+file = Path(tempfile.mkdtemp()) / "kernel.py"
+file.write_text('''import triton, triton.language as tl
+@triton.jit
+def product(a, b, out, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(out + i, tl.load(a + i) * tl.load(b + i))
+''')
+spec = importlib.util.spec_from_file_location("kernel", file)
+kernel = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernel)
+a, out = torch.tensor([1.5, -2.0, 3.0, 0.25], dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16)
+kernel.product[(1,)](a, a, out[4:], 4)
+print(json.dumps(out.tolist()))
+"""
+
+
+def test_the_emulation_computes_bfloat16_which_tritons_interpreter_alone_does_not() -> None:
+    assert on_card("A100", BFLOAT16) == [0, 0, 0, 0, 2.25, 4, 9, 0.0625]
+    alone = subprocess.run([sys.executable, "-c", BFLOAT16], text=True, capture_output=True, check=True,
+                           env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert json.loads(alone.stdout) != [0, 0, 0, 0, 2.25, 4, 9, 0.0625], "then round_bfloat16 is not needed any more"
+
+
 def test_float32_is_trained_in_float32(base: Callable[[str], Path], tmp_path: Path) -> None:
     fields = recipe_of(base("qwen3"), tmp_path, dtype="float32")
     lora, full, usual = on_card("A100", IN_FLOAT32, json.dumps([
@@ -192,3 +219,44 @@ def test_a_gpu_that_torch_cannot_use_is_no_run_on_the_cpu(base: Callable[[str], 
                       "CUDA_VISIBLE_DEVICES"):
             assert words in said, said[-2000:]
     assert "no GPU" in kit("doctor", str(recipe), **driver_environment("T4", CUDA_VISIBLE_DEVICES="")).stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("profile, family, fields", [
+    ("T4", "llama", {"full_finetuning": True, "learning_rate": 1e-3}),
+    ("A100", "qwen3", {"full_finetuning": True, "learning_rate": 1e-3}),
+    ("L4", "qwen3", {"load_in_8bit": True}),
+    ("H100", "llama", {"packing": True}),
+    ("A100", "llama", {"dtype": "float32"}),
+    ("T4", "qwen3", {"load_in_4bit": True, "dtype": "bfloat16"})])
+def test_the_command(profile: str, family: str, fields: dict[str, Any], base: Callable[[str], Path],
+                     tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(recipe_of(base(family), tmp_path, **fields)), encoding="utf-8")
+    done = kit("train", str(recipe), **card_environment(profile))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.long
+def test_a_stopped_training_goes_on(base: Callable[[str], Path], tmp_path: Path) -> None:
+    fields = recipe_of(base("llama"), tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    losses = {}
+    for name in ("whole", "stopped"):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(json.dumps(fields | {"run_name": name}), encoding="utf-8")
+        if name == "stopped":
+            log = tmp_path / name / "log.jsonl"
+            command = [sys.executable, "-m", "kit", "train", str(recipe)]
+            with subprocess.Popen(command, cwd=PROJECT, env=card_environment("T4"), text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT) as first:
+                while not (log.is_file() and log.read_text(encoding="utf-8")):
+                    assert first.poll() is None, first.communicate()[0][-3000:]
+                    time.sleep(0.05)
+                first.terminate()
+                said = first.communicate(timeout=300)[0]
+            assert first.returncode == 75, said[-3000:]
+        done = kit("train", str(recipe), **card_environment("T4"))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        losses[name] = json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8"))["train"]
+    assert losses["stopped"]["resumed_from"] in (1, 2)
+    assert losses["stopped"]["losses"] == losses["whole"]["losses"]
