@@ -32,6 +32,7 @@ DIRECT = ".modelscope.cn,.aliyuncs.com"  # in the same country: the accelerator 
 DRIVE = "content/drive"
 KEPT = ("wheels/*", "llama.cpp-*")  # of KIT_CACHE: what takes minutes to make
 ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
+WHEELHOUSE = ".tar.gz.kept"  # what only make wheelhouse calls a file
 DEPTH, MOST = 6, 3000  # folders of attached disks: how deep and how many are looked into
 SHOWN = 8
 
@@ -136,7 +137,7 @@ def look(host: str) -> Found:
             continue
         names = [entry.name for entry in entries]
         is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-        if is_model or any(name.startswith("unsloth-") and name.endswith(".whl") for name in names):
+        if is_model or any(name.endswith(WHEELHOUSE) for name in names):
             (found.models if is_model else found.wheels).append(folder)
         elif "kit" not in names and not _is_code(names):
             if host == "kaggle" and "config.json" not in names:  # elsewhere the disk is the user's own
