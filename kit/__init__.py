@@ -12,6 +12,8 @@ from typing import Any
 # spinning is slow on free ones; this is read when those libraries load, so it stands here.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+importlib.import_module("kit.common.hosts")  # it sets the caches' places, which libraries read when they load
+
 if "IPython" in sys.modules:
     importlib.import_module("kit.recipe.cells").watch()
 

@@ -1,6 +1,7 @@
 """A recipe's whole run without a person: papermill over the notebook, or its cells in this process."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -48,7 +49,7 @@ def run_notebook(source: str, overrides: dict[str, Any], overwrite: bool) -> int
     reason = "the kernel ended before the last cell"
     try:
         papermill.execute_notebook(_notebook(), run.folder / "notebook.ipynb",
-                                   parameters={"recipe": source, **overrides}, engine_name="kit",
+                                   parameters=_parameters(source, overrides), engine_name="kit",
                                    kernel_name="python3", progress_bar=False, stdout_file=sys.stdout,
                                    stderr_file=sys.stderr)
     except KeyboardInterrupt:
@@ -106,11 +107,16 @@ def _notebook() -> Any:
     notebook = jupytext.read(NOTEBOOK)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", []):
-            if written := sorted(names_assigned(cell.source) - {"recipe"}):
+            lines = [line for line in cell.source.splitlines() if not re.match(r'\w+ = ""', line)]  # empty fields
+            if written := sorted(names_assigned("\n".join(lines)) - {"recipe"}):
                 print(f"the notebook's parameters cell has lines that this command does not use: {', '.join(written)}")
-            lines = cell.source.splitlines()
             cell.source = "\n".join(line for line in lines if line.startswith("recipe")) or "recipe = None"
     return notebook
+
+
+def _parameters(source: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What is written into the notebook. An empty text becomes null: there it would be a form's field left empty."""
+    return {"recipe": source, **{name: None if value == "" else value for name, value in overrides.items()}}
 
 
 def _validated(source: str, overrides: dict[str, Any], overwrite: bool) -> Recipe:
@@ -160,8 +166,7 @@ def _execute(source: str, overrides: dict[str, Any], namespace: dict[str, Any]) 
             continue
         code, tags = cell.source, cell.metadata.get("tags", [])
         if "parameters" in tags:
-            values = {"recipe": source, **overrides}
-            code += "\n" + translate_parameters("python3", "python", values, "Parameters")
+            code += "\n" + translate_parameters("python3", "python", _parameters(source, overrides), "Parameters")
         if is_main() or EVERYWHERE in tags or "parameters" in tags:
             if title:
                 print(f"\n── {title} ──", flush=True)

@@ -11,6 +11,9 @@
 # ---
 
 # %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/ACCOUNT_OF_THIS_REPOSITORY/unsloth-kit/blob/main/notebooks/01_finetune.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/ACCOUNT_OF_THIS_REPOSITORY/unsloth-kit/blob/main/notebooks/01_finetune.ipynb)
+#
 # # Fine-tune a model and ship a GGUF you can trust
 #
 # One recipe in, one run folder out: load → LoRA → format → answers before → train → answers after → save → merge →
@@ -23,21 +26,57 @@
 # %% [markdown]
 # ## 1. Set up
 #
-# Nothing happens where `make lab` or `make setup` has run. On Colab, Kaggle or AutoDL this installs the packages and
-# builds llama-cpp-python once (a few minutes); on a machine of your own only into an environment made for it.
+# Nothing happens where `make lab` or `make setup` has run. On Colab, Kaggle, AutoDL or ModelScope this fetches the kit,
+# installs the packages, builds llama-cpp-python once (a few minutes), and says what it set on that host; on a machine
+# of your own packages go only into an environment made for it. Asked to restart the kernel? Do so and run all again.
+# `drive` is for Colab: Google Drive keeps the checkpoints and the compiled llama.cpp. All hosts: `docs/hosts.md`.
 
-# %%
+# %% cellView="form"
+# @title Fetch the kit, where this notebook was opened alone
+import glob
 import os
+import shutil
+import subprocess
 import sys
+import urllib.request
+from importlib.util import find_spec
 
-if os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")
+KIT = "https://github.com/ACCOUNT_OF_THIS_REPOSITORY/unsloth-kit"  # the variable KIT_SOURCE names another, or a folder
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: choose a newer runtime or kernel")
+disk = next((path for path in ("/root/autodl-tmp", "/mnt/workspace") if os.path.isdir(path)), ".")  # with room
+folder = os.path.abspath(f"{disk}/unsloth-kit")
+there = [path for path in (".", "..", "unsloth-kit", folder) if os.path.isfile(f"{path}/kit/common/packages.py")]
+if not there and find_spec("kit") is None:
+    attached = [path for depth in ("*", "*/*/*") for path in glob.glob(f"/kaggle/input/{depth}/unsloth-kit")]
+    source = os.environ.get("KIT_SOURCE") or next(iter(attached), KIT)
+    if os.path.exists(folder):
+        sys.exit(f"{folder} is there and is not the kit, so it is left alone: rename it, then run this cell again")
+    partial = f"{folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if os.path.isdir(source):
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".git", ".venv", "runs"))
+    elif shutil.which("git"):
+        done = subprocess.run(["git", "clone", "--depth", "1", source, partial], capture_output=True, text=True,
+                              env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+        if done.returncode:
+            sys.exit(f"git could not fetch {source}: {done.stderr.strip()}\nKIT_SOURCE can name another address, or a "
+                     "folder that you have put there; on AutoDL a terminal can: source /etc/network_turbo; git clone …")
+    else:
+        shutil.unpack_archive(urllib.request.urlretrieve(f"{source}/archive/HEAD.tar.gz")[0], partial, "gztar")
+        partial = glob.glob(f"{partial}/*")[0]
+    os.rename(partial, folder)
+    there = [folder]
+os.chdir(there[0] if there else ".")
 if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
 
+# %% cellView="form"
+drive = False  # @param {type:"boolean"}
+
 import kit
 
-kit.install_packages()
+kit.install_packages(drive=drive)
 
 # %% tags=["every-process"]
 import kit
@@ -46,13 +85,20 @@ from kit import Recipe, Run, plots
 # %% [markdown]
 # ## 2. Choose a recipe
 #
-# A recipe states what differs from the defaults. To try something, add a line such as `learning_rate = 1e-4` below;
-# papermill does the same with `-p learning_rate 1e-4`. To start over from here, change `run_name`.
+# A recipe states what differs from the defaults. To try something, fill in a field below or add a line such as
+# `max_seq_length = 1024`; papermill does the same with `-p learning_rate 1e-4`. An empty field is as in the recipe. To
+# start over from here, change `run_name`.
 #
 # For a GPU with 16 GB, `recipes/qwen3-4b-alpaca.yaml` is the usual Qwen3-4B QLoRA set-up, explained line by line.
 
 # %% cellView="form" tags=["parameters"]
 recipe = "recipes/quickstart.yaml"  # @param {type:"string"}
+model_name = ""  # @param {type:"string"}
+hub = ""  # @param ["", "huggingface", "modelscope"]
+dataset = ""  # @param {type:"string"}
+max_steps = ""  # @param {type:"string"}
+learning_rate = ""  # @param {type:"string"}
+gguf = ""  # @param {type:"string"}
 
 # %% tags=["every-process"]
 recipe = Recipe.load(recipe, **Recipe.given(globals()))

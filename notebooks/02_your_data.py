@@ -11,6 +11,9 @@
 # ---
 
 # %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/ACCOUNT_OF_THIS_REPOSITORY/unsloth-kit/blob/main/notebooks/02_your_data.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/ACCOUNT_OF_THIS_REPOSITORY/unsloth-kit/blob/main/notebooks/02_your_data.ipynb)
+#
 # # Your own data, and no doubt about what is trained on
 #
 # A file in, a checked file out: read it, see what is wrong with which row, repair what can be repaired safely, decide
@@ -20,17 +23,50 @@
 # %% [markdown]
 # ## 1. Set up
 #
-# Nothing happens where `make lab` or `make setup` has run; on Colab, Kaggle or AutoDL this installs the packages.
+# Nothing happens where `make lab` or `make setup` has run; on Colab, Kaggle, AutoDL or ModelScope this fetches the kit
+# and installs the packages. Asked to restart the kernel? Do so and run all again.
 
-# %%
+# %% cellView="form"
+# @title Fetch the kit, where this notebook was opened alone
+import glob
 import os
+import shutil
+import subprocess
 import sys
+import urllib.request
+from importlib.util import find_spec
 
-if os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")
+KIT = "https://github.com/ACCOUNT_OF_THIS_REPOSITORY/unsloth-kit"  # the variable KIT_SOURCE names another, or a folder
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: choose a newer runtime or kernel")
+disk = next((path for path in ("/root/autodl-tmp", "/mnt/workspace") if os.path.isdir(path)), ".")  # with room
+folder = os.path.abspath(f"{disk}/unsloth-kit")
+there = [path for path in (".", "..", "unsloth-kit", folder) if os.path.isfile(f"{path}/kit/common/packages.py")]
+if not there and find_spec("kit") is None:
+    attached = [path for depth in ("*", "*/*/*") for path in glob.glob(f"/kaggle/input/{depth}/unsloth-kit")]
+    source = os.environ.get("KIT_SOURCE") or next(iter(attached), KIT)
+    if os.path.exists(folder):
+        sys.exit(f"{folder} is there and is not the kit, so it is left alone: rename it, then run this cell again")
+    partial = f"{folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    if os.path.isdir(source):
+        shutil.copytree(source, partial, ignore=shutil.ignore_patterns(".git", ".venv", "runs"))
+    elif shutil.which("git"):
+        done = subprocess.run(["git", "clone", "--depth", "1", source, partial], capture_output=True, text=True,
+                              env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+        if done.returncode:
+            sys.exit(f"git could not fetch {source}: {done.stderr.strip()}\nKIT_SOURCE can name another address, or a "
+                     "folder that you have put there; on AutoDL a terminal can: source /etc/network_turbo; git clone …")
+    else:
+        shutil.unpack_archive(urllib.request.urlretrieve(f"{source}/archive/HEAD.tar.gz")[0], partial, "gztar")
+        partial = glob.glob(f"{partial}/*")[0]
+    os.rename(partial, folder)
+    there = [folder]
+os.chdir(there[0] if there else ".")
 if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
 
+# %%
 import kit
 
 kit.install_packages(llama_cpp=False)

@@ -17,9 +17,8 @@ import psutil
 
 from kit.common.errors import KitError
 from kit.common.files import existing
-from kit.common.packages import environment, has_gpu, said_by_driver
+from kit.common.packages import OLDEST, environment, has_gpu, said_by_driver
 
-KERNELS_FROM = 7  # the compute capability that Triton needs: https://github.com/triton-lang/triton#compatibility
 ON_THE_CPU = "set CUDA_VISIBLE_DEVICES to nothing, and the run takes the CPU"
 
 
@@ -65,13 +64,13 @@ def _hardware() -> Machine:
 
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_properties(0)
-            if gpu.major < KERNELS_FROM:
+            if float(f"{gpu.major}.{gpu.minor}") < OLDEST:
                 raise KitError(f"{gpu.name} has compute capability {gpu.major}.{gpu.minor}; Unsloth's kernels (Triton) "
-                               f"need {KERNELS_FROM}.0", f"use a newer GPU (a T4 will do), or {ON_THE_CPU}")
+                               f"need {OLDEST}", f"use a newer GPU (a T4 will do), or {ON_THE_CPU}")
             bf16 = gpu.major >= 8
             reason = f"compute capability {gpu.major}.{gpu.minor} {'has' if bf16 else 'has no'} bfloat16"
             return Machine("cuda", gpu.name, cores(), gpu.total_memory / 1e9, 0.0, bf16, reason)
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and has_gpu():
+    if has_gpu():
         raise KitError(*_unused_gpu())
     bf16 = bool(unsloth_cpu().cpu_bf16_supported())
     reason = f"this CPU {'computes' if bf16 else 'does not compute'} in bfloat16 itself"

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from kit.common import hosts
 from kit.common.errors import KitError, nearest, one_line
 from kit.common.files import PROJECT
 from kit.common.secrets import secret
@@ -105,11 +106,11 @@ def read_parameters(variables: dict[str, Any]) -> dict[str, Any]:
     """The recipe fields among a notebook's variables (`Recipe.given`): what papermill or a person set there.
 
     A variable that is nearly a field's name is taken for a slip and refused. One whose line was deleted from its cell
-    does not count.
+    does not count, nor an empty text: a form's field that was left empty. What the set-up cell decided comes first.
     """
-    fields, gone = {}, deleted()
+    fields, gone = dict[str, Any](hosts.fields), deleted()
     for name, value in variables.items():
-        if name in gone or name.startswith("_") or \
+        if name in gone or name.startswith("_") or value == "" or \
                 not isinstance(value, (str, int, float, bool, list, dict, type(None))):
             continue
         if value:

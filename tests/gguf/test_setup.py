@@ -112,7 +112,7 @@ def test_make_alone_lists_its_verbs() -> None:
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     verbs = re.findall(r"^  make ([a-z-]+) ", done.stdout, re.MULTILINE)
     assert verbs == ["help", "setup", "lab", "engines", "demo", "test", "test-all", "test-fast", "test-gpu", "check",
-                     "pair", "docs", "data", "clean"]
+                     "pair", "wheelhouse", "gpu-constraints", "docs", "data", "clean"]
 
 
 # --- the converter ---

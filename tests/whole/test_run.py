@@ -259,7 +259,7 @@ def test_a_command_takes_nothing_that_somebody_wrote_into_the_notebook(
     parameters(notebook).source += '\ndataset = "my.csv"\nrun_name = "mine"'
     jupytext.write(notebook, tmp_path / "01_finetune.py", fmt="py:percent")
     monkeypatch.setattr(batch, "NOTEBOOK", tmp_path / "01_finetune.py")
-    assert parameters(batch._notebook()).source == as_it_was
+    assert parameters(batch._notebook()).source == as_it_was.splitlines()[0], "and no form"
     assert "dataset, run_name" in capsys.readouterr().out
 
 
