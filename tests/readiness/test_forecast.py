@@ -91,12 +91,13 @@ def test_parts_of_memory(folder: Path) -> None:
         usual = {"model_name": str(folder), "dtype": "bfloat16", "use_gradient_checkpointing": False}
         return forecast_on(machine, Recipe.load({**usual, **fields}))
 
-    def parts(**fields: Any) -> dict[str, float]:
-        return needs(**fields).memory_gb
+    def parts(machine: Machine = CPU, **fields: Any) -> dict[str, float]:
+        return needs(machine, **fields).memory_gb
 
     usual = parts()
     small = parts(load_in_4bit=True)
     assert small["adapter and optimiser"] == pytest.approx(usual["adapter and optimiser"] / 2, rel=1e-2)
+    assert parts(GPU, load_in_4bit=True)["adapter and optimiser"] == parts(GPU)["adapter and optimiser"], "float32 there"
     assert small["weights"] < parts(load_in_8bit=True)["weights"] < usual["weights"]
     assert parts(dtype="float32")["weights"] == pytest.approx(2 * usual["weights"], rel=1e-3)
     model = known(Recipe.load({}, model_name=str(folder)))
@@ -106,6 +107,23 @@ def test_parts_of_memory(folder: Path) -> None:
     assert on_cpu.peak_memory_gb == pytest.approx(sum(on_cpu.memory_gb.values()), abs=1e-5)
     larger = max(on_gpu.memory_gb[STEP], on_gpu.memory_gb[ANSWERS])
     assert on_gpu.peak_memory_gb == pytest.approx(certain_gb(on_gpu) + larger, abs=1e-5)
+
+
+@pytest.mark.parametrize("machine, fields, width, moments", [
+    (CPU, {}, 4, 8), (GPU, {}, 4, 2), (GPU, {"optim": "adamw_torch"}, 4, 8),
+    (CPU, {"load_in_4bit": True}, 2, 4), (CPU, {"load_in_8bit": True}, 2, 4),
+    (GPU, {"load_in_4bit": True}, 4, 2), (GPU, {"load_in_8bit": True}, 4, 2), (None, {"load_in_4bit": True}, 4, 2)])
+def test_adapters_and_checkpoints_by_device(folder: Path, machine: Machine | None, fields: dict[str, Any], width: int,
+                                            moments: int) -> None:
+    """Of a quantised model they are bfloat16 on a CPU and float32 on a GPU; a GPU's 8-bit moments have a byte each."""
+    recipe = Recipe.load({}, model_name=str(folder), r=256, target_modules="all", save_strategy="steps", save_steps=5,
+                         max_steps=5, **{"optim": "adamw_8bit", **fields})
+    count = known(recipe).adapter(recipe)
+    needs = forecast_on(machine, recipe)
+    assert needs.files_gb["adapter"] == pytest.approx(count * width / 1e9, rel=1e-3)
+    assert needs.files_gb["checkpoints"] == pytest.approx(count * (width + moments) / 1e9, rel=1e-3)
+    if machine:
+        assert needs.memory_gb["adapter and optimiser"] == pytest.approx(count * (2 * width + moments) / 1e9, rel=1e-3)
 
 
 def test_the_bound_grows_with_the_rows_and_shrinks_with_checkpointing(folder: Path) -> None:
