@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from kit.common.errors import KitError
 from kit.common.files import PROJECT, cache_dir, existing
+from kit.gguf.cuda import FOR_THE_GPU, SLOW, capabilities
 from kit.gguf.setup import PACKAGE, SETUP, converter_dir, installed_version
 from kit.models.remote import hub_cache
 from kit.readiness.forecast import ANSWERS, STEP, Forecast
@@ -187,7 +188,8 @@ def llama_cpp(recipe: Recipe | None) -> Gate:
     failed = False if recipe is None or recipe.gguf else None
     try:
         folder = converter_dir()
-        loaded = ask("llama")["version"]
+        answer = ask("llama")
+        loaded = answer["version"]
     except KitError as error:
         return Gate("llama.cpp", failed, PACKAGE, detail=error.message, hint=error.hint or REINSTALL)
     if os.environ.get("LLAMA_CPP_DIR"):
@@ -196,7 +198,9 @@ def llama_cpp(recipe: Recipe | None) -> Gate:
     if loaded != installed_version():
         return Gate("llama.cpp", failed, f"{PACKAGE} {installed_version()}",
                     detail=f"what loads is version {loaded}", hint=REINSTALL)
-    return Gate("llama.cpp", True, f"{PACKAGE} {loaded} loads; the converter is of the same version ({folder})")
+    slow = f". It is built for the CPU: {SLOW}; {FOR_THE_GPU} and {SETUP} change that" \
+        if capabilities() and not answer["gpu"] else ""
+    return Gate("llama.cpp", True, f"{PACKAGE} {loaded} loads; the converter is of the same version ({folder}){slow}")
 
 
 def quantised(bits: int, machine: Machine) -> Gate:

@@ -105,7 +105,8 @@ def test_shapes_and_sizes_are_those_of_the_files(hub: HubStandIn, source: Path, 
 
 def test_what_is_in_the_cache_is_not_fetched_again(hub: HubStandIn, source: Path) -> None:
     last = "model-00002-of-00002.safetensors"
-    fetched("model_name", "zoo/two-shards", [kind for kind in MODEL_FILES if kind != "*.safetensors"] + [last], recipe())
+    others = [kind for kind in MODEL_FILES if kind != "*.safetensors"]
+    fetched("model_name", "zoo/two-shards", [*others, last], recipe())
     told = known_model(recipe())
     first = (source / "model-00001-of-00002.safetensors").stat().st_size
     assert isinstance(told, ModelFiles) and told.fetch_bytes == first
@@ -197,7 +198,7 @@ def test_modelscope_tells_the_same(source: Path, tmp_path: Path) -> None:
     code = ("import json, sys; from kit.models.fetch import MODEL_FILES, fetched; "
             "from kit.models.remote import known_model; from kit.recipe.recipe import Recipe\n"
             "recipe = Recipe.load({}, hub='modelscope', model_name='zoo/two-shards')\n"
-            "def told(): print(json.dumps([(known := known_model(recipe)).parameters, known.fetch_bytes]), flush=True)\n"
+            "def told():\n    known = known_model(recipe); print(json.dumps([known.parameters, known.fetch_bytes]))\n"
             "told(); fetched('model_name', recipe.model_name, MODEL_FILES, recipe, hub='ModelScope'); told()")
     with modelscope_stand_in.serving() as hub:
         hub.hold("models", "zoo/two-shards", source)
