@@ -140,7 +140,7 @@ def _files(model: ModelFiles, recipe: Recipe, steps: int | None, device: str) ->
     tokenizer = model.tokenizer_bytes
     count = model.parameters if recipe.full_finetuning else model.adapter(recipe)
     width = (4 if _trained_in_float32(recipe) else 2) if recipe.full_finetuning else _adapter_width(recipe, device)
-    checkpoint = count * (width + _moments(recipe, width, device)) + tokenizer
+    checkpoint = count * width + _moments(model, recipe, width, device) + tokenizer
     saved = count * (2 if recipe.full_finetuning else width)  # full weights leave in 16-bit at the end
     files: dict[str, float] = {"merged" if recipe.full_finetuning else "adapter": saved + tokenizer}
     if recipe.save_merged != "none":
@@ -215,18 +215,25 @@ def _adapter_width(recipe: Recipe, device: str) -> int:
     return 2 if recipe.quantised and device == "cpu" else 4
 
 
-def _moments(recipe: Recipe, width: int, device: str) -> int:
-    """Bytes of Adam's two moments of a number; 8-bit ones are on a GPU only, on a CPU Unsloth takes plain AdamW."""
-    return 2 if device == "cuda" and "8bit" in recipe.optim else 2 * width
+def _moments(model: ModelFiles, recipe: Recipe, width: int, device: str) -> int:
+    """Bytes of Adam's two moments. 8-bit ones are on a GPU only: on a CPU Unsloth takes plain AdamW. Those of an
+    embedding transformers leaves as they are (GlobalOptimManager in its trainer.py).
+    """
+    count = model.parameters if recipe.full_finetuning else model.adapter(recipe)
+    if device != "cuda" or "8bit" not in recipe.optim:
+        return 2 * width * count
+    embedding = sum(math.prod(tensor.shape) for name, tensor in model.tensors.items()
+                    if recipe.full_finetuning and name.endswith("embed_tokens.weight"))
+    return 2 * (count - embedding) + 2 * width * embedding
 
 
 def _optimised(model: ModelFiles, recipe: Recipe, width: int, device: str) -> float:
     """Adapter, gradient and Adam's two moments; of full finetuning the last three, as the weights are counted already.
     """
     if recipe.full_finetuning:
-        return model.parameters * (width + _moments(recipe, width, device))
+        return model.parameters * width + _moments(model, recipe, width, device)
     width = _adapter_width(recipe, device)
-    return model.adapter(recipe) * (2 * width + _moments(recipe, width, device))
+    return model.adapter(recipe) * 2 * width + _moments(model, recipe, width, device)
 
 
 def _export(model: ModelFiles, recipe: Recipe) -> float:

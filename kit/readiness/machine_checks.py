@@ -119,8 +119,8 @@ def memory(machine: Machine, free_gb: float, needs: Forecast) -> Gate:
         return Gate("memory", None, figure, detail="other programs hold the rest", hint=f"end them, or {SMALLER}")
     held = GPU_PROCESS_GB if cuda else certain  # by the run's process, which waits meanwhile
     if held + (needs.export_gb or 0.0) > own_gb:
-        detail = (f"the export takes up to {needs.export_gb:.1f} GB of the machine's {own_gb:.1f} GB, of which the run's "
-                  f"process holds about {held:.1f}")
+        detail = (f"the export takes up to {needs.export_gb:.1f} GB of the machine's {own_gb:.1f} GB; the "
+                  f"run's process holds about {held:.1f}")
         return Gate("memory", None, figure, detail=detail,
                     hint="gguf: [] and save_merged: none, and `kit export` on a larger machine")
     return Gate("memory", True, figure)
