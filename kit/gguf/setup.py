@@ -191,7 +191,8 @@ def machine_key(flags: str = "") -> str:
 def _download(version: str, into: Path) -> Path:
     """The source archive (77 MB) from the package index that pip is set to."""
     print(f"llama.cpp: downloading the {PACKAGE} {version} sources", flush=True)
-    done = _pip("download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d", str(into))
+    done = subprocess.run([*PIP, "download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d",
+                           str(into)], **PIPED)
     archive = next(into.glob("*.tar.gz"), None)
     if done.returncode or archive is None:
         raise KitError(f"pip could not download {PACKAGE} {version}:\n{_tail(done.stdout)}",
@@ -254,7 +255,9 @@ def _compile(archive: Path, scratch: Path, cuda: str = "") -> Path:
             raise
     wheel = next(scratch.glob("*.whl"), None)
     if build.returncode or wheel is None:
-        raise KitError(f"{PACKAGE} did not compile; the end of {log}:\n{_tail(log.read_text('utf-8'))}",
+        text = log.read_text("utf-8")
+        cause = re.search(r"^.*(CMake Error|fatal error|error:).*(\n.*){3}", text, re.MULTILINE)  # then pip speaks
+        raise KitError(f"{PACKAGE} did not compile; from {log}:\n{_tail(cause[0] if cause else text)}",
                        f"mend what it names there, then run {SETUP} again")
     return wheel
 
@@ -270,14 +273,14 @@ def _show_progress(build: subprocess.Popen[str], record: TextIO) -> None:
         if step and (in_terminal or now - shown > 20):
             shown = now
             print(f"llama.cpp:   [{step[1]}] {now - start:.0f} s ", end="\r" if in_terminal else "\n", flush=True)
-    print(f"llama.cpp:   compiled in {time.monotonic() - start:.0f} s ", flush=True)
+    print(f"llama.cpp:   the build took {time.monotonic() - start:.0f} s ", flush=True)
 
 
 def _install(wheel: Path) -> None:
     """Install the wheel and load it once in a child process."""
     print(f"llama.cpp: installing {wheel.name}", flush=True)
     # Of one version there is a build for the CPU and one for the GPU.
-    done = _pip("install", "--no-deps", "--no-index", "--force-reinstall", str(wheel))
+    done = subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)], **PIPED)
     if done.returncode:
         raise KitError(f"pip could not install {wheel}:\n{_tail(done.stdout)}",
                        f"delete that file, then run {SETUP} again")
@@ -286,10 +289,6 @@ def _install(wheel: Path) -> None:
         wheel.unlink()
         raise KitError(f"{wheel.name} does not load here (exit code {loaded.returncode}):\n{_tail(loaded.stdout)}",
                        f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP} compiles it again")
-
-
-def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PIP, *arguments], **PIPED)
 
 
 def _tail(text: str, lines: int = 12) -> str:
