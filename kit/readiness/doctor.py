@@ -131,8 +131,9 @@ def preflight(recipe: Recipe) -> None:
 
 
 def _check_room(recipe: Recipe) -> None:
-    """KitError where a disk has no room for what is fetched and made; says it where the sizes are not known."""
-    needs = forecast_on(None, recipe, model=known_model(recipe))
+    """KitError where a disk has no room for what is surely fetched and made; says it where the sizes are not known."""
+    # Checkpoints of save_minutes are made in a long run only.
+    needs = forecast_on(None, recipe.model_copy(update={"save_minutes": None}), model=known_model(recipe))
     if needs.room_gb is None:
         print(f"disk: not checked: {needs.notes[-1]}", flush=True)
     for disk in checks.disks(checks.run_places(recipe, needs)):

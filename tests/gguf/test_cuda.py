@@ -249,3 +249,19 @@ def test_a_long_prompt_of_a_large_model_has_its_time_and_silence_between_tokens_
             model._weights = 0
             with pytest.raises(KitError, match="no answer within"):
                 model.render([])
+
+
+@pytest.mark.parametrize("logits, own, expected", [(True, None, "f32"), (False, None, None), (True, "f16", "f16")])
+def test_compared_logits_are_summed_in_float32_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logits: bool,
+                                                        own: str | None, expected: str | None) -> None:
+    """f16 matrices would be multiplied with sums in f16, an error that is not the file's; who sets it otherwise wins."""
+    monkeypatch.delenv("GGML_CUDA_CUBLAS_COMPUTE_TYPE", raising=False)
+    if own:
+        monkeypatch.setenv("GGML_CUDA_CUBLAS_COMPUTE_TYPE", own)
+    (tmp_path / "worker.py").write_text(
+        "import json, os, sys\nfor line in sys.stdin:\n    print(json.dumps({'id': json.loads(line)['id'], 'result': "
+        "os.environ.get('GGML_CUDA_CUBLAS_COMPUTE_TYPE') if 'metadata' in line else ''}), flush=True)\n")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    monkeypatch.setattr(child, "WORKER", (sys.executable, str(tmp_path / "worker.py")))
+    with LlamaChild(tmp_path / "m.gguf", logits=logits) as model:
+        assert model.metadata() == expected

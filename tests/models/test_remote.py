@@ -162,7 +162,7 @@ def test_doctor_and_preflight_say_the_disk_is_too_small(hub: HubStandIn, source:
     """As Qwen3-4B with two GGUFs on Kaggle: about 23 GB at the peak where the folder has 20."""
     monkeypatch.setattr(doctor, "converter_dir", lambda: tmp_path)
     monkeypatch.setattr(machine_checks, "converter_dir", lambda: tmp_path)
-    wanted = recipe(output_dir=str(tmp_path / "runs"), gguf=["q8_0", "q4_k_m"])
+    wanted = recipe(output_dir=str(tmp_path / "runs"), gguf=["q8_0", "q4_k_m"], save_minutes=None)
     needs = forecast_on(Machine("cuda", "a GPU", 2, 15.6, 1.0, False, ""), wanted, model=known_model(wanted))
     assert needs.room_gb is not None and needs.fetch_gb == pytest.approx(to_fetch(source) / 1e9, rel=1e-3)
     assert needs.memory_gb["weights"] > 0
