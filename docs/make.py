@@ -174,7 +174,7 @@ def model_of(name: str) -> ModelFiles:
     for key, weight in model.named_parameters():  # tied ones once
         begin, end = end, end + 2 * weight.numel()
         tensors[key] = TensorInfo(tuple(weight.shape), "BF16", begin, end)
-    return ModelFiles(Path(name), CONFIGS[name], tensors)
+    return ModelFiles(CONFIGS[name], tensors)
 
 
 @cache

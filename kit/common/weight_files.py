@@ -5,7 +5,6 @@ The format: an unsigned 64-bit length (little endian), a JSON header of that len
 """
 
 import json
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,20 +35,30 @@ def read_weights_header(file: Path) -> WeightsHeader:
     """The header of a safetensors file. Raises KitError when it has none, or the file is shorter than it says."""
     try:
         with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            if length > MAX_HEADER:
-                raise ValueError("the header is too long")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        tensors = {name: TensorInfo(tuple(info["shape"]), info["dtype"], *info["data_offsets"])
-                   for name, info in header.items() if name != "__metadata__"}
+            length = header_length(stream.read(8))
+            tensors = header_tensors(stream.read(length))
         missing = 8 + length + max((info.end for info in tensors.values()), default=0) - file.stat().st_size
     except OSError as error:
         raise KitError(f"{file} can't be read: {error.strerror or error}", FETCH_AGAIN) from None
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise KitError(f"{file} is damaged: it has no readable safetensors header", FETCH_AGAIN) from None
     if missing > 0:
         raise KitError(f"{file} is cut short: {missing} bytes are missing", FETCH_AGAIN)
     return WeightsHeader(8 + length, tensors)
+
+
+def header_length(beginning: bytes) -> int:
+    """How long the header is that follows these first eight bytes of a file. ValueError where there can be none."""
+    if len(beginning) < 8 or (length := int.from_bytes(beginning[:8], "little")) > MAX_HEADER:
+        raise ValueError("no header, or too long a one")
+    return length
+
+
+def header_tensors(header: bytes) -> dict[str, TensorInfo]:
+    """The tensors of a header's JSON. Raises ValueError, KeyError, TypeError or AttributeError for what is none."""
+    found: dict[str, dict[str, Any]] = json.loads(header)
+    return {name: TensorInfo(tuple(info["shape"]), info["dtype"], *info["data_offsets"])
+            for name, info in found.items() if name != "__metadata__"}
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ from kit.recipe.recipe import Recipe
 from kit.runs.run import Run, read_manifest
 
 PIECE = 16 << 20  # bytes copied at once
+SHARD = "4GB"  # of a GPU's weights so much is in the machine's memory at once, while they are written
 HEAD = "lm_head.weight"
 INNER = "model.language_model."  # where the files of a model of pictures and text have the tensors of the text model
 SEEING = ("preprocessor_config.json", "video_preprocessor_config.json")  # such a model's, which vLLM asks for
@@ -40,7 +41,7 @@ def save_adapter(model: Any, tokenizer: Any, run: Run) -> Path:
     target = run.adapter if is_adapter else run.merged
     with whole_folder(target) as folder:
         # "auto" would ask the hub for the base model's vocabulary size.
-        model.save_pretrained(folder, **({"save_embedding_layers": False} if is_adapter else {}))
+        model.save_pretrained(folder, **({"save_embedding_layers": False} if is_adapter else {"max_shard_size": SHARD}))
         _save_tokenizer(tokenizer, folder)
     return target
 
@@ -99,7 +100,7 @@ def save_4bit(merged: Path, target: Path, recipe: Recipe) -> None:
     model = saved_model(merged, recipe.trust_remote_code, dtype="auto", device_map="cpu",
                         quantization_config=four_bit_config(recipe, dtype))
     with whole_folder(target) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=SHARD)
         saved_tokenizer(merged, recipe.trust_remote_code).save_pretrained(folder)
 
 

@@ -5,6 +5,7 @@ JSON lines on stdout, each carrying the request's number.
 """
 
 import json
+import math
 import os
 import queue
 import signal
@@ -26,11 +27,25 @@ from kit.gguf.formats import chat_templates, read_header
 from kit.gguf.messages import Message
 from kit.gguf.trial import NO_REAL_ONE, OVERTIME, OVERTIME_CODE
 
+# Silence that says nothing yet, in seconds, and the least that is done in a second of work. On two cores that others
+# kept busy (load 6) the starter model, of 0.13e9 weights, was read at 1.0 to 1.3e10 weights x tokens per second in f16,
+# bf16, q8_0 and q4_k_m; Colab's two answer with 4 to 5 tokens/s of a 4B model, 2e10, and read faster than that.
+QUIET, WEIGHTS_PER_SECOND = 60.0, 4e9
+BYTES_PER_SECOND = 25e6  # a disk over a network
+PIECE_TOKENS = 8  # a character may take several tokens, and text comes by whole characters
+
 WORKER = (sys.executable, "-m", "kit.gguf.worker")
 TROUBLE = (("error", "what():", "assert", "out of memory", "no space"), ("failed", "exception", "invalid"))
 
-HINTS = {"context window": "raise n_ctx or shorten the prompt", "the chat template needs": NO_REAL_ONE,
+BROKEN = "the file or its tokenizer is broken: run the export again"
+HINTS = {"out of memory": 'CUDA_VISIBLE_DEVICES="" before the command answers on the CPU',
+         "context window": "raise n_ctx or shorten the prompt", "the chat template needs": NO_REAL_ONE,
          "the chat template writes": NO_REAL_ONE}  # by words of the child's error
+
+
+def allowed_seconds(weights: float, tokens: int = 0, file_bytes: int = 0, quiet: float = QUIET) -> float:
+    """How long a child that works may be silent: it reads `tokens` with a model of `weights`, or loads a file."""
+    return quiet + weights * tokens / WEIGHTS_PER_SECOND + file_bytes / BYTES_PER_SECOND
 
 
 def child_environment() -> dict[str, str]:
@@ -57,30 +72,38 @@ def how_it_ended(returncode: int) -> str:
 class LlamaChild:
     """A GGUF loaded by llama-cpp-python in a child process; use it in a `with` block.
 
-    `seconds` is the longest silence allowed: loading, a token of a stream, any other answer. Entering the block raises
-    KitError for a file whose header is not sound. A child that dies, stays silent or reports an exception raises
-    GateError with the cause; leaving the block always ends the child.
+    It computes on the GPU where the installed llama.cpp can and the model has room there. `seconds` is the silence
+    allowed besides the work of a request (allowed_seconds). Entering the block raises KitError for a file whose header
+    is not sound. A child that dies, stays silent or reports an exception raises GateError with the cause; leaving the
+    block always ends the child.
     `template_kwargs` (such as enable_thinking) go to the chat template; `logits=True` is needed for `predictions`.
     """
 
-    def __init__(self, gguf: Path, n_ctx: int = 2048, seconds: float = 120, logits: bool = False,
+    def __init__(self, gguf: Path, n_ctx: int = 2048, seconds: float = QUIET, logits: bool = False,
                  template_kwargs: dict[str, Any] | None = None) -> None:
         self.gguf, self.seconds = gguf, seconds
         self.finish_reason = ""
-        self._load = {"gguf": str(gguf), "n_ctx": n_ctx, "logits": logits, "template_kwargs": template_kwargs or {}}
+        self._load: dict[str, Any] = {"gguf": str(gguf), "n_ctx": n_ctx, "logits": logits,
+                                      "template_kwargs": template_kwargs or {}}
         self._process: Any = None  # subprocess.Popen while the child runs
         self._number = 0
+        self._weights = 0
 
     def __enter__(self) -> Self:
-        templates = chat_templates(read_header(self.gguf))
+        header = read_header(self.gguf)
+        self._weights = sum(math.prod(tensor.shape) for tensor in header.tensors)
+        # Matrices of f16 would be multiplied with sums in f16: the answers' speed, and an error that is not the file's.
+        exact = {"GGML_CUDA_CUBLAS_COMPUTE_TYPE": "f32"} if self._load["logits"] else {}
         self._stderr = tempfile.TemporaryFile()
         self._lines: queue.Queue[str | None] = queue.Queue()
         try:
             self._process = subprocess.Popen(
                 [*WORKER, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-                encoding="utf-8", env=child_environment())
+                encoding="utf-8", env=exact | child_environment())
             threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
-            self._ask("load", **self._load, templates=templates)
+            if remark := self._ask("load", file_bytes=self.gguf.stat().st_size, **self._load,
+                                   templates=chat_templates(header)):
+                print(f"{self.gguf.name}: {remark}", file=sys.stderr)
         except BaseException:
             self.close()
             raise
@@ -121,7 +144,9 @@ class LlamaChild:
         self.finish_reason = ""
         number = self._send("stream", messages=messages, max_tokens=max_new_tokens, temperature=temperature,
                             **sampling)
-        while "finish_reason" not in (piece := self._receive(number)):
+        read = self._receive(number)["tokens"]
+        while "finish_reason" not in (piece := self._receive(number, read + PIECE_TOKENS)):
+            read = 0
             yield piece["text"]
         self.finish_reason = piece["finish_reason"]
 
@@ -142,7 +167,7 @@ class LlamaChild:
         with tempfile.TemporaryDirectory(prefix="kit-logprobs-") as folder:
             if top_ids is not None:
                 np.save(f"{folder}/top_ids.npy", top_ids)
-            self._ask("evaluate", ids=list(map(int, ids)), places=list(places), folder=folder)
+            self._ask("evaluate", len(ids), ids=list(map(int, ids)), places=list(places), folder=folder)
             with np.load(f"{folder}/logprobs.npz") as arrays:
                 return arrays["top"], arrays["best"], arrays["next"]
 
@@ -154,8 +179,8 @@ class LlamaChild:
         """Whether the tokenizer puts a BOS before every prompt."""
         return self._ask("adds_bos")
 
-    def _ask(self, method: str, **arguments: Any) -> Any:
-        return self._receive(self._send(method, **arguments))["result"]
+    def _ask(self, method: str, tokens: int = 0, file_bytes: int = 0, **arguments: Any) -> Any:
+        return self._receive(self._send(method, **arguments), tokens, file_bytes)["result"]
 
     def _send(self, method: str, **arguments: Any) -> int:
         if self._process is None:
@@ -168,19 +193,19 @@ class LlamaChild:
             self._process.stdin.flush()
         return self._number
 
-    def _receive(self, number: int) -> dict[str, Any]:
+    def _receive(self, number: int, tokens: int = 0, file_bytes: int = 0) -> dict[str, Any]:
+        allowed = allowed_seconds(self._weights, tokens, file_bytes, self.seconds)
         while True:
             try:
-                line = self._lines.get(timeout=self.seconds)
+                line = self._lines.get(timeout=allowed)
             except queue.Empty:
-                raise self._failed(f"no answer within {self.seconds:g} seconds",
-                                   "allow more seconds, a smaller n_ctx, or a smaller quantisation") from None
+                raise self._failed(f"no answer within {allowed:.0f} seconds",
+                                   "end what else keeps this machine busy, or take a smaller quantisation") from None
             if line is None:
                 code = self._process.wait()
                 if code == OVERTIME_CODE:
                     raise self._failed(OVERTIME, NO_REAL_ONE)
-                raise self._failed(f"llama.cpp died ({how_it_ended(code)})",
-                                   "the file or its tokenizer is broken: run the export again")
+                raise self._failed(f"llama.cpp died ({how_it_ended(code)})", BROKEN)
             reply = json.loads(line)
             if reply["id"] != number:  # left over from a stream that the caller broke off
                 continue
@@ -194,6 +219,8 @@ class LlamaChild:
         self._stderr.seek(self._stderr_before)
         trouble = last_trouble(self._stderr.read().decode("utf-8", "replace"))
         self.close()
+        if hint == BROKEN and "out of memory" in trouble:
+            hint = HINTS["out of memory"]
         return GateError(f"{self.gguf.name}: {cause}" + (f"; llama.cpp said: {trouble}" if trouble else ""), hint)
 
     def _listen(self, pipe: IO[str]) -> None:

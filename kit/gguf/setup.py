@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
@@ -27,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from kit.common.errors import KitError
 from kit.common.files import PROJECT, cache_dir, read_json, whole_folder, write_json
+from kit.gguf.cuda import SLOW, Plan, offloads, plan, release
 
 PACKAGE = "llama-cpp-python"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -40,6 +42,7 @@ SLIM_CMAKE = "set(LLAMA_BUILD_COMMON OFF)\n"
 PIP = (sys.executable, "-m", "pip")
 PIPED: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8",
                          "errors": "replace"}
+FAILED = "failed.txt"  # beside where a wheel would lie: why it could not be made
 SETUP = f"{Path(sys.executable).name} -m kit.gguf.setup"
 
 
@@ -121,29 +124,57 @@ def _set_up(version: str) -> None:
 
 def _make_ready(version: str) -> None:
     has_converter = os.environ.get("LLAMA_CPP_DIR") or not _damage(_converter_folder(version))
-    needs_runtime = installed_version() != version
+    wanted = plan()
+    failed = _wheels(version, wanted.flags) / FAILED
+    if wanted.flags and not wanted.asked and failed.is_file():
+        wanted = Plan(remark=f"for the CPU: for the GPU it failed before, {failed} says how (delete it to try again)")
+    needs_runtime = installed_version() != version or bool(wanted.flags and not offloads())
     if has_converter and not needs_runtime:
         print(f"llama.cpp: {PACKAGE} {version} and its converter are ready ({converter_dir()})")
         return
-    wheels = cache_dir() / "wheels" / f"{PACKAGE}-{version}-{machine_key()}"
-    wheel = next(wheels.glob("*.whl"), None)
-    needs_wheel = needs_runtime and wheel is None
     with tempfile.TemporaryDirectory(dir=cache_dir(), suffix=".partial") as scratch:
-        if needs_wheel or not has_converter:
-            archive = _download(version, Path(scratch))
+        archive: list[Path] = []
+
+        def sources() -> Path:
+            archive[:] = archive or [_download(version, Path(scratch))]
+            return archive[0]
+
         if not has_converter:
-            take_converter(archive, _converter_folder(version))
-        if needs_wheel:
-            compiled = _compile(archive, Path(scratch))
-            wheels.mkdir(parents=True, exist_ok=True)
-            # Moved to its place when whole, so that an interrupted build leaves nothing that counts.
-            wheel = compiled.replace(wheels / compiled.name)
-    if needs_runtime and wheel is not None:
-        _install(wheel)
+            take_converter(sources(), _converter_folder(version))
+        if not needs_runtime:
+            return
+        if wanted.remark:
+            print(f"llama.cpp: {wanted.remark}", flush=True)
+        try:
+            _install(_wheel(version, wanted.flags, sources, Path(scratch)))
+        except KitError as error:
+            if not wanted.flags or wanted.asked:
+                raise
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            failed.write_text(str(error), encoding="utf-8")
+            print(f"llama.cpp: the build for the GPU failed, and is made for the CPU. {SLOW}. {error}", flush=True)
+            if installed_version() != version:
+                _install(_wheel(version, "", sources, Path(scratch)))
 
 
-def machine_key() -> str:
-    """What a wheel depends on beyond its version: the Python, the CPU it was compiled for, the CMake flags.
+def _wheels(version: str, flags: str) -> Path:
+    return cache_dir() / "wheels" / f"{PACKAGE}-{version}-{machine_key(flags)}"
+
+
+def _wheel(version: str, flags: str, sources: Callable[[], Path], scratch: Path) -> Path:
+    """The wheel that is kept for this machine and these flags; compiled where there is none."""
+    wheels = _wheels(version, flags)
+    if kept := next(wheels.glob("*.whl"), None):
+        return kept
+    compiled = _compile(sources(), scratch, flags)
+    wheels.mkdir(parents=True, exist_ok=True)
+    # Moved to its place when whole, so that an interrupted build leaves nothing that counts.
+    return compiled.replace(wheels / compiled.name)
+
+
+def machine_key(flags: str = "") -> str:
+    """What a wheel depends on beyond its version: the Python, the CPU it was compiled for, the CMake flags; built for a
+    GPU, the `flags` for it, which name the card, and the CUDA release.
 
     A wheel compiled for another CPU would end the process with an illegal instruction.
     """
@@ -152,14 +183,16 @@ def machine_key() -> str:
     if info.is_file():  # "flags" on x86, "Features" on Arm
         lines = (line for line in info.read_text().splitlines() if line.startswith(("flags", "Features")))
         cpu += next(lines, "")
-    digest = hashlib.sha256(f"{cpu} {os.environ.get('CMAKE_ARGS', '')}".encode()).hexdigest()[:8]
+    built = f"{cpu} {os.environ.get('CMAKE_ARGS', '')}" + (f" {flags} {release()}" if flags else "")
+    digest = hashlib.sha256(built.encode()).hexdigest()[:8]
     return f"cp{sys.version_info.major}{sys.version_info.minor}-{platform.machine()}-{digest}"
 
 
 def _download(version: str, into: Path) -> Path:
     """The source archive (77 MB) from the package index that pip is set to."""
     print(f"llama.cpp: downloading the {PACKAGE} {version} sources", flush=True)
-    done = _pip("download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d", str(into))
+    done = subprocess.run([*PIP, "download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d",
+                           str(into)], **PIPED)
     archive = next(into.glob("*.tar.gz"), None)
     if done.returncode or archive is None:
         raise KitError(f"pip could not download {PACKAGE} {version}:\n{_tail(done.stdout)}",
@@ -195,7 +228,7 @@ def take_converter(archive: Path, folder: Path) -> None:
         write_json(partial / SIZES, sizes)
 
 
-def _compile(archive: Path, scratch: Path) -> Path:
+def _compile(archive: Path, scratch: Path, cuda: str = "") -> Path:
     """Build the wheel with pip, one line of progress while it compiles; the log stays in the cache folder."""
     compilers = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
     if sys.platform != "win32" and not any(map(shutil.which, compilers)):
@@ -205,11 +238,12 @@ def _compile(archive: Path, scratch: Path) -> Path:
     slim = scratch / "slim.cmake"
     slim.write_text(SLIM_CMAKE)
     # The user's own flags come last, so they win.
-    flags = [CMAKE_DEFAULTS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(slim.as_posix())}",
+    flags = [CMAKE_DEFAULTS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={shlex.quote(slim.as_posix())}", cuda,
              os.environ.get("CMAKE_ARGS", "")]
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(min(os.cpu_count() or 1, 16)),  # each compiler takes up to 1 GB
                    **os.environ, "CMAKE_ARGS": " ".join(flags)}
-    print(f"llama.cpp: compiling {PACKAGE} for this CPU, once (2 to 4 minutes on two cores)", flush=True)
+    print(f"llama.cpp: compiling {PACKAGE} for this {'GPU' if cuda else 'CPU (2 to 4 minutes on two cores)'}, once",
+          flush=True)
     # pip's own cache is left out: it knows nothing of the CPU a wheel was compiled for.
     command = [*PIP, "wheel", "-v", "--no-deps", "--no-cache-dir", "-w", str(scratch), str(archive)]
     log = cache_dir() / "llama-cpp-build.log"
@@ -221,7 +255,9 @@ def _compile(archive: Path, scratch: Path) -> Path:
             raise
     wheel = next(scratch.glob("*.whl"), None)
     if build.returncode or wheel is None:
-        raise KitError(f"{PACKAGE} did not compile; the end of {log}:\n{_tail(log.read_text('utf-8'))}",
+        text = log.read_text("utf-8")
+        cause = re.search(r"^.*(CMake Error|fatal error|error:).*(\n.*){3}", text, re.MULTILINE)  # then pip speaks
+        raise KitError(f"{PACKAGE} did not compile; from {log}:\n{_tail(cause[0] if cause else text)}",
                        f"mend what it names there, then run {SETUP} again")
     return wheel
 
@@ -237,13 +273,14 @@ def _show_progress(build: subprocess.Popen[str], record: TextIO) -> None:
         if step and (in_terminal or now - shown > 20):
             shown = now
             print(f"llama.cpp:   [{step[1]}] {now - start:.0f} s ", end="\r" if in_terminal else "\n", flush=True)
-    print(f"llama.cpp:   compiled in {time.monotonic() - start:.0f} s ", flush=True)
+    print(f"llama.cpp:   the build took {time.monotonic() - start:.0f} s ", flush=True)
 
 
 def _install(wheel: Path) -> None:
     """Install the wheel and load it once in a child process."""
     print(f"llama.cpp: installing {wheel.name}", flush=True)
-    done = _pip("install", "--no-deps", "--no-index", str(wheel))
+    # Of one version there is a build for the CPU and one for the GPU.
+    done = subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)], **PIPED)
     if done.returncode:
         raise KitError(f"pip could not install {wheel}:\n{_tail(done.stdout)}",
                        f"delete that file, then run {SETUP} again")
@@ -252,10 +289,6 @@ def _install(wheel: Path) -> None:
         wheel.unlink()
         raise KitError(f"{wheel.name} does not load here (exit code {loaded.returncode}):\n{_tail(loaded.stdout)}",
                        f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP} compiles it again")
-
-
-def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*PIP, *arguments], **PIPED)
 
 
 def _tail(text: str, lines: int = 12) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,22 @@ from kit.gguf.trial import BeyondLimits, attempt, check_length, limited
 class Worker:
     """One loaded model; each public method answers one kind of request, as LlamaChild's of that name describes it."""
 
-    def load(self, gguf: str, n_ctx: int, logits: bool, template_kwargs: dict[str, Any], templates: list[str]) -> bool:
+    def load(self, gguf: str, n_ctx: int, logits: bool, template_kwargs: dict[str, Any], templates: list[str]) -> str:
+        """A remark, or ''."""
         for template in templates:  # before Llama(...) compiles them all
             attempt(template)
         # llama-cpp-python takes half the cores; more than eight gain little for models of this size.
         threads = min(os.cpu_count() or 1, 8)
-        self.llama: Any = llama_cpp.Llama(model_path=gguf, n_ctx=n_ctx, logits_all=logits, n_threads=threads,
-                                          n_threads_batch=threads, verbose=True)
+        make = partial(llama_cpp.Llama, model_path=gguf, n_ctx=n_ctx, logits_all=logits, n_threads=threads,
+                       n_threads_batch=threads, verbose=True)
+        remark, offload = "", bool(llama_cpp.llama_supports_gpu_offload())  # built for a GPU, and one is there
+        try:
+            self.llama: Any = make(n_gpu_layers=-1 if offload else 0)
+        except (ValueError, RuntimeError) as error:
+            if not offload:
+                raise
+            self.llama = make(n_gpu_layers=0)
+            remark = f"it answers on the CPU, as it could not be loaded to the GPU, which may be full ({error})"
         # Llama(...) swaps a template it recognises for a built-in one and takes no template variables. So the
         # formatter is made here, from the GGUF's own text, with the arguments Llama(...) itself would use.
         template = self.llama.metadata.get("tokenizer.chat_template")
@@ -36,7 +46,7 @@ class Worker:
                                                  stop_token_ids=[eos])
             self.template_kwargs = template_kwargs
             self.llama.chat_handler = chat_formatter_to_chat_completion_handler(self._format)
-        return True
+        return remark
 
     def tokenize(self, text: str, special: bool, add_bos: bool) -> list[int]:
         return self.llama.tokenize(text.encode("utf-8"), add_bos=add_bos, special=special)
@@ -48,8 +58,9 @@ class Worker:
         prompt = self._formatted(messages)
         return self.tokenize(prompt.prompt, special=True, add_bos=not prompt.added_special)
 
-    def stream(self, messages: list[Message], **sampling: Any) -> Iterator[dict[str, str]]:
-        self._formatted(messages)  # a template that refuses the conversation says so before the first token
+    def stream(self, messages: list[Message], **sampling: Any) -> Iterator[dict[str, Any]]:
+        # Before the first token, whose time hangs on it; a template that refuses the conversation says so here.
+        yield {"tokens": len(self.prompt_ids(messages))}
         reason = "length"
         for chunk in self.llama.create_chat_completion(messages, stream=True, **sampling):
             choice = chunk["choices"][0]

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from kit.common.errors import KitError, one_line
 from kit.common.files import read_json
 from kit.common.weight_files import TensorInfo, read_weights_header, weight_files
+from kit.models.hubs import HUBS
 from kit.models.starter import NAME, starter_folder, starter_model
 from kit.recipe.fields import ALL_LINEAR
 from kit.recipe.recipe import Recipe
@@ -170,11 +171,24 @@ def changed_base(config: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on this disk: its (text) config, and shape and dtype of every tensor by name."""
+    """What a model's files tell: its (text) config, and shape and dtype of every tensor by name.
 
-    folder: Path
+    `fetch_bytes` are those of its files that are not on this disk yet.
+    """
+
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    tokenizer_bytes: int = 0
+    fetch_bytes: int = 0
+
+    @classmethod
+    def of(cls, name: str, config: dict[str, Any], tensors: dict[str, TensorInfo], sizes: dict[str, int],
+           fetch_bytes: int = 0) -> "ModelFiles | str":
+        """The model of that config.json, or why nothing can be forecast of it; `sizes` are those of its files."""
+        config |= config.get("text_config") or {}
+        if missing := [field for field in NEEDED if field not in config]:
+            return f"{name}/config.json has no {', '.join(missing)}: the memory of such a model can't be forecast"
+        return cls(config, tensors, sum(sizes.get(file, 0) for file in TOKENIZER_FILES), fetch_bytes)
 
     @property
     def parameters(self) -> int:
@@ -190,10 +204,6 @@ class ModelFiles:
         return {name: (tensor.shape[0], tensor.shape[1]) for name, tensor in self.tensors.items()
                 if len(tensor.shape) == 2 and ".layers." in name and name.endswith(".weight")}
 
-    @property
-    def tokenizer_bytes(self) -> int:
-        return sum((self.folder / name).stat().st_size for name in TOKENIZER_FILES if (self.folder / name).is_file())
-
     def adapter(self, recipe: Recipe) -> int:
         """Parameters of the LoRA adapter: A is r × inputs, B outputs × r (Hu et al. 2021, section 4.1).
 
@@ -208,17 +218,24 @@ class ModelFiles:
 def local_model(recipe: Recipe) -> ModelFiles | str:
     """The recipe's model where all of it is on this disk, else the reason why its size isn't known."""
     name = recipe.model_name
-    folder = starter_folder() if name == "starter" else local_folder(name) or cached_folder(name, recipe.revision)
+    folder = starter_folder() if name == "starter" else local_folder(name) or _cached(recipe)
     if folder is None or not folder.is_dir():
         return ("the starter model is unpacked by the first run: size not known yet" if name == "starter" else
                 f"{name} is not on this disk: its size is known when it has been fetched")
-    config = read_json(folder / "config.json")
-    config |= config.get("text_config") or {}
     try:
         tensors = {key: tensor for file in weight_files(folder)
                    for key, tensor in read_weights_header(file).tensors.items()}
     except KitError as error:
         return f"{error.message}: the size of {name} is not known"
-    if missing := [field for field in NEEDED if field not in config]:
-        return f"{folder}/config.json has no {', '.join(missing)}: the memory of such a model can't be forecast"
-    return ModelFiles(folder, config, tensors)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return ModelFiles.of(str(folder), read_json(folder / "config.json"), tensors, sizes)
+
+
+def _cached(recipe: Recipe) -> Path | None:
+    """The folder of a hub's model in the cache of the recipe's hub, whole or not."""
+    if recipe.hub == "huggingface":
+        return cached_folder(recipe.model_name, recipe.revision)
+    with suppress(KitError):  # without the package modelscope
+        file = HUBS[recipe.hub](False, recipe.revision).cached(recipe.model_name, "config.json")
+        return file.parent if file and file.is_file() else None
+    return None

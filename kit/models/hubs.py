@@ -8,6 +8,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 import huggingface_hub
 
@@ -40,6 +41,12 @@ class HuggingFace:
         return Path(huggingface_hub.snapshot_download(
             name, repo_type=self.kind, revision=self.revision, allow_patterns=paths, local_dir=folder,
             tqdm_class=kind()))
+
+    def address(self, name: str, path: str) -> tuple[str, dict[str, str]]:
+        """Where a file lies, and the headers to ask with."""
+        token = huggingface_hub.get_token()
+        return (huggingface_hub.hf_hub_url(name, path, repo_type=self.kind, revision=self.revision),
+                {"authorization": f"Bearer {token}"} if token else {})
 
     def cached(self, name: str, path: str) -> Path | None:
         found = huggingface_hub.try_to_load_from_cache(name, path, revision=self.revision, repo_type=self.kind)
@@ -84,6 +91,15 @@ class ModelScope:
 
     def fetch(self, name: str, paths: list[str], folder: Path | None) -> Path:
         return Path(self._snapshot(name, allow_patterns=paths, **({"local_dir": str(folder)} if folder else {})))
+
+    def address(self, name: str, path: str) -> tuple[str, dict[str, str]]:
+        from modelscope_hub import HubApi
+
+        query = urlencode({"Revision": self.revision or "master", "FilePath": path})
+        site = HubApi().resolve_endpoint_for_read(name, repo_type=self.kind)
+        token = os.environ.get("MODELSCOPE_API_TOKEN")
+        return (f"{site}/api/v1/{self.kind}s/{name}/repo?{query}",
+                {"authorization": f"Bearer {token}"} if token else {})
 
     def _snapshot(self, name: str, **options: Any) -> str:
         from modelscope import dataset_snapshot_download, snapshot_download

@@ -11,10 +11,10 @@ from kit.common.errors import KitError
 from kit.common.processes import is_main
 from kit.data.readers import check_file
 from kit.data.sources import files_of
-from kit.gguf.convert import check_disk, merged_weights
-from kit.gguf.formats import needed_bytes
+from kit.gguf.convert import merged_weights
 from kit.gguf.setup import converter_dir
 from kit.models.fetch import local_folder, model_folder, read_adapter_config
+from kit.models.remote import known_model
 from kit.models.template import own_template
 from kit.readiness import machine_checks as checks
 from kit.readiness import model_checks
@@ -26,8 +26,6 @@ from kit.recipe.trackers import check_trackers
 from kit.runs.gates import Gate
 from kit.runs.run import Run, check_free, read_result
 from kit.training.checkpoints import check_resumable
-
-ADAPTER_SHARE = 0.1  # of the model's weights, generously
 
 
 def run(source: str | None, overrides: dict[str, Any]) -> int:
@@ -59,7 +57,9 @@ def _checks(recipe: Recipe | None, pool: ThreadPoolExecutor) -> dict[str, Callab
     if recipe is None:
         return {**first, "disk": lambda: checks.disk(None, None), "llama.cpp": lambda: checks.llama_cpp(None)}
     # Where torch can't tell the machine, the forecast goes as far as it can without it.
-    needs = pool.submit(lambda: forecast_on(None if machine.exception() else machine.result()[0], recipe))
+    known = pool.submit(known_model, recipe)
+    needs = pool.submit(lambda: forecast_on(None if machine.exception() else machine.result()[0], recipe,
+                                            model=known.result()))
     model = pool.submit(model_checks.model, recipe)
     bits = 4 if recipe.load_in_4bit else 8 if recipe.load_in_8bit else 0
     layers = {f"{bits}-bit": lambda: checks.quantised(bits, machine.result()[0])} if bits else {}
@@ -126,8 +126,18 @@ def preflight(recipe: Recipe) -> None:
     if recipe.gguf:
         converter_dir()
     if folder is not None:
-        parameters, _ = merged_weights(folder)
-        needed = int(2 * parameters * ADAPTER_SHARE)
-        if recipe.save_merged != "none":
-            needed += 2 * parameters + needed_bytes(parameters, recipe.gguf)
-        check_disk(Path(recipe.output_dir), needed)
+        merged_weights(folder)
+    _check_room(recipe)
+
+
+def _check_room(recipe: Recipe) -> None:
+    """KitError where a disk has no room for what is surely fetched and made; says it where the sizes are not known."""
+    # Checkpoints of save_minutes are made in a long run only.
+    needs = forecast_on(None, recipe.model_copy(update={"save_minutes": None}), model=known_model(recipe))
+    if needs.room_gb is None:
+        print(f"disk: not checked: {needs.notes[-1]}", flush=True)
+    for disk in checks.disks(checks.run_places(recipe, needs)):
+        if disk.need_gb > disk.free_gb:
+            parts = ({"fetched": needs.fetch_gb} if needs.fetch_gb else {}) | needs.files_gb
+            raise KitError(f"too little disk: {disk}",
+                           f"{', '.join(f'{name} {size:.2f} GB' for name, size in parts.items())}: {checks.ROOM}")

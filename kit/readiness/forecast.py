@@ -1,6 +1,7 @@
 """What a run will need, told before it: at most so much memory, and disk, steps and tokens.
 
-Sizes come from config.json and the safetensors headers: no weights are read, no torch or transformers is imported.
+Sizes come from config.json and the safetensors headers, on this disk or on the hub: no weights are read, no torch or
+transformers is imported.
 
 Of the memory, `training step` and `answers` are bounds, not estimates. A step is taken to need BOUND times the inputs
 and outputs of all linear layers for the tokens of a micro-batch (with gradient checkpointing: of one layer, and every
@@ -41,6 +42,7 @@ GATHERED_BYTES = 0.6e9
 CUDA_CONTEXT_BYTES = 0.5e9  # outside of what torch counts as its own
 # Dettmers et al. 2023, QLoRA, section 3: 4 bits, and 0.127 bits for the doubly quantised constants of 64 weights each.
 NF4_BYTES = (4 + 0.127) / 8
+PYTHON_BYTES = 0.5e9  # of a process with torch, such as the converter's
 BOUND = {"cpu": 6, "cuda": 4}
 # Copies of the logits in a step: 16-bit, float32, log-softmax and gradient. On a GPU Unsloth keeps them below 4 GB.
 BYTES_PER_LOGIT = 14
@@ -53,13 +55,17 @@ class Forecast:
     """A run's needs; all sizes in GB of 1e9 bytes. None is what can't be known yet, and `notes` say why.
 
     `peak_memory_gb`: an upper bound, for the training process on a CPU, for the GPU's memory on a GPU. `disk_gb`: what
-    the run leaves in its folder; `room_gb`: what the disk must have free for it, with what is there only for a while.
+    the run leaves in its folder; `room_gb`: what the disk must have free for it, with what is there only for a while;
+    `fetch_gb`: what is fetched into the hub's cache before. `export_gb`: what the export takes of the machine's memory,
+    whatever it trains on, beside the process of the run.
     `tokens`: read in all steps, without padding. `memory_gb` and `files_gb` are the parts by name.
     """
 
     peak_memory_gb: float | None = None
     disk_gb: float | None = None
+    fetch_gb: float = 0.0
     room_gb: float | None = None
+    export_gb: float | None = None
     steps: int | None = None
     tokens: int | None = None
     memory_gb: dict[str, float] = field(default_factory=dict)
@@ -72,7 +78,8 @@ class Forecast:
     def _table(self) -> Table:
         sizes: dict[str, float | None] = {
             **{f"memory: {name}": size for name, size in self.memory_gb.items()}, "memory at most": self.peak_memory_gb,
-            **{f"disk: {name}": size for name, size in self.files_gb.items()}, "disk in all": self.disk_gb}
+            **{f"disk: {name}": size for name, size in self.files_gb.items()}, "disk in all": self.disk_gb,
+            **({"to fetch": self.fetch_gb} if self.fetch_gb else {})}
         counts = {"steps": self.steps, "tokens": self.tokens}
         rows = [[name, "?" if size is None else f"{size:.2f} GB"] for name, size in sizes.items()]
         rows += [[name, "?" if count is None else f"{count:,}"] for name, count in counts.items()]
@@ -97,7 +104,8 @@ def forecast_on(machine: Machine | None, recipe: Recipe, data: DatasetDict | Non
                 model: ModelFiles | str | None = None) -> Forecast:
     """As `forecast`, on a machine that is known already; where none is (None), the memory isn't known either.
 
-    `model` is what is known of the recipe's model without its files, or the reason why nothing is.
+    `model` is what is known of the recipe's model (kit.models.remote asks its hub), or the reason why nothing is;
+    without it the files on this disk tell.
     """
     lengths, held_out = ([], None) if data is None else (token_counts(data["train"]), token_counts(data["test"]))
     steps, tokens = recipe.max_steps, None
@@ -108,13 +116,14 @@ def forecast_on(machine: Machine | None, recipe: Recipe, data: DatasetDict | Non
     model = model or local_model(recipe)
     if isinstance(model, str):
         return Forecast(steps=steps, tokens=tokens, notes=(*notes, model))
-    files, temporary = _files(model, recipe, steps)
+    files, temporary = _files(model, recipe, steps, machine.device if machine else "cuda")
     disk = sum(files.values())
     parts = _memory_parts(model, recipe, lengths, held_out, machine) if machine else {}
     peak = sum(parts.values())
     if machine and machine.device == "cuda":  # its memory serves the next stage again, a CPU's heap may keep both
         peak -= min(parts[STEP], parts[ANSWERS])
-    return Forecast(_in_gb(peak) if machine else None, _in_gb(disk), _in_gb(disk + temporary), steps, tokens,
+    return Forecast(_in_gb(peak) if machine else None, _in_gb(disk), _in_gb(model.fetch_bytes),
+                    _in_gb(disk + temporary), _in_gb(_export(model, recipe)), steps, tokens,
                     {name: _in_gb(size) for name, size in parts.items()},
                     {name: _in_gb(size) for name, size in files.items()}, notes)
 
@@ -123,15 +132,16 @@ def _in_gb(size: float) -> float:
     return round(size / 1e9, 6)
 
 
-def _files(model: ModelFiles, recipe: Recipe, steps: int | None) -> tuple[dict[str, float], float]:
+def _files(model: ModelFiles, recipe: Recipe, steps: int | None, device: str) -> tuple[dict[str, float], float]:
     """Bytes of what a run leaves by folder, and of what it needs for a while besides.
 
     Sizes of GGUFs are those that kit.gguf asks free room for: k-quants of wide models come out smaller.
     """
     tokenizer = model.tokenizer_bytes
-    saved = model.parameters * 2 if recipe.full_finetuning else model.adapter(recipe) * (2 if recipe.quantised else 4)
-    # Adam's two moments have the number format of the weights they belong to; full ones leave in 16-bit at the end.
-    checkpoint = 3 * saved * (2 if _trained_in_float32(recipe) else 1) + tokenizer
+    count = model.parameters if recipe.full_finetuning else model.adapter(recipe)
+    width = (4 if _trained_in_float32(recipe) else 2) if recipe.full_finetuning else _adapter_width(recipe, device)
+    checkpoint = count * width + _moments(model, recipe, width, device) + tokenizer
+    saved = count * (2 if recipe.full_finetuning else width)  # full weights leave in 16-bit at the end
     files: dict[str, float] = {"merged" if recipe.full_finetuning else "adapter": saved + tokenizer}
     if recipe.save_merged != "none":
         files.setdefault("merged", model.weight_bytes + tokenizer)
@@ -195,16 +205,53 @@ def _trained_in_float32(recipe: Recipe) -> bool:
     return recipe.full_finetuning and recipe.dtype in (None, "float32")
 
 
+def _adapter_width(recipe: Recipe, device: str) -> int:
+    """Bytes of a number in an adapter, in memory and in its files; its gradient has the same.
+
+    PEFT makes adapters in float32 (autocast_adapter_dtype). On a CPU TRL's SFTTrainer then puts those of a quantised
+    model into bfloat16. For a GPU Unsloth makes these lines of the trainer `if False:` (unsloth/models/rl.py), after
+    its prepare_model_for_training (unsloth_zoo/training_utils.py) has put all LoRA weights into float32.
+    """
+    return 2 if recipe.quantised and device == "cpu" else 4
+
+
+def _moments(model: ModelFiles, recipe: Recipe, width: int, device: str) -> int:
+    """Bytes of Adam's two moments. 8-bit ones are on a GPU only: on a CPU Unsloth takes plain AdamW. Those of an
+    embedding transformers leaves as they are (GlobalOptimManager in its trainer.py).
+    """
+    count = model.parameters if recipe.full_finetuning else model.adapter(recipe)
+    if device != "cuda" or "8bit" not in recipe.optim:
+        return 2 * width * count
+    embedding = sum(math.prod(tensor.shape) for name, tensor in model.tensors.items()
+                    if recipe.full_finetuning and name.endswith("embed_tokens.weight"))
+    return 2 * (count - embedding) + 2 * width * embedding
+
+
 def _optimised(model: ModelFiles, recipe: Recipe, width: int, device: str) -> float:
     """Adapter, gradient and Adam's two moments; of full finetuning the last three, as the weights are counted already.
-
-    PEFT makes adapters in float32, TRL puts those of a quantised model into bfloat16; gradients and moments follow.
     """
-    in_8bit = device == "cuda" and "8bit" in recipe.optim
     if recipe.full_finetuning:
-        return model.parameters * (width + (2 if in_8bit else 2 * width))
-    width = 2 if recipe.quantised else 4
-    return model.adapter(recipe) * (2 * width + (2 if in_8bit else 2 * width))
+        return model.parameters * width + _moments(model, recipe, width, device)
+    width = _adapter_width(recipe, device)
+    return model.adapter(recipe) * 2 * width + _moments(model, recipe, width, device)
+
+
+def _export(model: ModelFiles, recipe: Recipe) -> float:
+    """Memory of the export's largest step: a tensor at a time is merged and converted, and of the 4-bit copy what is
+    quantised is held, the rest stays in its file.
+
+    Measured with 0.93e9 weights in four shards, of which the largest tensor has 0.233e9 (RssAnon, sampled): merge
+    0.5 GB with torch itself, the converter 2.2 GB, llama.cpp's quantiser less, 4-bit copy 0.44 GB.
+    """
+    if recipe.save_merged == "none":
+        return 0.0
+    matrix = max((math.prod(shape) for shape in model.linears.values()), default=0)
+    largest = max((math.prod(tensor.shape) for tensor in model.tensors.values()), default=0)
+    # Bytes of a weight: bfloat16 → float32, the change in float32, the dice; bfloat16, float32 and what is written.
+    merging = 0 if recipe.full_finetuning else 4 * model.adapter(recipe) + 14 * matrix
+    converting = PYTHON_BYTES + 8 * largest if recipe.gguf else 0
+    copying = _weights(model, NF4_BYTES, 0) + 14 * matrix if recipe.save_merged == "4bit" else 0
+    return max(merging, converting, copying)
 
 
 def _layer_values(model: ModelFiles) -> float:

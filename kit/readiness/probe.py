@@ -80,7 +80,7 @@ def llama(*names: str) -> dict[str, Any]:
 
     llama_cpp.llama_backend_init()
     if not names:
-        return {"version": llama_cpp.__version__}
+        return {"version": llama_cpp.__version__, "gpu": getattr(llama_cpp, "llama_supports_gpu_offload", bool)()}
     log: list[bytes] = []
     callback = llama_cpp.llama_log_callback(lambda _level, text, _data: log.append(text))
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))

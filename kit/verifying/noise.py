@@ -11,12 +11,14 @@ by the share r then makes a spread of about sensitivity x r.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from kit.gguf.formats import BFLOAT16, EXACT, FLOAT16, FLOAT32, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, Header
+from kit.models.saved import weights_of
 
 LIKELIEST = 16
 JITTER = 0.01
@@ -70,13 +72,13 @@ def shake(model: Any) -> None:
 
     An adapter's own matrices and quantised weights stay as they are. The dice are seeded.
     """
-    dice = torch.Generator(device=model.device).manual_seed(0)
+    dice = cache(lambda device: torch.Generator(device=device).manual_seed(0))
     seen: set[int] = set()
-    for name, weight in model.named_parameters():
+    for name, weight in weights_of(model):
         if weight.dim() < 2 or not weight.is_floating_point() or ".lora_" in name or weight.data_ptr() in seen:
             continue
         seen.add(weight.data_ptr())
-        for part in weight.data.flatten(0, -2).split(4096):  # a vocabulary's matrix would need three of its size
+        for part in weight.flatten(0, -2).split(4096):  # a vocabulary's matrix would need three of its size
             exact = part.float()
             size = exact.pow(2).mean(-1, keepdim=True).sqrt()
-            part.copy_(exact + JITTER * size * torch.randn(part.shape, generator=dice, device=part.device))
+            part.copy_(exact + JITTER * size * torch.randn(part.shape, generator=dice(part.device), device=part.device))

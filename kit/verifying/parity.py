@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import kit.common.unsloth
 
 import numpy as np
-import torch
 
 from kit.common.show import bar
 from kit.gguf.child import LlamaChild
 from kit.gguf.formats import Header
 from kit.models.load import reload
 from kit.models.precision import in_float32
-from kit.models.saved import saved_model
+from kit.models.saved import placement, saved_model
 from kit.recipe.recipe import Recipe
 from kit.runs.gates import Gates
 from kit.runs.provenance import RUN_AGAIN, export_again
@@ -150,8 +149,7 @@ def check_merged(gates: Gates, evidence: Evidence, folder: Path) -> None:
     what is made of the merged model is compared with that: its predictions become the reference.
     """
     reference, recipe, own = evidence.reference, evidence.recipe, folder == evidence.merged
-    model = saved_model(folder, recipe.trust_remote_code, dtype="auto",
-                        device_map="cuda" if torch.cuda.is_available() else "cpu")
+    model = saved_model(folder, recipe.trust_remote_code, **placement(folder))
     with in_float32(model) as precision:
         predictions = predict(model, reference.rows, reference.predictions)
         if own and evidence.sensitivity is None:

@@ -44,7 +44,9 @@ def test_bytes_of_each_weight_in_full_finetuning(fields: dict[str, Any], each: i
     found, weights = full(**fields), model("Qwen/Qwen2-7B").parameters
     kept = sum(found.memory_gb[part] for part in ("weights", "adapter and optimiser"))
     copy = found.memory_gb[STEP] - full(dtype="bfloat16").memory_gb[STEP]
-    assert (kept + copy) * 1e9 / weights == pytest.approx(each, abs=0.01)
+    embedding = 152064 * 3584 / weights  # its moments are not in 8-bit: as many bytes as without
+    whole = {12: 18, 6: 8}.get(each, each)
+    assert (kept + copy) * 1e9 / weights == pytest.approx(each + embedding * (whole - each), abs=0.01)
     said = FULL.split("# Time:")[0].replace("\n# ", " ")
     assert re.search(rf"\b{each} (bytes|and)", said) or f"({each} and" in said
     assert f"{round(found.peak_memory_gb or 0)} GB" in said

@@ -17,7 +17,9 @@ import pytest
 import kit
 from kit.common.errors import GateError, KitError
 from kit.common.files import sha256, whole_folder
+from kit.common.weight_files import weight_files
 from kit.export.adapter import changes_of, merge_adapter, save_adapter
+from kit.gguf.convert import merged_weights
 from kit.recipe.recipe import Recipe
 from kit.runs.run import Run
 
@@ -280,3 +282,20 @@ def test_a_full_disk_while_saving_the_adapter(trained: tuple[Path, Path], tmp_pa
         with no_file_above(limit_mb), pytest.raises(KitError, match=r"adapter .*File too large"):
             save_adapter(model, AutoTokenizer.from_pretrained(base), run)
         assert os.listdir(tmp_path) == []
+
+
+def test_full_weights_are_written_in_shards(trained: tuple[Path, Path], tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's weights come through the machine's memory one shard at a time; transformers' own are of 50 GB."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, _ = trained
+    asked = []
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    saving = type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", lambda self, folder, **options: (
+        asked.append(options["max_shard_size"]), saving(self, folder, **options | {"max_shard_size": "5MB"})))
+    merged = save_adapter(model, AutoTokenizer.from_pretrained(base), Run(tmp_path / "run"))
+    assert asked == ["4GB"] and len(weight_files(merged)) > 1
+    assert merged_weights(merged) == merged_weights(base)

@@ -156,6 +156,16 @@ def test_memory_against_the_forecast(starter: Path) -> None:
     assert gone.passed is None and "not on this disk" in gone.figure and line(gone).startswith("–")
 
 
+def test_an_export_without_room_in_the_machines_memory_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the run trains on; Colab's machine has 12.7 GB."""
+    monkeypatch.setattr(checks, "memory_limit_gb", lambda: 12.7)
+    for machine in (GPU, CPU):
+        needs = Forecast(3.0, export_gb=5.0, memory_gb={"weights": 2.0})
+        assert checks.memory(machine, 12.0, needs).passed is True
+        large = checks.memory(machine, 12.0, replace(needs, export_gb=11.0))
+        assert large.passed is None and "11.0 GB of the machine's 12.7 GB" in large.detail and "gguf: []" in large.hint
+
+
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.memory_limit_gb(tmp_path) == float("inf")
     (tmp_path / "memory.max").write_text("max\n")

@@ -92,12 +92,13 @@ def test_parts_of_memory(folder: Path) -> None:
         usual = {"model_name": str(folder), "dtype": "bfloat16", "use_gradient_checkpointing": False}
         return forecast_on(machine, Recipe.load({**usual, **fields}))
 
-    def parts(**fields: Any) -> dict[str, float]:
-        return needs(**fields).memory_gb
+    def parts(machine: Machine = CPU, **fields: Any) -> dict[str, float]:
+        return needs(machine, **fields).memory_gb
 
     usual = parts()
     small = parts(load_in_4bit=True)
     assert small["adapter and optimiser"] == pytest.approx(usual["adapter and optimiser"] / 2, rel=1e-2)
+    assert parts(GPU, load_in_4bit=True)["adapter and optimiser"] == parts(GPU)["adapter and optimiser"]
     assert small["weights"] < parts(load_in_8bit=True)["weights"] < usual["weights"]
     assert parts(dtype="float32")["weights"] == pytest.approx(2 * usual["weights"], rel=1e-3)
     model = known(Recipe.load({}, model_name=str(folder)))
@@ -107,6 +108,23 @@ def test_parts_of_memory(folder: Path) -> None:
     assert on_cpu.peak_memory_gb == pytest.approx(sum(on_cpu.memory_gb.values()), abs=1e-5)
     larger = max(on_gpu.memory_gb[STEP], on_gpu.memory_gb[ANSWERS])
     assert on_gpu.peak_memory_gb == pytest.approx(certain_gb(on_gpu) + larger, abs=1e-5)
+
+
+@pytest.mark.parametrize("machine, fields, width, moments", [
+    (CPU, {}, 4, 8), (GPU, {}, 4, 2), (GPU, {"optim": "adamw_torch"}, 4, 8),
+    (CPU, {"load_in_4bit": True}, 2, 4), (CPU, {"load_in_8bit": True}, 2, 4),
+    (GPU, {"load_in_4bit": True}, 4, 2), (GPU, {"load_in_8bit": True}, 4, 2), (None, {"load_in_4bit": True}, 4, 2)])
+def test_adapters_and_checkpoints_by_device(folder: Path, machine: Machine | None, fields: dict[str, Any], width: int,
+                                            moments: int) -> None:
+    """Of a quantised model they are bfloat16 on a CPU and float32 on a GPU; a GPU's 8-bit moments have a byte each."""
+    recipe = Recipe.load({}, model_name=str(folder), r=256, target_modules="all", save_strategy="steps", save_steps=5,
+                         max_steps=5, **{"optim": "adamw_8bit", **fields})
+    count = known(recipe).adapter(recipe)
+    needs = forecast_on(machine, recipe)
+    assert needs.files_gb["adapter"] == pytest.approx(count * width / 1e9, rel=1e-3)
+    assert needs.files_gb["checkpoints"] == pytest.approx(count * (width + moments) / 1e9, rel=1e-3)
+    if machine:
+        assert needs.memory_gb["adapter and optimiser"] == pytest.approx(count * (2 * width + moments) / 1e9, rel=1e-3)
 
 
 def test_the_bound_grows_with_the_rows_and_shrinks_with_checkpointing(folder: Path) -> None:
@@ -194,6 +212,71 @@ def test_disk_counts_what_is_there_for_a_while(folder: Path) -> None:
     assert room(save_minutes=5)[1] > room()[1] == room(save_minutes=5, checkpoint_dir="/elsewhere")[1]
     merged = room()[0] - room(save_merged="none")[0]
     assert room()[0] + 0.2 * merged < room(save_merged="4bit")[0] < room()[0] + merged
+
+
+def test_an_export_holds_a_tensor_at_a_time(folder: Path) -> None:
+    def export(**fields: Any) -> float:
+        said = forecast(Recipe.load({"model_name": str(folder)}, **fields)).export_gb
+        assert said is not None
+        return said
+
+    largest, layer = 1000 * 64, 256 * 64
+    assert export(gguf=["q8_0"]) == pytest.approx(0.5 + 8 * largest / 1e9, rel=1e-3)
+    assert export(gguf=["q8_0", "f16"]) == export(gguf=["q8_0"]), "one after the other"
+    assert 10 * layer / 1e9 < export() <= export(save_merged="4bit") < 0.01
+    assert export(save_merged="none") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_no_step_of_an_export_holds_the_model(tmp_path: Path, tiny: Any) -> None:
+    """0.6 GB of weights in a hundred matrices: merge and 4-bit copy take what is forecast, beside the libraries."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = tiny("qwen3", short=True)
+    config = AutoConfig.from_pretrained(source)
+    config.update({"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 36, "layer_types": None})
+    config.layer_types = ["full_attention"] * 36
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="100MB")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=False)
+    del model
+    done = subprocess.run([sys.executable, "-c", PEAKS, *(str(tmp_path / name) for name in (
+        "base", "adapter", "merged", "4bit"))], cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    merging, copying = map(float, done.stdout.splitlines()[-1].split())
+    base = str(tmp_path / "base")
+    whole = known(Recipe.load({}, model_name=base)).weight_bytes / 1e9
+    merge, copy = (forecast(Recipe.load({}, model_name=base, save_merged=kind)).export_gb for kind in ("16bit", "4bit"))
+    assert merge is not None and copy is not None and whole > 0.5
+    assert merging < merge + 0.2 < whole and copying < copy + 0.2 < whole, done.stdout
+
+
+# Anonymous memory alone: what is mapped from a file gives way.
+PEAKS = """
+import sys, threading, time, kit.common.unsloth, kit.models.load
+from pathlib import Path
+from kit.export.adapter import merge_adapter, save_4bit
+from kit.recipe.recipe import Recipe
+base, adapter, merged, small = map(Path, sys.argv[1:])
+held = lambda: int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+peaks = []
+def watch():
+    while True:
+        peaks.append(held())
+        time.sleep(0.005)
+threading.Thread(target=watch, daemon=True).start()
+figures = []
+for step in (lambda: merge_adapter(base, adapter, merged), lambda: save_4bit(merged, small, Recipe.load({}))):
+    before = held()
+    peaks.clear()
+    step()
+    figures.append((max(peaks) - before) / 1e9)
+print(*figures)
+"""
 
 
 @pytest.mark.parametrize("fields, left", [

@@ -65,6 +65,7 @@ class HubStandIn:
         self.given: list[tuple[str, int, int]] = []  # of each file that was fetched: blob, first byte, size
         self.damage: dict[str, bytes] = {}  # {blob: what is given in its place}
         self.cut: dict[str, int] = {}  # {blob: at which byte the connection is cut, once}
+        self.without_ranges = False  # a mirror that answers a part of a file with all of it
         self.once = False
         self.overruled = False  # an organisation that makes every repository public
         self.url = ""
@@ -280,14 +281,17 @@ def serving(folder: Path) -> Iterator[HubStandIn]:
 
         def give(self, path: Path, sha: str) -> None:
             data = hub.damage.get(path.name) or path.read_bytes()
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            begin = int(asked[1]) if asked else 0
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if asked and hub.without_ranges and asked[2]:
+                asked = None
+            begin, whole = int(asked[1]) if asked else 0, len(data)
+            data = data[:int(asked[2]) + 1] if asked and asked[2] else data
             self.send_response(206 if asked else 200)
             self.send_header("X-Repo-Commit", sha)
             self.send_header("ETag", f'"{path.name}"')
             self.send_header("Content-Length", str(len(data) - begin))
             if asked:
-                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{whole}")
             self.end_headers()
             if self.command == "GET":
                 hub.given.append((path.name, begin, len(data)))
