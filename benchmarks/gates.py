@@ -35,7 +35,8 @@ COMMON: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "use_gradient_checkpointing": False, "max_new_tokens": 32, "metric": "none",
     "save_strategy": "no", "gguf": FORMATS}
 STARTER = {"model_name": "starter", "learning_rate": 1e-3}
-TINY: dict[str, Any] = {"learning_rate": 1e-2, "r": 32, "lora_alpha": 64, "test_size": 8, "per_device_train_batch_size": 8}
+TINY: dict[str, Any] = {"learning_rate": 1e-2, "r": 32, "lora_alpha": 64, "test_size": 8,
+                        "per_device_train_batch_size": 8}
 
 
 def arithmetic(number: int) -> tuple[str, str]:
