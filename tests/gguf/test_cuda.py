@@ -254,7 +254,7 @@ def test_a_long_prompt_of_a_large_model_has_its_time_and_silence_between_tokens_
 @pytest.mark.parametrize("logits, own, expected", [(True, None, "f32"), (False, None, None), (True, "f16", "f16")])
 def test_compared_logits_are_summed_in_float32_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logits: bool,
                                                         own: str | None, expected: str | None) -> None:
-    """f16 matrices would be multiplied with sums in f16, an error that is not the file's; a setting of one's own wins."""
+    """f16 matrices would be multiplied with sums in f16, an error that is not the file's; one's own setting wins."""
     monkeypatch.delenv("GGML_CUDA_CUBLAS_COMPUTE_TYPE", raising=False)
     if own:
         monkeypatch.setenv("GGML_CUDA_CUBLAS_COMPUTE_TYPE", own)
