@@ -31,6 +31,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(packages, "_run", run)
     monkeypatch.setattr(packages, "_version", lambda package: None)
+    monkeypatch.setattr(packages, "MIXED", {})  # what other tests have imported here
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("kit.common.progress.take_over", lambda: None)
     return ran
