@@ -18,6 +18,7 @@ from pathlib import Path
 from kit.common import hosts
 from kit.common.errors import KitError
 from kit.common.hosts import environment
+from kit.common.nvidia import cards, has_gpu
 
 PROJECT = Path(__file__).resolve().parents[2]
 PIP = ["pip", "--disable-pip-version-check", "install", "-q"]
@@ -165,38 +166,14 @@ def is_own_environment() -> bool:
     return sys.prefix != sys.base_prefix or ((prefix / "conda-meta").is_dir() and not (prefix / "condabin").is_dir())
 
 
-def has_gpu() -> bool:
-    """Whether NVIDIA's driver names a GPU; asked without torch, which may not be there yet."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and bool(_nvidia_smi("-L"))
-
-
 def check_capability() -> None:
     """KitError when no GPU is new enough for Unsloth's kernels; drivers that are too old to say so are believed."""
-    said = _nvidia_smi("--query-gpu=name,compute_cap", "--format=csv,noheader")
-    cards = re.findall(r"^(.+), (\d+\.\d+)$", said, re.MULTILINE)
-    if cards and all(float(capability) < OLDEST for _, capability in cards):
-        name, capability = cards[0]
+    if (found := cards()) and all(float(capability) < OLDEST for _, capability in found):
+        name, capability = found[0]
         raise KitError(f"{name}: compute capability {capability}, and Unsloth's kernels (Triton) need {OLDEST} or "
                        "more: on a P100 and older cards they do not run. Nothing was installed",
                        "choose another GPU (Kaggle: Settings → Accelerator → GPU T4 x2), or a small run on the CPU: "
                        'os.environ["CUDA_VISIBLE_DEVICES"] = "" in a cell above this one')
-
-
-def said_by_driver() -> tuple[str, str, str]:
-    """(name of the first GPU, version of the driver, newest CUDA that it serves), '?' for what it does not say."""
-    found = [re.search(pattern, _nvidia_smi(*options)) for pattern, options in (
-        (r"GPU 0: (.+?) \(", ["-L"]), (r"(\S+)", ["--query-gpu=driver_version", "--format=csv,noheader"]),
-        (r"CUDA Version: *([\d.]+)", []))]
-    card, driver, cuda = (match[1] if match else "?" for match in found)
-    return card, driver, cuda
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    """What the driver's tool prints, '' where it is missing or finds no GPU."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=30, check=False)
-        return done.stdout if done.returncode == 0 else ""
-    return ""
 
 
 def _version(package: str) -> str | None:

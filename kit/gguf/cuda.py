@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from kit.common.nvidia import cards
+
 # Of processor time: nvcc 13.0, for compute capability 7.5 alone, of which 23 were measured for 109 of 157 files.
 # Without a capability llama.cpp compiles for all of them.
 CORE_MINUTES = 40
@@ -30,8 +32,8 @@ def plan() -> Plan:
     own = os.environ.get("CMAKE_ARGS", "")
     switches = re.findall(r"-DGGML_CUDA(?::\w+)?=(\w+)", own)
     asked = bool(switches) and switches[-1].lower() in ("on", "1", "true", "yes")
-    cards = capabilities()
-    if not cards or (switches and not asked):
+    targets = sorted({capability.replace(".", "") for _, capability in cards()})  # as CMake writes them: 75
+    if not targets or (switches and not asked):
         return Plan(asked=asked)
     if not (nvcc := compiler()):
         return Plan(asked=asked, remark=f"for the CPU: there is no nvcc to build it for the GPU. {SLOW}; a wheel of "
@@ -41,18 +43,8 @@ def plan() -> Plan:
     if not asked and minutes > LONGEST:
         return Plan(remark=f"for the CPU: for the GPU it takes about {minutes} minutes on {cores} cores. {SLOW}; "
                            f"{FOR_THE_GPU} before the set-up builds it for the GPU, once: KIT_CACHE keeps it")
-    flags = f"-DGGML_CUDA=ON -DCMAKE_CUDA_COMPILER={nvcc} -DCMAKE_CUDA_ARCHITECTURES={';'.join(cards)}"
+    flags = f"-DGGML_CUDA=ON -DCMAKE_CUDA_COMPILER={nvcc} -DCMAKE_CUDA_ARCHITECTURES={';'.join(targets)}"
     return Plan(flags, asked, f"for the GPU, about {minutes} minutes on {cores} cores")
-
-
-def capabilities() -> list[str]:
-    """Compute capabilities of the GPUs, as CMake writes them (75); empty without one."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=30, check=False)
-        found = re.findall(r"^(\d+)\.(\d)\s*$", done.stdout, re.MULTILINE) if done.returncode == 0 else ()
-        return sorted({major + minor for major, minor in found})
-    return []
 
 
 def compiler() -> str:

@@ -14,7 +14,8 @@ import psutil
 
 from kit.common.errors import KitError
 from kit.common.files import PROJECT, cache_dir, existing
-from kit.gguf.cuda import FOR_THE_GPU, SLOW, capabilities
+from kit.common.nvidia import has_gpu
+from kit.gguf.cuda import FOR_THE_GPU, SLOW
 from kit.gguf.setup import PACKAGE, SETUP, converter_dir, installed_version
 from kit.models.remote import hub_cache
 from kit.readiness.forecast import ANSWERS, STEP, Forecast
@@ -210,7 +211,7 @@ def llama_cpp(recipe: Recipe | None) -> Gate:
         return Gate("llama.cpp", failed, f"{PACKAGE} {installed_version()}",
                     detail=f"what loads is version {loaded}", hint=REINSTALL)
     slow = f". It is built for the CPU: {SLOW}; {FOR_THE_GPU} and {SETUP} change that" \
-        if capabilities() and not answer["gpu"] else ""
+        if has_gpu() and not answer["gpu"] else ""
     return Gate("llama.cpp", True, f"{PACKAGE} {loaded} loads; the converter is of the same version ({folder}){slow}")
 
 

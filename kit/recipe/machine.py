@@ -17,7 +17,9 @@ import psutil
 
 from kit.common.errors import KitError
 from kit.common.files import existing
-from kit.common.packages import OLDEST, environment, has_gpu, said_by_driver
+from kit.common.hosts import environment
+from kit.common.nvidia import driver, has_gpu
+from kit.common.packages import OLDEST
 
 ON_THE_CPU = "set CUDA_VISIBLE_DEVICES to nothing, and the run takes the CPU"
 
@@ -79,9 +81,9 @@ def _hardware() -> Machine:
 
 def _unused_gpu() -> tuple[str, str]:
     """(cause, remedy) where there is a GPU that the installed torch can't use: never a silent run on the CPU."""
-    card, driver, cuda = said_by_driver()
+    card, release, cuda = driver()
     built = version("torch").partition("+")[2]  # cu130 or cpu
-    about = f"{card} with driver {driver}, which serves CUDA up to {cuda}"
+    about = f"{card} with driver {release}, which serves CUDA up to {cuda}"
     torch_is = f"torch {version('torch')} can't use it"
     torch_is += ": it is built without CUDA" if built == "cpu" else ""
     newest = int(cuda.partition(".")[0] or 0)

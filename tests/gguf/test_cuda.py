@@ -30,7 +30,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with a T4, 16 cores and no nvcc; `host / "pip.jsonl"` is what pip was asked for."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    program(tools / "nvidia-smi", "import sys\nif '--query-gpu=compute_cap' in sys.argv: print('7.5\\n7.5')")
+    program(tools / "nvidia-smi", "print('Tesla T4, 7.5\\nTesla T4, 7.5')")
     program(tools / "c++", "")
     with tarfile.open(tmp_path / "source.tar.gz", "w:gz") as tar:
         info = tarfile.TarInfo(f"llama_cpp_python-9.9/vendor/llama.cpp/{setup.CONVERTER}")
@@ -117,7 +117,7 @@ def test_each_build_has_its_own_wheel(host: Path, monkeypatch: pytest.MonkeyPatc
         if step == "gpu":
             give_nvcc(host)
         if step == "card":
-            program(host / "tools" / "nvidia-smi", "print('8.0')")
+            program(host / "tools" / "nvidia-smi", "print('NVIDIA A100, 8.0')")
         if step == "release":
             give_nvcc(host, "13.0")
         if step == "cpu" and kept:
@@ -157,10 +157,10 @@ def test_a_build_for_the_gpu_that_fails_leaves_one_for_the_cpu(host: Path, monke
 
 
 def test_doctor_says_that_the_gpu_stands_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_checks, "capabilities", lambda: ["75"])
+    monkeypatch.setattr(machine_checks, "has_gpu", lambda: True)
     gate = machine_checks.llama_cpp(None)
     assert gate.passed and "built for the CPU" in gate.figure and cuda.FOR_THE_GPU in gate.figure
-    monkeypatch.setattr(machine_checks, "capabilities", list)
+    monkeypatch.setattr(machine_checks, "has_gpu", lambda: False)
     assert "built for the CPU" not in machine_checks.llama_cpp(None).figure
 
 
