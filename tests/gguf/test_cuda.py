@@ -21,7 +21,9 @@ from kit.readiness import machine_checks
 
 
 def program(path: Path, text: str) -> None:
-    path.write_text(f"#!{sys.executable}\n{text}\n")
+    source = path.with_name(f"{path.name}.py")  # a first line can name no Python in a path with a space
+    source.write_text(text)
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{source}" "$@"\n')
     path.chmod(0o755)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from random import Random
@@ -185,7 +186,7 @@ def test_the_comment_says_the_name_there_or_whose_default_it_is() -> None:
       "target_modules": ALL, "hub": "modelscope", "max_train_samples": None}),
 ])  # fmt: skip
 def test_a_command_line_in_its_place(line: str, fields: dict[str, Any]) -> None:
-    recipe, _ = made(line.format(files=FILES))
+    recipe, _ = made(line.format(files=shlex.quote(str(FILES))))
     assert {field: getattr(recipe, field) for field in fields} == fields
 
 
