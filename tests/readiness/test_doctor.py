@@ -676,7 +676,7 @@ def test_a_template_of_ones_own_is_tried_on_the_models_tokenizer(tmp_path: Path,
     file = tmp_path / "模板 1.jinja"
     recipe = Recipe.load({}, chat_template=str(file))
     file.write_text("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
-    with pytest.raises(KitError, match="does not write what opens an answer") as caught:  # its line in the doctor's list
+    with pytest.raises(KitError, match="does not write what opens an answer") as caught:  # a line of the doctor
         template(recipe, starter)
     assert "mend" in caught.value.hint
     assert template(recipe, None).passed  # that shows with the tokenizer only
