@@ -62,7 +62,7 @@ engines: $(STAMP)  ## what several processes need besides (DeepSpeed; on a machi
 demo: setup  ## fine-tune the starter model on this machine, to a checked GGUF
 	@$(BIN)/kit run recipes/quickstart.yaml --overwrite
 
-test: setup engines check  ## what must pass: lint, types, every promise (about 25 minutes on two cores)
+test: setup engines check  ## what must pass: lint, types, every promise (about half an hour on two cores)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not long"
 
 test-all: setup engines check  ## the same with every setting of every promise
