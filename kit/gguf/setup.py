@@ -21,6 +21,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
@@ -133,12 +134,7 @@ def _make_ready(version: str) -> None:
         print(f"llama.cpp: {PACKAGE} {version} and its converter are ready ({converter_dir()})")
         return
     with tempfile.TemporaryDirectory(dir=cache_dir(), suffix=".partial") as scratch:
-        archive: list[Path] = []
-
-        def sources() -> Path:
-            archive[:] = archive or [_download(version, Path(scratch))]
-            return archive[0]
-
+        sources = cache(lambda: _download(version, Path(scratch)))
         if not has_converter:
             take_converter(sources(), _converter_folder(version))
         if not needs_runtime:
@@ -191,8 +187,7 @@ def machine_key(flags: str = "") -> str:
 def _download(version: str, into: Path) -> Path:
     """The source archive (77 MB) from the package index that pip is set to."""
     print(f"llama.cpp: downloading the {PACKAGE} {version} sources", flush=True)
-    done = subprocess.run([*PIP, "download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d",
-                           str(into)], **PIPED)
+    done = _pip("download", "--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={version}", "-d", str(into))
     archive = next(into.glob("*.tar.gz"), None)
     if done.returncode or archive is None:
         raise KitError(f"pip could not download {PACKAGE} {version}:\n{_tail(done.stdout)}",
@@ -280,7 +275,7 @@ def _install(wheel: Path) -> None:
     """Install the wheel and load it once in a child process."""
     print(f"llama.cpp: installing {wheel.name}", flush=True)
     # Of one version there is a build for the CPU and one for the GPU.
-    done = subprocess.run([*PIP, "install", "--no-deps", "--no-index", "--force-reinstall", str(wheel)], **PIPED)
+    done = _pip("install", "--no-deps", "--no-index", "--force-reinstall", str(wheel))
     if done.returncode:
         raise KitError(f"pip could not install {wheel}:\n{_tail(done.stdout)}",
                        f"delete that file, then run {SETUP} again")
@@ -289,6 +284,10 @@ def _install(wheel: Path) -> None:
         wheel.unlink()
         raise KitError(f"{wheel.name} does not load here (exit code {loaded.returncode}):\n{_tail(loaded.stdout)}",
                        f"{Path(sys.executable).name} -m pip uninstall -y {PACKAGE}, then {SETUP} compiles it again")
+
+
+def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PIP, *arguments], **PIPED)
 
 
 def _tail(text: str, lines: int = 12) -> str:
