@@ -16,6 +16,7 @@ from kit.gguf.child import LlamaChild
 from kit.gguf.formats import check_gguf, quantization_of, read_header
 from kit.models.fetch import base_folder
 from kit.models.load import free_memory
+from kit.recipe.machine import machine
 from kit.runs.gates import Gate, Gates
 from kit.runs.provenance import COPY_AGAIN, about, check_hashes, check_origin, check_secrets, export_again
 from kit.runs.report import write_report
@@ -33,8 +34,8 @@ def verify(run: Run | str | Path, trust_remote_code: bool = False) -> Gates:
 
     `trust_remote_code` is your consent to Python code that came with a folder's model; a Run has its own. Nothing of a
     folder whose hashes are wrong is loaded. A failed gate is in the result, not an exception. Raises KitError when
-    there is no such run, it made no model, or its folder can't be written; then verify.json says so, not what it said
-    before.
+    there is no such run, it made no model, this machine can't compute, or its folder can't be written; then verify.json
+    says so, not what it said before.
     """
     run = run if isinstance(run, Run) else Run.open(run, trust_remote_code)
     with withdrawn(run):
@@ -46,6 +47,7 @@ def _verify(run: Run) -> Gates:
     if not (trained / "tokenizer_config.json").is_file():
         raise KitError(f"{run.folder} holds no trained model ({run.result.get('status', 'not started')} at "
                        f"{run.result.get('stage', 'the start')})", "let the run come to its end first")
+    machine()  # one that can't compute is no fault of the run's: refused here, not inside a gate
     began = time.perf_counter()
     gates = Gates(f"verify {run.folder.name}")
     scores = _check_all(gates, run, trained)

@@ -198,6 +198,20 @@ def test_what_can_not_be_verified_says_so_in_place_of_the_old_verdict(sure_run: 
     assert "could not be verified" in page(run) and "VERIFIED" not in page(run)
 
 
+def test_a_machine_that_is_refused_is_no_failure_of_the_run(sure_run: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    run = copy_run(sure_run, tmp_path)
+
+    def refused() -> None:
+        raise KitError("Tesla P100 has compute capability 6.0", "use a newer GPU")
+
+    monkeypatch.setattr("kit.recipe.machine._hardware", refused)
+    with pytest.raises(KitError, match="compute capability 6"):
+        verify(run.folder)
+    assert verdict(run)["passed"] is None and verdict(run)["gates"] == []
+    assert verdict(run)["verdict"].startswith("could not be verified: Tesla P100")
+
+
 def test_a_bug_in_the_kit_withdraws_the_verdict_too(sure_run: Path, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     run = copy_run(sure_run, tmp_path)
