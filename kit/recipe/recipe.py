@@ -140,6 +140,9 @@ class Recipe(Fields):
             ("eval_dataset", "test_size", "keep the file or the share"),
         ]
         problems = [f"{a} and {b} are both set: {why}" for a, b, why in both if getattr(self, a) and getattr(self, b)]
+        if (self.bf16 and self.dtype == "float16") or (self.fp16 and self.dtype == "bfloat16"):
+            problems.append(f"dtype: {self.dtype} and {'bf16' if self.bf16 else 'fp16'} are both set: 16-bit weights "
+                            "and products have one format; keep one, or set dtype: float32")
         if self.chat_template and self.prompt_style != "chat":
             problems.append("chat_template and prompt_style are both set: each is the template; keep one of them")
         if self.last_response_only and not self.train_on_responses_only:

@@ -81,7 +81,10 @@ def _computed_in(recipe: Recipe, machine: Machine, notes: list[str]) -> str:
 
 
 def _weights_in(recipe: Recipe, computed: str, notes: list[str]) -> str:
-    """The number format of the weights: that of the products, but when all are trained."""
+    """The number format of the weights: that of the products, but when all are trained or float32 is asked for."""
+    if recipe.dtype == "float32" and computed != "float32":
+        notes.append(f"float32 weights, as the recipe says, and products in {computed}")
+        return "float32"
     if not recipe.full_finetuning or computed == "float32":
         return computed
     if recipe.dtype is None:

@@ -118,6 +118,8 @@ def _constraints(text: str, header: str = "(Python 3, Linux)") -> Path:
     (GPU, {"dtype": "bfloat16"}, "float16 instead of bfloat16: compute capability 7.5", None),
     (CPU, {"fp16": True}, "bfloat16 instead of float16", None),
     (CPU, {"dtype": "float32"}, "float32, as the recipe says", True),
+    (CPU, {"dtype": "float32", "bf16": True}, "float32 weights, as the recipe says, and products in bfloat16", True),
+    (GPU, {"dtype": "float32", "fp16": True}, "float32 weights, as the recipe says, and products in float16", True),
     (GPU, {"load_in_4bit": True}, "float16: compute capability", True),
 ])
 def test_device_names_the_number_format_and_why(machine: Machine, fields: dict[str, Any], said: str,

@@ -74,6 +74,8 @@ def test_a_slip_names_the_nearest_field() -> None:
     ({"load_in_4bit": True, "full_finetuning": True}, "quantised weights"),
     ({"load_in_8bit": True, "full_finetuning": True}, "quantised weights"),
     ({"fp16": True, "bf16": True}, "mixed precision has one format"),
+    ({"dtype": "float16", "bf16": True}, "dtype: float16 and bf16"),
+    ({"dtype": "bfloat16", "fp16": True}, "dtype: bfloat16 and fp16"),
     ({"gguf": ["q8_0"], "save_merged": "none"}, "made from the merged model"),
     ({"eval_dataset": "x.jsonl", "test_size": 0.1}, "keep the file or the share"),
     ({"max_steps": 0}, "0 steps train nothing"),

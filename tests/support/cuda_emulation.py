@@ -72,8 +72,9 @@ def card_environment(profile: str, **more: str) -> dict[str, str]:
 
 
 def begin() -> None:
-    """Emulate the card that the environment names: each library is changed as soon as it has been imported."""
-    if os.environ.get(SWITCH):
+    """Emulate the card that the environment names, unless CUDA_VISIBLE_DEVICES hides it: each library is changed as
+    soon as it has been imported."""
+    if os.environ.get(SWITCH) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         sys.meta_path.insert(0, AfterImport({
             "torch": emulate_torch, "triton.runtime.interpreter": round_bfloat16,
             "transformers.modeling_utils": load_on_the_cpu, "unsloth.kernels.utils": four_bits_of_the_cpu}))

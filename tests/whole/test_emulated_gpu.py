@@ -192,10 +192,12 @@ def test_the_emulation_computes_bfloat16_which_tritons_interpreter_alone_does_no
 
 def test_float32_is_trained_in_float32(base: Callable[[str], Path], tmp_path: Path) -> None:
     fields = recipe_of(base("qwen3"), tmp_path, dtype="float32")
-    lora, full, usual = on_card("A100", IN_FLOAT32, json.dumps([
-        fields, {**fields, "full_finetuning": True}, {**fields, "dtype": None}]))
+    lora, full, usual, *mixed = on_card("A100", IN_FLOAT32, json.dumps([
+        fields, {**fields, "full_finetuning": True}, {**fields, "dtype": None}, {**fields, "bf16": True},
+        {**fields, "bf16": True, "full_finetuning": True}]))
     assert lora == full == [False, False, "no", "torch.float32", [], "as asked, batches without padding"]
     assert usual == [True, False, "bf16", "torch.bfloat16", [], "as asked, batches without padding"]
+    assert mixed == [[True, False, "bf16", "torch.float32", [], "as asked, batches without padding"]] * 2
 
 
 def test_a_gpu_too_old_for_the_kernels_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
@@ -206,6 +208,7 @@ def test_a_gpu_too_old_for_the_kernels_is_refused(base: Callable[[str], Path], t
         assert done.returncode, done.stdout
         assert "Tesla P100-PCIE-16GB has compute capability 6.0" in done.stdout + done.stderr, done.stderr[-2000:]
         assert "Traceback" not in done.stdout + done.stderr
+    assert "no GPU" in kit("doctor", str(recipe), **card_environment("P100", CUDA_VISIBLE_DEVICES="")).stdout
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_run_on_the_cpu(base: Callable[[str], Path], tmp_path: Path) -> None:
